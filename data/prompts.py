@@ -1,0 +1,138 @@
+"""Prompts: reading JSONL, length ranges, templates, and the order in which a run sees them.
+
+A line is an object with the request under `prompt`, `query`, `question` or `instruction`, and the wanted length in words (Chinese:
+characters) under `length_range` or `range` as [lo, hi], or under `length` as one number, which stands for 10 % to either side. Without a
+length the length reward of that prompt is missing. LongBench-Write and WritingBench files load as they are.
+"""
+
+import json
+import random
+import re
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+QUERY_FIELDS = ("prompt", "query", "question", "instruction")
+RANGE_FIELDS = ("length_range", "range")
+ID_FIELDS = ("id", "index", "idx")
+
+# Raw completion prompts for a base model (paper, appendix; the words are ours). The query's language picks the twin.
+TEMPLATES = {
+    ("think", "en"): (
+        "A user asks for a piece of writing and an assistant delivers it. The assistant first thinks deeply and plans, so that every "
+        "aspect of the request is covered. Where the request is ambiguous it asks itself clarifying questions and explores several "
+        "approaches. It considers coherence, clarity, style, tone, audience and purpose, then reviews and refines the plan. The "
+        "thought stands inside <think></think>, the finished work inside <answer></answer>.\n"
+        "<|user|>: {query} <|assistant|>:"),
+    ("direct", "en"): (
+        "A user asks for a piece of writing and an assistant delivers it. The assistant writes the finished work at once, inside "
+        "<answer></answer>.\n"
+        "<|user|>: {query} <|assistant|>:"),
+    ("think", "zh"): (
+        "用户提出写作要求，助手完成作品。助手先深入思考并制定计划，确保顾及要求的每一个方面；要求含糊时，先向自己提出澄清性的问题，并尝试多种思路；"
+        "同时考虑连贯、清晰、风格、语气、读者与目的，再检查并改进计划。思考写在<think></think>之内，成稿写在<answer></answer>之内。\n"
+        "<|用户|>: {query} <|助手|>:"),
+    ("direct", "zh"): (
+        "用户提出写作要求，助手完成作品。助手直接写出成稿，放在<answer></answer>之内。\n"
+        "<|用户|>: {query} <|助手|>:"),
+}
+STYLES = tuple(dict.fromkeys(style for style, _ in TEMPLATES))
+
+TOKENS_PER_WORD = {"en": 1.3, "zh": 0.7}  # of Qwen2.5's tokenizer; Chinese counts characters
+THINK_SHARE = 0.15  # of the token budget is left for thinking (2,100 of 14,000; the paper's models use 2-3k)
+
+
+class PromptError(ValueError):
+    """A prompt file that cannot be used; the message names file, line and what to do."""
+
+
+@dataclass(frozen=True)
+class Prompt:
+    id: str
+    text: str  # what the model reads: the query inside its template
+    query: str
+    length_range: tuple[int, int] | None  # words, both ends included
+    language: str  # "en" | "zh"
+    style: str = "think"  # which template, hence which structure the format reward expects
+
+
+def language(query: str) -> str:
+    return "zh" if re.search("[\u4e00-\u9fff]", query) else "en"
+
+
+def render(query: str, style: str) -> str:
+    return TEMPLATES[style, language(query)].replace("{query}", query)
+
+
+def parse_range(record: dict) -> tuple[int, int] | None:
+    """The [lo, hi] of a record, or None if it names no length. Raises ValueError for a value that is no range."""
+    for field in RANGE_FIELDS:
+        if (value := record.get(field)) is not None:
+            whole = isinstance(value, list) and len(value) == 2 and all(type(x) is int for x in value)
+            if not whole or not 0 <= value[0] <= value[1]:
+                raise ValueError(f"`{field}` must be two whole numbers [lo, hi] with 0 <= lo <= hi, not {value!r}")
+            return value[0], value[1]
+    if (length := record.get("length")) is None:
+        return None
+    if type(length) not in (int, float) or not 0 < length < 1e7:
+        raise ValueError(f"`length` must be a positive number of words, not {length!r}")
+    return round(0.9 * length), round(1.1 * length)
+
+
+def unreachable(prompt: Prompt, max_new_tokens: int) -> bool:
+    """Whether even the shortest wanted answer does not fit in the token budget, thinking included."""
+    if prompt.length_range is None:
+        return False
+    budget = max_new_tokens * (1 - THINK_SHARE if prompt.style == "think" else 1)
+    return prompt.length_range[0] * TOKENS_PER_WORD[prompt.language] > budget
+
+
+def read(path: str | Path, style: str, max_new_tokens: int, keep_unreachable: bool = False) -> tuple[list[Prompt], Counter]:
+    """All usable prompts of a JSONL file, in its order, and how many were dropped for what.
+
+    Dropped: `unanswerable` (range [0, 0]) and `unreachable` (unless kept). Raises PromptError for a missing file or a malformed line.
+    """
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as e:
+        raise PromptError(f"prompts file {path} cannot be read ({e}): give a JSONL file, one object a line") from None
+    prompts, dropped, seen = [], Counter(), {}
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+            if not isinstance(record, dict):
+                raise ValueError("a line must be a JSON object")
+            query = next((record[f] for f in QUERY_FIELDS if isinstance(record.get(f), str) and record[f].strip()), None)
+            if query is None:
+                raise ValueError(f"no text under any of {', '.join(QUERY_FIELDS)}")
+            length_range = parse_range(record)
+            ident = str(next((record[f] for f in ID_FIELDS if record.get(f) is not None), number))
+            if ident in seen:
+                raise ValueError(f"id {ident!r} stands already on line {seen[ident]}; ids seed the sampling and must differ")
+        except ValueError as e:
+            raise PromptError(f"{path}, line {number}: {e}") from None
+        seen[ident] = number
+        prompt = Prompt(ident, render(query, style), query, length_range, language(query), style)
+        if length_range == (0, 0):
+            dropped["unanswerable"] += 1
+        elif not keep_unreachable and unreachable(prompt, max_new_tokens):
+            dropped["unreachable"] += 1
+        else:
+            prompts.append(prompt)
+    return prompts, dropped
+
+
+def order(n: int, batch: int, seed: int, cursor: int) -> list[int]:
+    """Indices of the `batch` prompts at `cursor`, the count of prompts used so far, out of `n` that are reshuffled every epoch.
+
+    A pure function of its arguments, so a resumed run needs the cursor alone. An epoch drops its last n mod batch prompts: a batch
+    across two epochs could hold one prompt twice, whose samples, seeded alike, would be equal.
+    """
+    if not 0 < batch <= n:
+        raise ValueError(f"a step needs {batch} prompts, but only {n} are usable")
+    epoch, start = divmod(cursor, n // batch * batch)
+    permutation = list(range(n))
+    random.Random(f"{seed}/{epoch}").shuffle(permutation)
+    return permutation[start:start + batch]

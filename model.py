@@ -1,0 +1,382 @@
+"""Qwen2.5 (0.5B to 72B): one definition for training, sampling and scoring, and its Hugging Face checkpoints.
+
+Shapes: T packed tokens, H query heads, K key/value heads, D head dim, C hidden, V vocabulary, S sequences.
+
+`forward` sees only a flat row of tokens. How those tokens attend to each other is the business of the attention plan that
+is passed in: `packed(lengths)` for whole sequences laid end to end (training), or the sampler's paged plan. A plan has
+`positions_T` and is called as `plan(layer, q_THD, k_TKD, v_TKD) -> out_THD`; this is the interface that a kernel fills.
+
+Left out on purpose: dropout, sliding windows (no Qwen2.5 checkpoint uses them) and padding. The model returns hidden states,
+never logits: the LM head belongs to `kernels.linear_logprob` and to the sampler, which know how to avoid T x V tensors.
+"""
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be used; the message names file, tensor or value and what to do."""
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    max_position_embeddings: int = 32768
+    rms_norm_eps: float = 1e-6
+    rope_theta: float = 1e6
+    rope_scaling: dict | None = None  # None or YaRN: {"rope_type": "yarn", "factor": ..., ...}
+    tie_word_embeddings: bool = False
+    initializer_range: float = 0.02
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden_size // self.num_attention_heads
+
+    @property
+    def num_parameters(self) -> int:
+        """Parameters, the embedding counted once when tied."""
+        c, kv = self.hidden_size, self.num_key_value_heads * self.head_dim
+        attention = 2 * c * c + c + 2 * (c * kv + kv)  # q, o without bias on o; k and v with theirs
+        layer = attention + 3 * c * self.intermediate_size + 2 * c
+        return self.num_hidden_layers * layer + c + self.vocab_size * c * (1 if self.tie_word_embeddings else 2)
+
+    def flops_per_token(self, context: int = 0) -> int:
+        """Forward flops of one token that attends to `context` tokens, LM head included; a training step costs three times that.
+
+        Two per multiply-add on matrix weights (the embedding look-up is free), and 4 H D context for scores and values.
+        """
+        c, kv = self.hidden_size, self.num_key_value_heads * self.head_dim
+        matrices = self.num_hidden_layers * (2 * c * c + 2 * c * kv + 3 * c * self.intermediate_size)
+        return 2 * (matrices + self.vocab_size * c) + 4 * self.num_hidden_layers * c * context
+
+    def kv_bytes_per_token(self, dtype: torch.dtype) -> int:
+        """Bytes of keys and values that one token keeps in the cache, over all layers."""
+        return 2 * self.num_hidden_layers * self.num_key_value_heads * self.head_dim * dtype.itemsize
+
+
+# ------------------------------------------------------------------------------------------------ rotary embedding
+
+
+def rope_frequencies(config: ModelConfig) -> tuple[torch.Tensor, float]:
+    """Angular frequencies, fp32 of shape (D/2,), and the factor on cos and sin.
+
+    Plain RoPE (arXiv 2104.09864), or YaRN (arXiv 2309.00071, section 3.4): low frequencies are interpolated by `factor`, high ones
+    kept, with a linear ramp between the dimensions that turn `beta_fast` and `beta_slow` times in the original context.
+    """
+    dim, theta = config.head_dim, config.rope_theta
+    plain = 1.0 / theta ** (torch.arange(0, dim, 2, dtype=torch.float32) / dim)
+    scaling = config.rope_scaling
+    if scaling is None:
+        return plain, 1.0
+    factor = float(scaling["factor"])
+    original = scaling.get("original_max_position_embeddings") or config.max_position_embeddings
+
+    def turning(turns):  # the dimension index whose wave turns so many times within the original context
+        return dim * math.log(original / (turns * 2 * math.pi)) / (2 * math.log(theta))
+
+    low, high = turning(scaling.get("beta_fast") or 32), turning(scaling.get("beta_slow") or 1)
+    if scaling.get("truncate", True):
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, dim - 1)
+    ramp = ((torch.arange(dim // 2, dtype=torch.float32) - low) / max(high - low, 1e-3)).clamp(0, 1)
+    magnitude = scaling.get("attention_factor") or (0.1 * math.log(factor) + 1.0 if factor > 1 else 1.0)
+    return plain / factor * ramp + plain * (1 - ramp), float(magnitude)
+
+
+def rotate(x_TND: torch.Tensor, cos_T1D: torch.Tensor, sin_T1D: torch.Tensor) -> torch.Tensor:
+    """Rotates pairs (i, i + D/2) in fp32; cos and sin hold the D/2 distinct values."""
+    a, b = x_TND.float().chunk(2, dim=-1)
+    return torch.cat((a * cos_T1D - b * sin_T1D, b * cos_T1D + a * sin_T1D), dim=-1).to(x_TND.dtype)
+
+
+# ------------------------------------------------------------------------------------------------ attention plan
+
+
+class Packed:
+    """Causal attention inside each of several whole sequences that lie end to end."""
+
+    def __init__(self, lengths: list[int], device="cpu"):
+        if not lengths or min(lengths) < 1:
+            raise ValueError(f"packed: every sequence needs at least one token, got lengths {lengths}")
+        self.lengths = list(lengths)
+        self.positions_T = torch.cat([torch.arange(n, device=device) for n in lengths])
+        self.cu_seqlens = F.pad(torch.tensor(lengths, device=device, dtype=torch.int32).cumsum(0, dtype=torch.int32), (1, 0))
+
+    def __call__(self, layer: int, q_THD, k_TKD, v_TKD):
+        rows = zip(*(x.transpose(0, 1).split(self.lengths, dim=1) for x in (q_THD, k_TKD, v_TKD)))
+        out = [F.scaled_dot_product_attention(q[None], k[None], v[None], is_causal=True, enable_gqa=True)[0]
+               for q, k, v in rows]
+        return torch.cat(out, dim=1).transpose(0, 1)
+
+
+def packed(lengths: list[int], device="cpu") -> Packed:
+    """The plan for sequences of the given lengths, laid end to end in this order."""
+    return Packed(lengths, device)
+
+
+# ------------------------------------------------------------------------------------------------ layers
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, size: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x):
+        y = x.float()
+        y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + self.eps)
+        return self.weight * y.to(x.dtype)
+
+
+class Attention(nn.Module):
+    def __init__(self, config: ModelConfig, layer: int):
+        super().__init__()
+        c, kv = config.hidden_size, config.num_key_value_heads * config.head_dim
+        self.layer, self.head_dim = layer, config.head_dim
+        self.q_proj = nn.Linear(c, c, bias=True)
+        self.k_proj = nn.Linear(c, kv, bias=True)
+        self.v_proj = nn.Linear(c, kv, bias=True)
+        self.o_proj = nn.Linear(c, c, bias=False)
+
+    def forward(self, x_TC, cos, sin, attention):
+        q, k, v = (proj(x_TC).unflatten(-1, (-1, self.head_dim)) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        out_THD = attention(self.layer, rotate(q, cos, sin), rotate(k, cos, sin), v)
+        return self.o_proj(out_THD.flatten(1))
+
+
+class MLP(nn.Module):
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        c, m = config.hidden_size, config.intermediate_size
+        self.gate_proj = nn.Linear(c, m, bias=False)
+        self.up_proj = nn.Linear(c, m, bias=False)
+        self.down_proj = nn.Linear(m, c, bias=False)
+
+    def forward(self, x):
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Layer(nn.Module):
+    def __init__(self, config: ModelConfig, layer: int):
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = Attention(config, layer)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = MLP(config)
+
+    def forward(self, x_TC, cos, sin, attention):
+        x_TC = x_TC + self.self_attn(self.input_layernorm(x_TC), cos, sin, attention)
+        return x_TC + self.mlp(self.post_attention_layernorm(x_TC))
+
+
+class Qwen2(nn.Module):
+    """The decoder. Parameter names equal those of the Hugging Face checkpoint, so nothing is ever renamed."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.config = config
+        self.recompute = False  # True: each layer's activations are recomputed in backward
+        self.model = nn.ModuleDict({
+            "embed_tokens": nn.Embedding(config.vocab_size, config.hidden_size),
+            "layers": nn.ModuleList(Layer(config, i) for i in range(config.num_hidden_layers)),
+            "norm": RMSNorm(config.hidden_size, config.rms_norm_eps),
+        })
+        if not config.tie_word_embeddings:
+            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+
+    @property
+    def layers(self) -> nn.ModuleList:
+        return self.model["layers"]
+
+    @property
+    def head_weight(self) -> torch.Tensor:
+        """weight_VC of the LM head, tied or not: hidden @ head_weight.T are the logits. Under FSDP valid after forward."""
+        return self.model["embed_tokens"].weight if self.config.tie_word_embeddings else self.lm_head.weight
+
+    def forward(self, tokens_T: torch.Tensor, attention) -> torch.Tensor:
+        """Hidden states (T, C) after the final norm, for tokens laid out as `attention` says."""
+        frequencies, magnitude = rope_frequencies(self.config)
+        angles = attention.positions_T[:, None].float() * frequencies.to(tokens_T.device)
+        cos, sin = (magnitude * angles.cos())[:, None], (magnitude * angles.sin())[:, None]
+        x_TC = self.model["embed_tokens"](tokens_T)
+        for layer in self.layers:
+            if self.recompute and torch.is_grad_enabled():
+                x_TC = checkpoint(layer, x_TC, cos, sin, attention, use_reentrant=False)
+            else:
+                x_TC = layer(x_TC, cos, sin, attention)
+        return self.model["norm"](x_TC)
+
+    @torch.no_grad()
+    def init_weights_(self, seed: int):
+        """Fresh weights for pretraining: N(0, initializer_range), the two projections into the residual stream scaled by 1/sqrt(2 L)."""
+        generator = torch.Generator().manual_seed(seed)
+        for name, p in self.named_parameters():
+            if p.dim() < 2:
+                p.fill_(1.0 if "norm" in name else 0.0)
+                continue
+            residual = name.endswith(("o_proj.weight", "down_proj.weight"))
+            scale = (2 * self.config.num_hidden_layers) ** -0.5 if residual else 1.0
+            p.copy_(torch.randn(p.shape, generator=generator) * self.config.initializer_range * scale)
+        return self
+
+
+# ------------------------------------------------------------------------------------------------ config.json
+
+
+def read_config(path: str | Path) -> ModelConfig:
+    """Reads `config.json` of either generation (rope at top level, or inside `rope_parameters`).
+
+    Raises CheckpointError for a missing file, another architecture, or a feature that Qwen2.5 does not have.
+    """
+    file = Path(path) / "config.json"
+    try:
+        raw = json.loads(file.read_text())
+    except FileNotFoundError:
+        raise CheckpointError(f"{file} does not exist: `model` must be a folder with config.json and safetensors weights") from None
+    except json.JSONDecodeError as e:
+        raise CheckpointError(f"{file} is not JSON ({e}): copy it again from the checkpoint's source") from None
+    kind = raw.get("model_type")
+    if kind != "qwen2":
+        raise CheckpointError(f"{file}: model_type {kind!r} is not supported, only 'qwen2' (Qwen2 and Qwen2.5) is")
+    if raw.get("use_sliding_window") or raw.get("hidden_act", "silu") != "silu":
+        raise CheckpointError(f"{file}: use_sliding_window and activations other than silu are not supported")
+    rope = dict(raw.get("rope_parameters") or {})
+    scaling = raw.get("rope_scaling") or rope
+    rope_type = scaling.get("rope_type", scaling.get("type", "default"))
+    if rope_type not in ("default", "yarn"):
+        raise CheckpointError(f"{file}: rope type {rope_type!r} is not supported, only 'default' and 'yarn' are")
+    try:
+        config = ModelConfig(
+            **{name: raw[name] for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
+                                            "num_attention_heads")},
+            num_key_value_heads=raw.get("num_key_value_heads") or raw["num_attention_heads"],
+            max_position_embeddings=raw.get("max_position_embeddings", 32768),
+            rms_norm_eps=raw.get("rms_norm_eps", 1e-6),
+            rope_theta=float(rope.get("rope_theta", raw.get("rope_theta", 10000.0))),
+            rope_scaling={k: v for k, v in scaling.items() if k not in ("rope_theta", "type")} | {"rope_type": "yarn"}
+            if rope_type == "yarn" else None,
+            tie_word_embeddings=raw.get("tie_word_embeddings", False),
+            initializer_range=raw.get("initializer_range", 0.02),
+        )
+    except KeyError as e:
+        raise CheckpointError(f"{file} lacks the field {e}: copy it again from the checkpoint's source") from None
+    if config.hidden_size % config.num_attention_heads or config.num_attention_heads % config.num_key_value_heads:
+        raise CheckpointError(f"{file}: hidden_size {config.hidden_size}, num_attention_heads {config.num_attention_heads} and "
+                              f"num_key_value_heads {config.num_key_value_heads} do not divide each other")
+    if rope_type == "yarn" and "factor" not in config.rope_scaling:
+        raise CheckpointError(f"{file}: YaRN needs a `factor`")
+    return config
+
+
+def config_json(config: ModelConfig, dtype: torch.dtype) -> dict:
+    """The older generation of config.json, which every reader understands."""
+    fields = {name: getattr(config, name) for name in config.__dataclass_fields__ if name != "rope_scaling"}
+    out = {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "hidden_act": "silu", "attention_dropout": 0.0,
+           "use_sliding_window": False, "use_cache": True, "torch_dtype": str(dtype).removeprefix("torch."), **fields}
+    if config.rope_scaling:
+        out["rope_scaling"] = {**config.rope_scaling, "type": "yarn"}
+    return out
+
+
+# ------------------------------------------------------------------------------------------------ weights
+
+
+def weight_files(path: str | Path) -> dict[str, Path]:
+    """Tensor name -> safetensors file of a checkpoint folder; raises CheckpointError if files are missing or cut short."""
+    path = Path(path)
+    index, single = path / "model.safetensors.index.json", path / "model.safetensors"
+    try:
+        if index.exists():
+            files = {name: path / file for name, file in json.loads(index.read_text())["weight_map"].items()}
+        elif single.exists():
+            with safe_open(single, framework="pt") as f:
+                files = dict.fromkeys(f.keys(), single)
+        else:
+            raise CheckpointError(f"{path} has neither model.safetensors nor model.safetensors.index.json: is the download complete?")
+        if missing := sorted({f.name for f in files.values() if not f.exists()}):
+            raise CheckpointError(f"{path} lacks {', '.join(missing)}, which its index names: is the download complete?")
+        for file in set(files.values()):
+            with safe_open(file, framework="pt"):
+                pass
+    except (json.JSONDecodeError, KeyError) as e:
+        raise CheckpointError(f"{index} is not a safetensors index ({e}): copy it again") from None
+    except CheckpointError:
+        raise
+    except Exception as e:  # safetensors raises its own, unrelated types
+        raise CheckpointError(f"{path}: a weight file cannot be read ({e}): copy it again") from None
+    return files
+
+
+def check_tensors(config: ModelConfig, path: str | Path) -> dict[str, Path]:
+    """Compares names and shapes in the files with the model's, reading headers only. Returns name -> file; raises CheckpointError."""
+    files = weight_files(path)
+    with torch.device("meta"):
+        expected = {name: tuple(p.shape) for name, p in Qwen2(config).named_parameters()}
+    found = {}
+    for file in sorted(set(files.values())):
+        with safe_open(file, framework="pt") as f:
+            found |= {name: tuple(f.get_slice(name).get_shape()) for name in f.keys()}
+    if config.tie_word_embeddings and "lm_head.weight" in found:  # some exporters write the tied matrix twice
+        found.pop("lm_head.weight")
+        files.pop("lm_head.weight", None)
+    problems = [f"missing {n}" for n in sorted(expected.keys() - found.keys())]
+    problems += [f"unexpected {n}" for n in sorted(found.keys() - expected.keys())]
+    problems += [f"{n} has shape {found[n]}, not {expected[n]}" for n in sorted(expected.keys() & found.keys())
+                 if expected[n] != found[n]]
+    if problems:
+        more = f" and {len(problems) - 20} more" if len(problems) > 20 else ""
+        raise CheckpointError(f"{path} does not fit its config.json: " + "; ".join(problems[:20]) + more)
+    return files
+
+
+def load(path: str | Path, dtype: torch.dtype = torch.float32, device="cpu") -> Qwen2:
+    """Reads a Hugging Face checkpoint folder. Raises CheckpointError, listing missing, unexpected and misshaped tensors."""
+    config = read_config(path)
+    files = check_tensors(config, path)
+    with torch.device("meta"):
+        model = Qwen2(config).to(dtype)
+    model.to_empty(device=device)
+    parameters = dict(model.named_parameters())
+    for file in sorted(set(files.values())):
+        with safe_open(file, framework="pt") as f, torch.no_grad():
+            for name in f.keys():
+                if name in parameters:
+                    parameters[name].copy_(f.get_tensor(name))
+    return model
+
+
+def save(model: Qwen2, path: str | Path, max_shard_bytes: int = 5 * 2**30):
+    """Writes a Hugging Face checkpoint folder: config.json and one safetensors file, or several with an index."""
+    path = Path(path)
+    path.mkdir(parents=True, exist_ok=True)
+    shards, size = [{}], 0
+    for name, p in model.named_parameters():
+        if shards[-1] and size + p.nbytes > max_shard_bytes:
+            shards, size = [*shards, {}], 0
+        shards[-1][name] = p.detach().contiguous()
+        size += p.nbytes
+    names = ["model.safetensors"]
+    if len(shards) > 1:
+        names = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
+        index = {"metadata": {"total_size": sum(p.nbytes for p in model.parameters())},
+                 "weight_map": {tensor: file for shard, file in zip(shards, names) for tensor in shard}}
+        (path / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
+    for shard, file in zip(shards, names):
+        save_file(shard, path / file, metadata={"format": "pt"})
+    dtype = next(model.parameters()).dtype
+    (path / "config.json").write_text(json.dumps(config_json(model.config, dtype), indent=2) + "\n")

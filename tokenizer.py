@@ -1,0 +1,64 @@
+"""A checkpoint's tokenizer: ids, bytes of ids, and the ids that end a text."""
+
+import json
+from pathlib import Path
+
+import tokenizers
+
+
+class TokenizerError(ValueError):
+    """A tokenizer that cannot be used; the message names the file and what to do."""
+
+
+def byte_alphabet() -> dict[str, int]:
+    """The printable stand-ins of byte-level BPE: character -> byte (GPT-2's rule: printable bytes stand for themselves)."""
+    kept = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    moved = [b for b in range(256) if b not in kept]
+    return {chr(b): b for b in kept} | {chr(256 + i): b for i, b in enumerate(moved)}
+
+
+class Tokenizer:
+    """encode, decode, `eos_ids`, `n_valid` (ids are 0 .. n_valid - 1; a checkpoint may have more rows) and `token_bytes`."""
+
+    def __init__(self, path: str | Path):
+        path = Path(path)
+        file = path / "tokenizer.json"
+        if not file.exists():
+            raise TokenizerError(f"{file} does not exist: a checkpoint folder needs the tokenizer.json of its model")
+        try:
+            self.inner = tokenizers.Tokenizer.from_file(str(file))
+        except Exception as e:  # tokenizers raises bare Exception
+            raise TokenizerError(f"{file} cannot be read ({e}): copy it again") from None
+        vocabulary = self.inner.get_vocab(with_added_tokens=True)
+        self.n_valid = max(vocabulary.values()) + 1
+        self.eos_ids = self.find_eos(path, vocabulary)
+        self.token_bytes = self.bytes_of(vocabulary)
+
+    def encode(self, text: str) -> list[int]:
+        return self.inner.encode(text, add_special_tokens=False).ids
+
+    def decode(self, ids: list[int]) -> str:
+        """Text of the ids, special tokens included: what was sampled is what is scored."""
+        return self.inner.decode(ids, skip_special_tokens=False)
+
+    def find_eos(self, path: Path, vocabulary: dict[str, int]) -> list[int]:
+        """End-of-text ids from generation_config.json, else the `eos_token` of tokenizer_config.json."""
+        generation, config = path / "generation_config.json", path / "tokenizer_config.json"
+        ids = json.loads(generation.read_text()).get("eos_token_id") if generation.exists() else None
+        if ids is None and config.exists():
+            token = json.loads(config.read_text()).get("eos_token")
+            ids = vocabulary.get(token["content"] if isinstance(token, dict) else token)
+        if ids is None:
+            raise TokenizerError(f"{path} names no end-of-text token: it needs generation_config.json with eos_token_id, "
+                                 "or tokenizer_config.json with eos_token")
+        return ids if isinstance(ids, list) else [ids]
+
+    def bytes_of(self, vocabulary: dict[str, int]) -> list[bytes]:
+        """The bytes of each id, for finding stop strings without decoding a whole text."""
+        alphabet = byte_alphabet()
+        added = self.inner.get_added_tokens_decoder()
+        out = [b""] * self.n_valid
+        for token, i in vocabulary.items():
+            ordinary = i not in added and all(c in alphabet for c in token)
+            out[i] = bytes(alphabet[c] for c in token) if ordinary else token.encode()
+        return out
