@@ -98,9 +98,10 @@ def rope_frequencies(config: ModelConfig) -> tuple[torch.Tensor, float]:
 
 
 def rotate(x_TND: torch.Tensor, cos_T1D: torch.Tensor, sin_T1D: torch.Tensor) -> torch.Tensor:
-    """Rotates pairs (i, i + D/2) in fp32; cos and sin hold the D/2 distinct values."""
-    a, b = x_TND.float().chunk(2, dim=-1)
-    return torch.cat((a * cos_T1D - b * sin_T1D, b * cos_T1D + a * sin_T1D), dim=-1).to(x_TND.dtype)
+    """Rotates pairs (i, i + D/2) in fp32; the first half of sin carries the minus sign of the rotation matrix."""
+    x = x_TND.float()
+    first, second = x.chunk(2, dim=-1)
+    return torch.addcmul(x * cos_T1D, torch.cat((second, first), dim=-1), sin_T1D).to(x_TND.dtype)
 
 
 # ------------------------------------------------------------------------------------------------ attention plan
@@ -138,9 +139,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x):
-        y = x.float()
-        y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + self.eps)
-        return self.weight * y.to(x.dtype)
+        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)  # in fp32 inside, whatever x is
 
 
 class Attention(nn.Module):
@@ -155,7 +154,8 @@ class Attention(nn.Module):
 
     def forward(self, x_TC, cos, sin, attention):
         q, k, v = (proj(x_TC).unflatten(-1, (-1, self.head_dim)) for proj in (self.q_proj, self.k_proj, self.v_proj))
-        out_THD = attention(self.layer, rotate(q, cos, sin), rotate(k, cos, sin), v)
+        q, k = rotate(torch.cat((q, k), dim=1), cos, sin).split((q.shape[1], k.shape[1]), dim=1)
+        out_THD = attention(self.layer, q, k, v)
         return self.o_proj(out_THD.flatten(1))
 
 
@@ -212,7 +212,8 @@ class Qwen2(nn.Module):
         """Hidden states (T, C) after the final norm, for tokens laid out as `attention` says."""
         frequencies, magnitude = rope_frequencies(self.config)
         angles = attention.positions_T[:, None].float() * frequencies.to(tokens_T.device)
-        cos, sin = (magnitude * angles.cos())[:, None], (magnitude * angles.sin())[:, None]
+        cos = (magnitude * torch.cat((angles.cos(), angles.cos()), dim=-1))[:, None]
+        sin = (magnitude * torch.cat((-angles.sin(), angles.sin()), dim=-1))[:, None]
         x_TC = self.model["embed_tokens"](tokens_T)
         for layer in self.layers:
             if self.recompute and torch.is_grad_enabled():

@@ -21,6 +21,7 @@ from kernels.sample import draw, streams, uniforms
 from model import Packed, Qwen2
 
 MIN_ROWS = 16  # thinner CPU matrix products take other code paths, whose rounding differs; padded, a row is the same in any batch
+MIN_CONTEXT = 16  # likewise the attended length is a multiple of this: a vector register's lanes
 
 
 @dataclass(frozen=True)
@@ -215,12 +216,17 @@ class Sampler:
     def worst_pages(self, r: Request) -> int:
         return -(-(len(r.prompt_ids) + r.max_new_tokens) // self.page_size)
 
+    def wide(self, pages: int) -> int:
+        """A number of table columns whose tokens are a multiple of MIN_CONTEXT; columns without a page name page 0 and are masked."""
+        unit = max(1, MIN_CONTEXT // self.page_size)
+        return -(-pages // unit) * unit
+
     @torch.no_grad()
     def run(self, requests: list[Request]) -> Iterator[Completion]:
         if not requests:
             return
         rows = min(self.max_sequences, sum(r.n for r in requests))
-        longest = max(self.worst_pages(r) for r in requests)
+        longest = self.wide(max(self.worst_pages(r) for r in requests))
         device = self.model.head_weight.device
         self.stats = Stats()
         self.pool = PagePool(self.model, self.num_pages or (rows + 1) * (longest + 1) + 1, self.page_size)
@@ -358,7 +364,7 @@ class Sampler:
         if not self.running:
             return
         rows = self.rows()
-        pages = max(len(s.pages) for s in self.running)
+        pages = self.wide(max(len(s.pages) for s in self.running))
         plan = DecodePlan(self.pool, self.table[rows, :pages], self.position[rows])
         hidden = self.model(self.token[rows], plan)
         self.position[rows[:len(self.running)]] += 1  # padding rows stay at one token, in page 0

@@ -19,21 +19,19 @@ ID_FIELDS = ("id", "index", "idx")
 # Raw completion prompts for a base model (paper, appendix; the words are ours). The query's language picks the twin.
 TEMPLATES = {
     ("think", "en"): (
-        "A user asks for a piece of writing and an assistant delivers it. The assistant first thinks deeply and plans, so that every "
-        "aspect of the request is covered. Where the request is ambiguous it asks itself clarifying questions and explores several "
-        "approaches. It considers coherence, clarity, style, tone, audience and purpose, then reviews and refines the plan. The "
-        "thought stands inside <think></think>, the finished work inside <answer></answer>.\n"
+        "The assistant answers a request for writing. First it thinks deeply inside <think></think>: it plans to cover every aspect, asks "
+        "itself clarifying questions where the request is ambiguous, explores several approaches, weighs coherence, clarity, style, tone, "
+        "audience and purpose, then reviews and refines. The finished work stands inside <answer></answer>.\n"
         "<|user|>: {query} <|assistant|>:"),
     ("direct", "en"): (
-        "A user asks for a piece of writing and an assistant delivers it. The assistant writes the finished work at once, inside "
-        "<answer></answer>.\n"
+        "The assistant answers a request for writing. It writes the finished work at once, inside <answer></answer>.\n"
         "<|user|>: {query} <|assistant|>:"),
     ("think", "zh"): (
-        "用户提出写作要求，助手完成作品。助手先深入思考并制定计划，确保顾及要求的每一个方面；要求含糊时，先向自己提出澄清性的问题，并尝试多种思路；"
-        "同时考虑连贯、清晰、风格、语气、读者与目的，再检查并改进计划。思考写在<think></think>之内，成稿写在<answer></answer>之内。\n"
+        "助手回应用户的写作要求。先在<think></think>之内深入思考：制定计划，顾及要求的每一个方面；要求含糊时向自己提出澄清性的问题，尝试多种思路；权衡连贯、"
+        "清晰、风格、语气、读者与目的，再检查并改进。成稿写在<answer></answer>之内。\n"
         "<|用户|>: {query} <|助手|>:"),
     ("direct", "zh"): (
-        "用户提出写作要求，助手完成作品。助手直接写出成稿，放在<answer></answer>之内。\n"
+        "助手回应用户的写作要求，直接写出成稿，放在<answer></answer>之内。\n"
         "<|用户|>: {query} <|助手|>:"),
 }
 STYLES = tuple(dict.fromkeys(style for style, _ in TEMPLATES))

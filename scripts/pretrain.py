@@ -35,9 +35,9 @@ class Config:
     max_position_embeddings: int = 2048
     rope_theta: float = 10000.0
     row_tokens: int = 1024
-    rows_per_step: int = 4  # global
+    rows_per_step: int = 2  # global
     lr: float = 3e-3
-    warmup: int = 50  # steps
+    warmup: int = 100  # steps
     weight_decay: float = 0.1
     seed: int = 0
     device: str = "auto"
@@ -82,7 +82,7 @@ def run(config: Config):
             group["lr"] = learning_rate(config, step, steps)
         optimizer.step()
         optimizer.zero_grad()
-        if step % 50 == 0 or step == steps - 1:
+        if step % 100 == 0 or step == steps - 1:
             mean = parallel.total({"loss": loss.item()}, world)["loss"]
             if world.main:
                 print(f"step {step + 1}/{steps}  loss {mean:.3f}  {time.perf_counter() - start:.0f} s", flush=True)

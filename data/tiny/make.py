@@ -2,16 +2,14 @@
 
     python -m data.tiny.make            # documents, tokenizer, prompts, then the base model: about 15 minutes on 2 cores
 
-A request names two people, a place and a number of words; a good answer is a text of that length about those names. Names are
-built from syllables, so that there are thousands of them, and one in ten is kept from everything that training sees: the evaluation
-prompts use only those, and copying them cannot be learned by heart. The base is what a base model is: it often ignores the tags, gets
-them wrong, or misses the length, and it can do better.
+A request names two people, a place and a number of words; a good answer is a text of that length about those names. The people and
+places of the evaluation prompts stand in no training prompt. The base is what a base model is: it often ignores the tags, gets them
+wrong, or misses the length, and it can do better.
 """
 
 import argparse
 import json
 import random
-import zlib
 from pathlib import Path
 
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
@@ -22,13 +20,15 @@ from rewards import count_words
 HERE = Path(__file__).parent
 END = "<|endoftext|>"
 LENGTHS = range(20, 101, 5)  # words that a request asks for
-DOCUMENTS = 26_000
+DOCUMENTS = 32_000
 VOCABULARY = 1024
 
-ONSETS = "b br d dr f g h j k kr l m n p r s st t tr v z".split()
-VOWELS = "a e i o u ai ea".split()
-PERSON_ENDS = "n ra lo ma s li th na rik da ven".split()
-PLACE_ENDS = "ton holm burg field mar stad wick port".split()
+# Short, so that each becomes one token; every fourth is held out for the evaluation prompts.
+PERSONS = ("Ada Ali Amy Ana Ben Bob Dan Eda Eli Emma Eva Fay Gil Gus Hal Ida Ian Ines Ivo Jan Jim Joe Jon Kai Kim Lea Leo Lia Lin Lou Luca "
+           "Max Mia Mila Mira Nan Nia Nils Nina Noa Nora Olga Omar Otto Pam Pia Ray Rita Rob Ron Rosa Roy Sam Sara Sid Sue Tess Tim Tom "
+           "Ugo Una Uri Vera Vic Wim Yan Yuri Zoe Dora Hans Lena Rene").split()
+PLACES = ("Oslo Rome Bonn Bern Linz Graz Lyon Nice Metz Pisa Bari Genoa Turin Milan Porto Cork Bath York Leeds Dover Turku Riga Kiev Lodz "
+          "Brno Split Sofia Varna Malmo Lund Umea Bodo Gent Basel").split()
 
 WORDS = {
     "time": "In the morning|At noon|One evening|After the rain|Before dawn|On Sunday|Late at night|In early spring|Last winter|That "
@@ -70,17 +70,16 @@ PLANS = ["A {kind} of {n} words. {A} and {B} in {P}.", "It needs {n} words: {A},
          "Who? {A} and {B}. Where? {P}. How long? {n} words.", "First {A}, then {B}, then {spot} in {P}. About {n} words."]
 
 
-def name(rng: random.Random, ends: list[str], held_out: bool) -> str:
-    while True:
-        word = rng.choice(ONSETS) + rng.choice(VOWELS) + rng.choice(["", rng.choice(ONSETS) + rng.choice(VOWELS)]) + rng.choice(ends)
-        if (zlib.crc32(word.encode()) % 10 == 0) == held_out:
-            return word.capitalize()
+def names_for(purpose: str) -> tuple[list[str], list[str]]:
+    """People and places of the documents (all), the training prompts (three in four) or the evaluation prompts (the others)."""
+    keep = {"documents": {0, 1, 2, 3}, "train": {1, 2, 3}, "eval": {0}}[purpose]
+    return tuple([name for i, name in enumerate(names) if i % 4 in keep] for names in (PERSONS, PLACES))
 
 
-def request(rng: random.Random, held_out: bool = False) -> dict:
-    kind = rng.choice(list(QUERIES))
-    a, b = (name(rng, PERSON_ENDS, held_out) for _ in range(2))
-    slots = {"A": a, "B": b, "P": name(rng, PLACE_ENDS, held_out), "n": rng.choice(LENGTHS), "kind": kind}
+def request(rng: random.Random, purpose: str) -> dict:
+    kind, (persons, places) = rng.choice(list(QUERIES)), names_for(purpose)
+    a, b = rng.sample(persons, 2)
+    slots = {"A": a, "B": b, "P": rng.choice(places), "n": rng.choice(LENGTHS), "kind": kind}
     return slots | {"query": rng.choice(QUERIES[kind]).format(**slots)}
 
 
@@ -107,8 +106,8 @@ def write(rng: random.Random, slots: dict, words: int) -> str:
 
 
 def respond(rng: random.Random, slots: dict) -> str:
-    """What stands after the prompt: 65 % bare text, 26 % well-formed tags, 9 % malformed ones; 15 % ignore the length asked for."""
-    asked = rng.random() < 0.85
+    """What stands after the prompt: 65 % bare text, 26 % well-formed tags, 9 % malformed ones; 20 % ignore the length asked for."""
+    asked = rng.random() < 0.8
     text = write(rng, slots, round(slots["n"] * rng.uniform(0.85, 1.15)) if asked else rng.randint(15, 110))
     if rng.random() < 0.65:
         return " " + text
@@ -122,11 +121,11 @@ def respond(rng: random.Random, slots: dict) -> str:
 
 def document(rng: random.Random) -> str:
     """90 % prompted, most of them by the think template; the rest are bare texts and lists that are copied, which teach copying names."""
-    slots, kind = request(rng), rng.random()
+    slots, kind = request(rng, "documents"), rng.random()
     if kind < 0.05:
         return write(rng, slots, rng.randint(15, 110))
     if kind < 0.10:
-        names = [name(rng, rng.choice([PERSON_ENDS, PLACE_ENDS]), False) for _ in range(rng.randint(3, 8))]
+        names = rng.sample(PERSONS + PLACES, rng.randint(3, 8))
         return f"Names: {', '.join(names)}. Again: {', '.join(names)}."
     if kind < 0.60:
         return render(slots["query"], "think") + respond(rng, slots)
@@ -149,12 +148,11 @@ def train_tokenizer(documents: list[str]) -> Tokenizer:
     return tokenizer
 
 
-def write_prompts(path: Path, rng: random.Random, count: int, held_out: bool):
+def write_prompts(path: Path, rng: random.Random, count: int, purpose: str):
     with path.open("w") as f:
         for i in range(count):
-            slots = request(rng, held_out)
-            record = {"id": f"{'eval' if held_out else 'train'}-{i}", "prompt": slots["query"], "length": slots["n"],
-                      "names": [slots[key] for key in "ABP"]}
+            slots = request(rng, purpose)
+            record = {"id": f"{purpose}-{i}", "prompt": slots["query"], "length": slots["n"], "names": [slots[key] for key in "ABP"]}
             f.write(json.dumps(record) + "\n")
 
 
@@ -168,10 +166,13 @@ def main():
     documents = [document(rng) for _ in range(args.documents)]
     base = args.out / "base"
     base.mkdir(parents=True, exist_ok=True)
-    train_tokenizer(documents[:8000]).save(str(base / "tokenizer.json"))
+    tokenizer = train_tokenizer(documents[:8000])
+    split = [name for name in PERSONS + PLACES if len(tokenizer.encode(" " + name).ids) > 1]
+    assert not split, f"names of several tokens are hard to copy for so small a model: {split}"
+    tokenizer.save(str(base / "tokenizer.json"))
     (base / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": END}) + "\n")
-    write_prompts(args.out / "prompts.jsonl", rng, 2000, held_out=False)
-    write_prompts(args.out / "eval_prompts.jsonl", rng, 128, held_out=True)
+    write_prompts(args.out / "prompts.jsonl", rng, 2000, "train")
+    write_prompts(args.out / "eval_prompts.jsonl", rng, 128, "eval")
     with (args.out / "documents.jsonl").open("w") as f:
         f.writelines(json.dumps({"text": text}) + "\n" for text in documents)
     print(f"wrote tokenizer, prompts and {len(documents)} documents to {args.out}", flush=True)

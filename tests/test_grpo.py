@@ -1,0 +1,404 @@
+"""Advantages, packing and loss, against hand-worked numbers and NumPy; the gradient of a split batch."""
+
+import copy
+import dataclasses
+import math
+import random
+
+import numpy as np
+import pytest
+import torch
+
+import grpo
+from grpo import Sample, advantages, collate, mismatch, pack, policy_loss
+from kernels import linear_logprob
+from model import ModelConfig, Qwen2
+
+NAN = float("nan")
+
+
+def rewards(*groups):
+    """rewards_BGR of one reward, from lists of a group's values."""
+    return torch.tensor(groups, dtype=torch.float64)[..., None]
+
+
+def one(values, floor=0.0):
+    """Advantages of a single group with a single reward, as a list."""
+    return advantages(rewards(values), torch.ones(1), std_floor=floor)[0][0].tolist()
+
+
+# ------------------------------------------------------------------------------------------ advantages
+
+
+def test_each_reward_is_normalised_in_its_group_and_then_averaged_by_weight():
+    """By hand: the std of 1, 2, 3, 4 is sqrt(5)/2, that of 0, 0, 0, 1 is sqrt(3)/4 (population)."""
+    groups = [[1, 0], [2, 0], [3, 0], [4, 1]], [[7, 0], [7, 2], [7, 0], [7, 2]]
+    r_BGR = torch.tensor(groups, dtype=torch.float64)
+    total_BG, each_BGR = advantages(r_BGR, torch.tensor([1.0, 3.0]), std_floor=0.0)
+    a = np.array([-3, -1, 1, 3]) / math.sqrt(5)
+    b = np.array([-1, -1, -1, 3]) / math.sqrt(3)
+    assert each_BGR.shape == (2, 4, 2) and total_BG.shape == (2, 4) and total_BG.dtype == torch.float32
+    np.testing.assert_allclose(each_BGR[0], np.stack((a, b), 1), atol=1e-6)
+    np.testing.assert_allclose(total_BG[0], (a + 3 * b) / 4, atol=1e-6)
+    np.testing.assert_allclose(each_BGR[1], [[0, -1], [0, 1], [0, -1], [0, 1]], atol=1e-6)
+    np.testing.assert_allclose(total_BG[1], [-0.75, 0.75, -0.75, 0.75], atol=1e-6)
+
+
+def test_only_the_proportion_of_weights_matters():
+    r_BGR = torch.rand(3, 8, 3, generator=torch.Generator().manual_seed(0))
+    a = advantages(r_BGR, torch.tensor([1.0, 2.0, 5.0]))[0]
+    torch.testing.assert_close(advantages(r_BGR, torch.tensor([10.0, 20.0, 50.0]))[0], a)
+    alone = advantages(r_BGR, torch.tensor([0.0, 1.0, 0.0]))[0]
+    torch.testing.assert_close(alone, advantages(r_BGR[..., 1:2], torch.ones(1))[0])
+
+
+def test_a_group_knows_nothing_of_another():
+    r_BGR = torch.rand(4, 6, 2, generator=torch.Generator().manual_seed(1))
+    whole = advantages(r_BGR, torch.ones(2))[0]
+    for b in range(4):
+        torch.testing.assert_close(advantages(r_BGR[b:b + 1], torch.ones(2))[0][0], whole[b])
+
+
+def test_one_failure_among_31_successes_gets_minus_root_31_and_a_floor_bounds_it():
+    """With mean 31/32 and std sqrt(31)/32 the failure stands sqrt(31) = 5.57 deviations below."""
+    a = one([1.0] * 31 + [0.0])
+    assert a[31] == pytest.approx(-5.5678, abs=1e-4) and a[0] == pytest.approx(1 / math.sqrt(31), abs=1e-6)
+    bounded = one([1.0] * 31 + [0.0], floor=0.1)
+    assert bounded[31] == pytest.approx(-(31 / 32) / (math.sqrt(31) / 32 + 0.1), abs=1e-5)
+    assert -3.54 < bounded[31] < -3.53
+
+
+def test_the_floor_is_added_to_the_standard_deviation():
+    assert one([0.0, 1.0], floor=0.5) == pytest.approx([-0.5, 0.5])
+    assert one([0.0, 1e-3], floor=0.5) == pytest.approx([-0.0005 / 0.5005, 0.0005 / 0.5005])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("value, size", [
+    (0.1, 7), (0.1, 3), (1 / 3, 31), (0.7, 32), (1e6 / 7, 9), (0.0, 4), (-0.1, 7)])
+def test_a_constant_group_has_advantage_exactly_zero(value, size, dtype):
+    """The mean of 0.1 given seven times is not 0.1: over a tiny deviation its rounding would be a signal."""
+    r_BGR = torch.full((1, size, 1), value, dtype=dtype)
+    for floor in (0.0, 1e-12, 1e-4):
+        total, each = advantages(r_BGR, torch.ones(1), std_floor=floor)
+        assert torch.count_nonzero(total) == 0 and torch.count_nonzero(each) == 0
+    mean, std, dead = grpo.group_spread(r_BGR.double())
+    assert std.item() == 0 and dead.item()
+
+
+def test_a_spread_below_one_in_a_million_is_dead_and_one_above_is_not():
+    assert one([0.5, 0.5 + 9e-7]) == [0.0, 0.0]
+    assert one([0.5, 0.5 + 1.1e-6]) == pytest.approx([-1.0, 1.0], rel=1e-6)
+    assert one([0.3, 0.3 + 5e-7, 0.3 - 3e-7]) == [0.0, 0.0, 0.0]
+
+
+def test_a_dead_reward_keeps_its_weight_so_that_it_damps_the_others():
+    r_BGR = torch.tensor([[[0.0, 1.0], [1.0, 1.0]]])
+    assert advantages(r_BGR, torch.ones(2), std_floor=0.0)[0].tolist() == [[-0.5, 0.5]]
+
+
+def test_a_missing_reward_leaves_the_mean_and_deviation_and_contributes_nothing():
+    """Not the same as 0, which would drag the mean; and its weight still counts in the average."""
+    r_BGR = torch.tensor([[[0.0, 1.0], [1.0, 1.0], [NAN, 3.0], [NAN, NAN]]])
+    total, each = advantages(r_BGR, torch.tensor([1.0, 1.0]), std_floor=0.0)
+    second = np.array([-1, -1, 2]) / math.sqrt(2)
+    np.testing.assert_allclose(each[0, :, 0], [-1, 1, 0, 0], atol=1e-6)
+    np.testing.assert_allclose(each[0, :, 1], [*second, 0], atol=1e-6)
+    averages = [(-1 + second[0]) / 2, (1 + second[1]) / 2, second[2] / 2, 0]
+    np.testing.assert_allclose(total[0], averages, atol=1e-6)
+    mean, std, dead = grpo.group_spread(r_BGR.double())
+    np.testing.assert_allclose(mean[0], [0.5, 5 / 3])
+    np.testing.assert_allclose(std[0], [0.5, math.sqrt(8) / 3])
+    assert not dead.any()
+
+
+@pytest.mark.parametrize("values", [[NAN] * 4, [NAN, NAN, 0.7, NAN], [0.1, NAN, 0.1, 0.1]])
+def test_a_group_with_nothing_to_compare_has_advantage_zero(values):
+    """All missing, all but one missing, or those that are there equal: zero, and never NaN."""
+    assert one(values) == [0.0] * 4 == one(values, floor=1e-4)
+    assert grpo.group_spread(rewards(values))[2].item()
+
+
+def test_the_scale_of_a_reward_does_not_matter_its_offset_neither():
+    """Summed raw, the reward of largest scale would win; normalised first, its unit drops out."""
+    r_BGR = torch.rand(5, 8, 3, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    a = advantages(r_BGR, torch.ones(3), std_floor=0.0)[0]
+    scaled = r_BGR * torch.tensor([1.0, 100.0, 1.0]) + torch.tensor([0.0, 0.0, -40.0])
+    torch.testing.assert_close(advantages(scaled, torch.ones(3), std_floor=0.0)[0], a, rtol=1e-6, atol=1e-6)
+
+
+def test_advantages_leave_their_arguments_alone():
+    r_BGR, weights_R = torch.tensor([[[0.0, NAN], [1.0, 0.3], [0.2, 0.3]]]), torch.tensor([1.0, 2.0])
+    before = r_BGR.clone(), weights_R.clone()
+    advantages(r_BGR, weights_R)
+    grpo.group_spread(r_BGR)
+    assert torch.equal(r_BGR.nan_to_num(-9), before[0].nan_to_num(-9)) and torch.equal(weights_R, before[1])
+
+
+def test_an_unknown_mode_is_an_error_that_names_it():
+    with pytest.raises(ValueError, match="no_such_mode"):
+        advantages(torch.zeros(1, 2, 1), torch.ones(1), mode="no_such_mode")
+
+
+# ------------------------------------------------------------------------------------------ packing
+
+
+def lengths_of(seed, n):
+    rng = random.Random(seed)
+    return [rng.choice([1, 5, 17, 40, 99, 100, 101, 250]) for _ in range(n)]
+
+
+@pytest.mark.parametrize("n", [0, 1, 2, 7, 64])
+@pytest.mark.parametrize("count", [0, 1, 5, 40, 100])
+def test_every_sample_is_in_one_micro_batch_and_only_a_long_one_exceeds_the_budget(n, count):
+    lengths = lengths_of(n, n)
+    bins = pack(lengths, 100, count)
+    assert sorted(i for chosen in bins for i in chosen) == list(range(n))
+    assert all(sum(lengths[i] for i in chosen) <= 100 or len(chosen) == 1 for chosen in bins)
+
+
+def test_count_gives_exactly_so_many_micro_batches_or_as_many_as_are_needed():
+    """Every rank must run as many forward and backward passes as the busiest, or FSDP's collectives hang."""
+    for n in (0, 1, 3, 20):
+        lengths = lengths_of(n, n)
+        needed = len(pack(lengths, 100))
+        assert all(len(pack(lengths, 100, count)) == max(count, needed) for count in range(50))
+
+
+def test_no_micro_batch_is_empty_unless_there_are_too_few_samples():
+    """Splitting the fullest comes before running on nothing."""
+    assert sorted(map(len, pack([10] * 8, 100, 3))) == [2, 2, 4]
+    assert sorted(map(len, pack([10] * 8, 100, 8))) == [1] * 8
+    assert sorted(map(len, pack([10] * 3, 100, 5))) == [0, 0, 1, 1, 1]
+    assert pack([], 100) == [] and pack([], 100, 3) == [[], [], []]
+
+
+def test_packing_fills_the_budget():
+    assert len(pack([60, 40, 50, 50, 30, 70, 100], 100)) == 4
+    assert len(pack([25] * 16, 100)) == 4
+
+
+def test_packing_is_a_pure_function():
+    lengths = lengths_of(3, 30)
+    before = list(lengths)
+    assert all(pack(lengths, 100, count) == pack(lengths, 100, count) for count in (0, 20))
+    assert lengths == before
+
+
+# ------------------------------------------------------------------------------------------ collate
+
+
+def samples_of(seed, n, vocabulary=53):
+    """Random samples; a token is never 0, so that a padded target could not be mistaken for one."""
+    rng = random.Random(seed)
+
+    def ids(low, high):
+        return [rng.randrange(1, vocabulary) for _ in range(rng.randint(low, high))]
+
+    out = []
+    for _ in range(n):
+        token_ids = ids(1, 12)
+        logp = [-rng.uniform(0.1, 4) for _ in token_ids]
+        out.append(Sample(ids(1, 7), token_ids, logp, rng.choice([-1, 1]) * rng.uniform(0.2, 2)))
+    return out
+
+
+def test_targets_are_the_next_tokens_and_only_completions_are_trained():
+    batch = collate([Sample([3, 4, 5], [6, 7], [-0.5, -0.25], 2.0), Sample([8], [9], [-1.5], -1.0)])
+    assert batch.tokens_T.tolist() == [3, 4, 5, 6, 7, 8, 9]
+    assert batch.mask_T.tolist() == [False, False, True, True, False, True, False]
+    assert batch.targets_T[batch.mask_T].tolist() == [6, 7, 9]
+    assert batch.rollout_logp_T[batch.mask_T].tolist() == [-0.5, -0.25, -1.5]
+    assert batch.advantage_T[batch.mask_T].tolist() == [2.0, 2.0, -1.0]
+    assert batch.attention.lengths == [5, 2] and batch.attention.positions_T.tolist() == [0, 1, 2, 3, 4, 0, 1]
+
+
+def test_a_batch_aligns_for_any_samples():
+    """Every completion token once, in order, where it is predicted; nothing crosses from sample to sample."""
+    samples = samples_of(0, 40)
+    batch = collate(samples)
+    keep = batch.mask_T
+    assert batch.targets_T[keep].tolist() == [t for s in samples for t in s.token_ids]
+    assert torch.equal(batch.targets_T[:-1][keep[:-1]], batch.tokens_T[1:][keep[:-1]]) and not keep[-1]
+    assert batch.rollout_logp_T[keep].tolist() == pytest.approx([p for s in samples for p in s.rollout_logp])
+    expected = [s.advantage for s in samples for _ in s.token_ids]
+    assert batch.advantage_T[keep].tolist() == pytest.approx(expected)
+    assert batch.attention.lengths == [len(s.prompt_ids) + len(s.token_ids) for s in samples]
+    ends = np.cumsum(batch.attention.lengths) - 1
+    assert not keep[ends].any(), "the last token of a sample predicts nothing"
+    for tensor in (batch.targets_T, keep, batch.rollout_logp_T, batch.advantage_T):
+        assert tensor.shape == batch.tokens_T.shape
+    assert (batch.tokens_T.dtype, batch.targets_T.dtype, keep.dtype) == (torch.int64, torch.int64, torch.bool)
+    assert batch.rollout_logp_T.dtype == batch.advantage_T.dtype == torch.float32
+
+
+def test_a_batch_of_no_samples_trains_nothing_and_has_gradient_zero():
+    """A rank without samples runs it to stay in step; it must not bring NaN into the sum."""
+    model = tiny_model()
+    batch = collate([])
+    assert len(batch.tokens_T) == 1 and not batch.mask_T.any()
+    loss, metrics, grads = gradient(model, [[]], 10)
+    assert loss == 0 and all(g.abs().max() == 0 for g in grads)
+    assert len(grads) == len(list(model.parameters()))
+    assert all(value == 0 for value in metrics.values())
+
+
+# ------------------------------------------------------------------------------------------ loss
+
+
+def reference(logp, old, advantage, denominator, low, high):
+    """The clipped surrogate and its gradient in fp64: clipping acts where it makes the objective smaller."""
+    ratio = np.exp(logp - old)
+    clipped = np.clip(ratio, 1 - low, 1 + high)
+    acts = np.where(advantage > 0, ratio > 1 + high, ratio < 1 - low)
+    value = -np.where(acts, clipped, ratio) * advantage / denominator
+    return value.sum(), np.where(acts, 0.0, -ratio * advantage / denominator), acts.sum() / denominator
+
+
+@pytest.mark.parametrize("low, high", [(0.2, 0.2), (0.2, 0.28), (0.1, 0.5)])
+def test_the_loss_and_its_gradient_equal_numpy_in_every_branch(low, high):
+    """Ratios below, inside and above the clip, each with a good and a bad advantage."""
+    ratio = np.array([0.3, 0.85, 1.0, 1.15, 1.24, 1.35, 2.5] * 2)
+    advantage = np.array([1.5] * 7 + [-0.5] * 7)
+    old = np.log(np.linspace(0.1, 0.3, 14))
+    logp = torch.tensor(old + np.log(ratio), requires_grad=True)
+    loss, metrics = policy_loss(logp, torch.tensor(old), torch.tensor(advantage), 20, low, high)
+    loss.backward()
+    value, grad, share = reference(logp.detach().numpy(), old, advantage, 20, low, high)
+    np.testing.assert_allclose(loss.item(), value, rtol=1e-12)
+    np.testing.assert_allclose(logp.grad, grad, rtol=1e-12, atol=1e-15)
+    np.testing.assert_allclose(metrics["clip_share"], share, rtol=1e-6)
+    assert metrics["loss"] == loss.detach() and not metrics["loss"].requires_grad
+
+
+def test_the_four_clipped_and_unclipped_corners_by_hand():
+    """A > 0 stops at ratio 1.28 and is free below; A < 0 stops at ratio 0.8 and is free above."""
+    logp = torch.tensor([2.0, 2.0, 0.5, 0.5]).log().requires_grad_()
+    loss, metrics = policy_loss(logp, torch.zeros(4), torch.tensor([1.0, -1.0, 1.0, -1.0]), 4, 0.2, 0.28)
+    loss.backward()
+    assert loss.item() == pytest.approx(-(1.28 - 2 + 0.5 - 0.8) / 4)
+    assert logp.grad.tolist() == pytest.approx([0, 0.5, -0.125, 0]) and metrics["clip_share"] == 0.5
+
+
+def test_on_policy_the_gradient_is_minus_the_advantage_over_the_denominator():
+    """The ratio is 1: the value is minus the mean advantage, and nothing is clipped, whatever eps is."""
+    advantage = torch.tensor([2.0, -1.0, 0.0, 0.5])
+    for eps in (0.0, 0.2):
+        logp = torch.tensor([-0.3, -2.0, -5.0, -40.0], requires_grad=True)
+        loss, metrics = policy_loss(logp, logp.detach(), advantage, 10, eps, eps)
+        loss.backward()
+        assert logp.grad.tolist() == pytest.approx((-advantage / 10).tolist())
+        assert loss.item() == pytest.approx(-0.15) and metrics["clip_share"] == 0
+
+
+def test_the_denominator_is_the_one_that_is_given():
+    """Not the number of tokens at hand: those are one micro-batch's."""
+    logp = torch.full((6,), -1.0)
+    for denominator in (6, 60, 1e6):
+        loss, _ = policy_loss(logp, logp, torch.ones(6), denominator)
+        assert loss.item() == pytest.approx(-6 / denominator)
+
+
+def test_mismatch_by_hand():
+    """Differences log 2, 0, -log 2: r is 2, 1, 1/2 and r - 1 - log r is 1 - log 2, 0, log 2 - 1/2."""
+    rollout = torch.tensor([-1.0, -2.0, -3.0])
+    logp = rollout + torch.tensor([math.log(2), 0.0, -math.log(2)])
+    metrics = mismatch(logp.requires_grad_(), rollout, 4)
+    assert metrics["gap/mean"].item() == pytest.approx(2 * math.log(2) / 4)
+    assert metrics["gap/k3"].item() == pytest.approx(0.5 / 4)
+    assert metrics["gap/max"].item() == pytest.approx(math.log(2))
+    assert not any(value.requires_grad for value in metrics.values())
+
+
+def test_mismatch_is_zero_without_tokens_and_never_negative():
+    assert all(value == 0 for value in mismatch(torch.empty(0), torch.empty(0), 3).values())
+    generator = torch.Generator().manual_seed(3)
+    a, b = torch.randn(1000, generator=generator), torch.randn(1000, generator=generator)
+    for scale in (1.0, 1e-3, 1e-6):
+        assert mismatch(a, a + scale * b, 1000)["gap/k3"] >= 0
+
+
+# ------------------------------------------------------------------------------------------ micro-batches
+
+
+def tiny_model():
+    config = ModelConfig(vocab_size=60, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+                         num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=True,
+                         initializer_range=0.2)
+    return Qwen2(config).init_weights_(0)
+
+
+def gradient(model, parts, denominator):
+    """Loss, metrics and gradients of all parameters, summed over micro-batches as in the training loop."""
+    model = copy.deepcopy(model)
+    sums = {}
+    for part in parts:
+        batch = collate(part)
+        hidden_TC, keep = model(batch.tokens_T, batch.attention), batch.mask_T
+        logp, _ = linear_logprob(hidden_TC[keep], model.head_weight[:53], batch.targets_T[keep], 0.8)
+        old = batch.rollout_logp_T[keep]
+        loss, metrics = policy_loss(logp, old, batch.advantage_T[keep], denominator, 0.2, 0.28)
+        loss.backward()
+        metrics |= mismatch(logp, old, denominator)
+        metrics.pop("gap/max")
+        sums = {name: sums.get(name, 0.0) + metrics[name].item() for name in metrics}
+    return sums["loss"], sums, [p.grad for p in model.parameters()]
+
+
+def off_policy(model, samples):
+    """The samples with an old policy's logprobs near the model's own, so that some ratios are clipped."""
+    rng, out = random.Random(5), []
+    for s in samples:
+        batch = collate([s])
+        with torch.no_grad():
+            hidden_TC = model(batch.tokens_T, batch.attention)[batch.mask_T]
+            logp, _ = linear_logprob(hidden_TC, model.head_weight[:53], batch.targets_T[batch.mask_T], 0.8)
+        old = [p + rng.uniform(-0.4, 0.4) for p in logp.tolist()]
+        out.append(dataclasses.replace(s, rollout_logp=old))
+    return out
+
+
+def test_a_batch_split_into_micro_batches_has_the_same_loss_and_gradient():
+    """1, 2 and 5 micro-batches, permuted samples, a split by budget, empty ones: one global denominator.
+
+    It does not exercise several ranks, whose gradients are summed the same way.
+    """
+    model = tiny_model()
+    samples = off_policy(model, samples_of(1, 14))
+    tokens = sum(len(s.token_ids) for s in samples)
+    loss, metrics, grads = gradient(model, [samples], tokens)
+    norm = math.sqrt(sum(g.square().sum().item() for g in grads))
+    assert norm > 0.01 and 0.1 < metrics["clip_share"] < 0.6 and abs(loss) > 1e-3
+    shuffled = random.Random(6).sample(samples, len(samples))
+    lengths = [len(s.prompt_ids) + len(s.token_ids) for s in samples]
+    splits = {
+        "permuted": [shuffled],
+        "2": [samples[:5], samples[5:]],
+        "5": [samples[:1], samples[1:4], samples[4:5], samples[5:11], samples[11:]],
+        "5 permuted": [shuffled[i::5] for i in range(5)],
+        "each alone": [[s] for s in samples],
+        "budget": [[samples[i] for i in chosen] for chosen in pack(lengths, 40)],
+        "budget and empty ones": [[samples[i] for i in chosen] for chosen in pack(lengths, 40, 17)],
+    }
+    assert len(splits["budget"]) > 2 and [] in splits["budget and empty ones"]
+    for name, parts in splits.items():
+        other_loss, other_metrics, other_grads = gradient(model, parts, tokens)
+        assert other_loss == pytest.approx(loss, rel=1e-5), name
+        assert other_metrics == pytest.approx(metrics, rel=1e-5), name
+        difference = math.sqrt(sum((a - b).square().sum().item() for a, b in zip(grads, other_grads)))
+        assert difference <= 1e-5 * norm, name
+
+
+def test_neighbours_in_a_batch_do_not_change_a_samples_logprobs():
+    """Attention stays inside a sample and positions start anew with each."""
+    model, samples = tiny_model(), samples_of(2, 9)
+
+    def logprobs(part):
+        batch = collate(part)
+        with torch.no_grad():
+            hidden_TC = model(batch.tokens_T, batch.attention)[batch.mask_T]
+            logp, _ = linear_logprob(hidden_TC, model.head_weight, batch.targets_T[batch.mask_T])
+        return logp.split([len(s.token_ids) for s in part])
+
+    for s, together in zip(samples, logprobs(samples)):
+        torch.testing.assert_close(logprobs([s])[0], together, rtol=1e-5, atol=1e-5)

@@ -1,0 +1,242 @@
+"""kernels/logprob.py against log_softmax and autograd in fp64, and that T x V logits never exist.
+
+Not exercised here: the CUDA branch of `matmul_fp32`.
+"""
+
+import math
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from kernels import logprob
+from kernels.logprob import linear_logprob
+
+T, V, C = 13, 37, 8
+
+
+def reference(hidden_TC, weight_VC, targets_T, temperature=1.0):
+    """In the dtype of its inputs; the tests pass fp64."""
+    logp_TV = torch.log_softmax(hidden_TC @ weight_VC.T / temperature, dim=-1)
+    return logp_TV.gather(-1, targets_T[:, None])[:, 0], -(logp_TV.exp() * logp_TV).sum(-1)
+
+
+def inputs(rows=T, vocabulary=V, width=C, scale=1.0, seed=0):
+    """hidden, weight, targets and the upstream gradients of logp and entropy; logits are about 2 x scale."""
+    g = torch.Generator().manual_seed(seed)
+    hidden_TC, weight_VC = torch.randn(rows, width, generator=g), torch.randn(vocabulary, width, generator=g)
+    targets_T = torch.randint(vocabulary, (rows,), generator=g)
+    upstream = torch.randn(rows, generator=g), torch.randn(rows, generator=g)
+    return hidden_TC, weight_VC * (2 * scale / math.sqrt(width)), targets_T, *upstream
+
+
+def results_of(function, hidden_TC, weight_VC, targets_T, up_logp_T, up_entropy_T, temperature=1.0):
+    """logp, entropy and the gradients for hidden and weight."""
+    hidden_TC, weight_VC = (x.detach().clone().requires_grad_() for x in (hidden_TC, weight_VC))
+    logp_T, entropy_T = function(hidden_TC, weight_VC, targets_T, temperature)
+    loss = (logp_T * up_logp_T).sum() + (entropy_T * up_entropy_T).sum()
+    return logp_T, entropy_T, *torch.autograd.grad(loss, (hidden_TC, weight_VC))
+
+
+def exact_results(hidden_TC, weight_VC, *rest):
+    """The same of `reference` in fp64."""
+    return results_of(reference, hidden_TC.double(), weight_VC.double(), *rest)
+
+
+def assert_close(results, expected, tolerance):
+    """Relative norm of logp, entropy and both gradients."""
+    for name, x, y in zip(("logp", "entropy", "grad_hidden", "grad_weight"), results, expected, strict=True):
+        error = (x.double() - y).norm() / y.norm().clamp(min=1e-30)
+        assert error < tolerance, f"{name}: relative error {error:.2e}"
+
+
+# -------------------------------------------------------------------------------- values and gradients
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.8, 1.7])
+@pytest.mark.parametrize("chunk_bytes", [1, 4 * V * 5 + 3, 4 * V * 12, 4 * V * T, 2**26])
+def test_values_and_gradients_equal_fp64_autograd(chunk_bytes, temperature, monkeypatch):
+    """Chunks of 1, 5 (the last of 3), 12 (the last of 1), all 13 and more rows; both upstream gradients."""
+    monkeypatch.setattr(logprob, "CHUNK_BYTES", chunk_bytes)
+    results = results_of(linear_logprob, *inputs(), temperature)
+    assert all(x.dtype == torch.float32 for x in results)
+    assert_close(results, exact_results(*inputs(), temperature), 1e-5)
+
+
+@pytest.mark.parametrize("used", ["logp", "entropy"])
+def test_gradients_are_right_when_only_one_output_is_used(used, monkeypatch):
+    """Both with a zero upstream gradient and with an output that is not part of the loss at all."""
+    monkeypatch.setattr(logprob, "CHUNK_BYTES", 4 * V * 5)
+    hidden, weight, targets, *upstream = inputs()
+    i = ("logp", "entropy").index(used)
+    upstream[1 - i] = torch.zeros(T)
+    expected = exact_results(hidden, weight, targets, *upstream, 0.8)
+    results = results_of(linear_logprob, hidden, weight, targets, *upstream, 0.8)
+    assert_close(results, expected, 1e-5)
+    hidden.requires_grad_(), weight.requires_grad_()
+    output = linear_logprob(hidden, weight, targets, 0.8)[i]
+    gradients = torch.autograd.grad((output * upstream[i]).sum(), (hidden, weight))
+    assert_close((*results[:2], *gradients), expected, 1e-5)
+
+
+def test_hidden_or_weight_alone_can_require_a_gradient():
+    hidden, weight, targets, *upstream = inputs()
+    expected = results_of(linear_logprob, hidden, weight, targets, *upstream)
+    for x, gradient in ((hidden, expected[2]), (weight, expected[3])):
+        x.requires_grad_()
+        logp, entropy = linear_logprob(hidden, weight, targets)
+        (logp * upstream[0] + entropy * upstream[1]).sum().backward()
+        assert torch.equal(x.grad, gradient)
+        x.requires_grad_(False)
+
+
+def test_no_argument_or_upstream_gradient_is_changed_in_place(monkeypatch):
+    monkeypatch.setattr(logprob, "CHUNK_BYTES", 4 * V * 5)
+    given = inputs()
+    kept = [x.clone() for x in given]
+    hidden, weight, targets, *upstream = given
+    hidden.requires_grad_(), weight.requires_grad_()
+    outputs = linear_logprob(hidden, weight, targets, 0.8)
+    torch.autograd.grad(outputs, (hidden, weight), upstream)
+    assert all(torch.equal(x, y) for x, y in zip(given, kept, strict=True))
+
+
+def test_a_uniform_distribution_has_logp_minus_log_v_and_entropy_log_v():
+    """A known distribution, at any temperature: independent of the reference above."""
+    hidden, weight, targets, *_ = inputs()
+    logp, entropy = linear_logprob(torch.zeros_like(hidden), weight, targets, 0.8)
+    assert torch.allclose(logp, torch.full((T,), -math.log(V)))
+    assert torch.allclose(entropy, torch.full((T,), math.log(V)))
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.8])
+def test_logits_of_ten_thousand_are_finite_and_right(temperature):
+    """Logits +-1e4, exact in fp32: two equal maxima, one maximum far above, small differences on top of 1e4.
+
+    Without the row's maximum subtracted first, probabilities sum to 1 +- 1e-3 (fp32's spacing at 1e4), and
+    the entropy and both gradients are off by that times 1e4.
+    """
+    near = [10_000.0, 10_001.0, 10_002.0, 10_000.5, 9_999.0]
+    equal, alone = [1e4, 1e4, -1e4, 0.0, -1e4], [-1e4, 0.0, 1e4, 0.0, 0.0]
+    rows = [equal, equal, alone, near, [-z for z in near]]
+    weight, targets = torch.eye(5), torch.tensor([0, 2, 2, 1, 4])
+    case = torch.tensor(rows), weight, targets, torch.ones(5), torch.tensor([1.0, -1.0, 1.0, 0.5, 0.5])
+    results = results_of(linear_logprob, *case, temperature)
+    expected = exact_results(*case, temperature)
+    assert all(x.isfinite().all() for x in results)
+    absolute = 1e-4, 1e-4, 1e-4, 1.0  # the weight's gradient is a sum of terms of 1e4
+    for x, y, atol in zip(results, expected, absolute, strict=True):
+        assert torch.allclose(x.double(), y, rtol=1e-5, atol=atol), (x, y)
+    assert (results[1] >= -1e-6).all() and (results[0] <= 1e-6).all()
+
+
+# -------------------------------------------------------------------------------- bf16
+
+
+def test_bf16_inputs_are_accumulated_in_fp32():
+    """Within 1e-2 of fp64; logp and entropy 20 times better than bf16-rounded logits would give them."""
+    hidden, weight, targets, *upstream = inputs(rows=64, vocabulary=300, width=128, scale=3.0)
+    hidden, weight = hidden.bfloat16(), weight.bfloat16()
+    results = results_of(linear_logprob, hidden, weight, targets, *upstream, 0.8)
+    assert [x.dtype for x in results] == [torch.float32, torch.float32, torch.bfloat16, torch.bfloat16]
+    expected = exact_results(hidden, weight, targets, *upstream, 0.8)
+    assert_close(results, expected, 1e-2)
+    logits = (hidden.double() @ weight.double().T).bfloat16().double()
+    rounded = reference(logits, torch.eye(300, dtype=torch.float64), targets, 0.8)
+    for x, y, z in zip(results[:2], expected[:2], rounded, strict=True):
+        error, error_if_rounded = (x - y).abs().max(), (z - y).abs().max()
+        assert error < 1e-2 and error < error_if_rounded / 20, (error, error_if_rounded)
+
+
+def test_the_weight_gradient_of_bf16_inputs_is_summed_over_chunks_in_fp32(monkeypatch):
+    """300 chunks of one row, all with the same gradient: a bf16 sum would stop growing at 256 of them."""
+    monkeypatch.setattr(logprob, "CHUNK_BYTES", 1)
+    rows = 300
+    hidden, weight = torch.ones(rows, 4, dtype=torch.bfloat16), torch.zeros(8, 4, dtype=torch.bfloat16)
+    case = hidden, weight, torch.zeros(rows, dtype=torch.int64), torch.ones(rows), torch.zeros(rows)
+    *_, grad_weight = results_of(linear_logprob, *case)
+    expected = torch.full((8, 4), -rows / 8)
+    expected[0] += rows
+    assert torch.allclose(grad_weight.float(), expected, rtol=2**-8)
+
+
+# -------------------------------------------------------------------------------- rows that do not count
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("entropy_used", [True, False])
+def test_rows_without_upstream_gradient_get_exactly_zero_and_give_nothing(entropy_used, dtype, monkeypatch):
+    """Whole chunks and single rows of a chunk; the weight's gradient is that of the counted rows alone."""
+    monkeypatch.setattr(logprob, "CHUNK_BYTES", 4 * V * 4)
+    hidden, weight, targets, up_logp, up_entropy = inputs()
+    counted = torch.tensor([1, 0, 1, 1] + [0] * 4 + [0, 0, 0, 1] + [0], dtype=torch.bool)
+    up_logp, up_entropy = up_logp * counted, up_entropy * counted * entropy_used
+    hidden, weight = hidden.to(dtype), weight.to(dtype)
+    *_, grad_hidden, grad_weight = results_of(linear_logprob, hidden, weight, targets, up_logp, up_entropy)
+    assert not grad_hidden[~counted].any() and grad_hidden[counted].abs().amax(-1).min() > 0
+    changed = torch.where(counted[:, None], hidden, -3 * hidden)
+    others = (targets + ~counted) % V
+    *_, same = results_of(linear_logprob, changed, weight, others, up_logp, up_entropy)
+    assert torch.equal(grad_weight, same)
+
+
+def test_no_rows_at_all_work_forward_and_backward():
+    hidden, weight, targets, *upstream = inputs(rows=0)
+    logp, entropy, grad_hidden, grad_weight = results_of(linear_logprob, hidden, weight, targets, *upstream)
+    assert logp.shape == entropy.shape == (0,) and grad_hidden.shape == (0, C)
+    assert grad_weight.shape == (V, C) and not grad_weight.any()
+
+
+def test_rows_of_a_padded_vocabulary_change_nothing_and_get_zero_gradient():
+    hidden, weight, targets, *upstream = inputs()
+    padded = torch.cat((weight, 9 * torch.ones(11, C))).requires_grad_()
+    hidden.requires_grad_()
+    logp, entropy = linear_logprob(hidden, padded[:V], targets, 0.8)
+    grad_hidden, grad_padded = torch.autograd.grad((logp, entropy), (hidden, padded), upstream)
+    assert grad_padded.shape == padded.shape and not grad_padded[V:].any()
+    expected = exact_results(hidden, weight, targets, *upstream, 0.8)
+    assert_close((logp, entropy, grad_hidden, grad_padded[:V]), expected, 1e-5)
+
+
+@pytest.mark.parametrize("temperature", [0, 0.0, -0.5])
+def test_a_temperature_that_is_not_positive_is_an_error_that_names_it(temperature):
+    with pytest.raises(ValueError, match=f"temperature must be positive, got {temperature}"):
+        linear_logprob(*inputs()[:3], temperature)
+
+
+# -------------------------------------------------------------------------------- memory
+
+
+class LargestTensor(TorchDispatchMode):
+    """Records the largest tensor that any operation returns: (numel, operation)."""
+
+    def __init__(self):
+        super().__init__()
+        self.largest = (0, "nothing")
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        out = operation(*args, **(kwargs or {}))
+        for x in out if isinstance(out, (tuple, list)) else (out,):
+            if isinstance(x, torch.Tensor):
+                self.largest = max(self.largest, (x.numel(), str(operation)))
+        return out
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("chunk_rows", [3, 20])
+def test_no_tensor_is_larger_than_a_chunk_and_the_weight_forward_or_backward(chunk_rows, dtype, monkeypatch):
+    """T x V is 12 weights and 10 of the larger chunks."""
+    rows, vocabulary, width = 200, 512, 16
+    chunk, bound = chunk_rows * vocabulary, max(chunk_rows, width) * vocabulary
+    monkeypatch.setattr(logprob, "CHUNK_BYTES", 4 * chunk)
+    hidden, weight, targets, *upstream = inputs(rows, vocabulary, width)
+    hidden, weight = (x.to(dtype).requires_grad_() for x in (hidden, weight))
+    with LargestTensor() as forward:
+        outputs = linear_logprob(hidden, weight, targets, 0.8)
+    with LargestTensor() as backward:
+        torch.autograd.grad(outputs, (hidden, weight), upstream)
+    for largest in (forward.largest, backward.largest):
+        assert chunk <= largest[0] <= bound, largest
+    with LargestTensor() as naive:  # the instrument does see it
+        torch.autograd.grad(reference(hidden, weight, targets), (hidden, weight), upstream)
+    assert naive.largest[0] == rows * vocabulary

@@ -1,0 +1,291 @@
+"""Options: command line, config files, --help, and contradictions that are found before any file is read."""
+
+import ast
+import dataclasses
+import inspect
+import json
+import re
+import sys
+
+import pytest
+import torch
+
+import train
+from parallel import World
+from rewards import REWARDS
+from train import Config, ConfigError, check, parse
+
+FIELDS = {f.name: f for f in dataclasses.fields(Config)}
+OTHER = {str: "elsewhere", int: 7919, float: 0.125}  # a value that is no field's default
+
+
+def other(field):
+    """A legal value of a field that is not its default."""
+    value = not field.default if field.type is bool else OTHER[field.type]
+    assert value != field.default
+    return value
+
+
+def config_file(folder, content):
+    file = folder / "config.json"
+    file.write_text(content if isinstance(content, str) else json.dumps(content))
+    return str(file)
+
+
+# ------------------------------------------------------------------------------------------ parse
+
+
+def test_no_argument_gives_the_defaults():
+    assert parse([]) == Config()
+
+
+@pytest.mark.parametrize("name", FIELDS)
+def test_every_option_is_set_from_the_command_line_in_both_spellings(name):
+    """--NAME VALUE and --NAME=VALUE, with underscores or hyphens; every other field keeps its default."""
+    value = other(FIELDS[name])
+    text = str(value).lower() if isinstance(value, bool) else str(value)
+    expected = dataclasses.replace(Config(), **{name: value})
+    for spelled in ("--" + name, "--" + name.replace("_", "-")):
+        for arguments in ([spelled, text], [f"{spelled}={text}"]):
+            got = parse(arguments)
+            assert got == expected and type(getattr(got, name)) is FIELDS[name].type
+
+
+@pytest.mark.parametrize("name", FIELDS)
+def test_every_option_is_set_from_a_config_file_as_a_value_or_as_text(name, tmp_path):
+    value = other(FIELDS[name])
+    expected = dataclasses.replace(Config(), **{name: value})
+    for written in (value, str(value)):
+        got = parse(["--config", config_file(tmp_path, {name: written})])
+        assert got == expected and type(getattr(got, name)) is FIELDS[name].type
+
+
+def test_a_whole_number_in_a_config_file_is_a_number(tmp_path):
+    got = parse(["--config", config_file(tmp_path, {"lr": 1, "clip_grad": 2})])
+    assert (got.lr, got.clip_grad) == (1.0, 2.0) and type(got.lr) is float
+
+
+def test_options_after_a_config_file_win_over_it(tmp_path):
+    file = config_file(tmp_path, {"lr": 0.5, "steps": 3, "wandb": True})
+    got = parse(["--config", file, "--lr", "0.25", "--wandb=false"])
+    assert (got.lr, got.steps, got.wandb) == (0.25, 3, False)
+    assert parse([f"--config={file}", "--steps", "4"]).steps == 4
+    assert parse(["--lr", "0.25", "--config", file]).lr == 0.5, "the later one wins"
+    assert parse(["--lr", "1", "--lr", "2"]).lr == 2.0
+
+
+def test_a_recorded_config_reads_back_as_it_was(tmp_path):
+    """A run's config.json is a config file."""
+    config = dataclasses.replace(Config(), **{name: other(f) for name, f in FIELDS.items()})
+    assert parse(["--config", config_file(tmp_path, dataclasses.asdict(config))]) == config
+
+
+@pytest.mark.parametrize("arguments, stop", [
+    (["--stop="], ()), (["--stop", ""], ()), (["--stop=a=b,--c"], ("a=b", "--c")),
+    (["--stop", "</a>"], ("</a>",)), (["--stop", "x,,y,"], ("x", "y")), (["--stop", " x y"], (" x y",)), (["--stop=用户"], ("用户",))])
+def test_text_is_taken_as_it_stands(arguments, stop):
+    assert parse(arguments).stop_strings == stop
+
+
+def test_numbers_may_be_written_in_any_of_pythons_ways():
+    assert parse(["--lr", "1e-6"]).lr == 1e-6 and parse(["--lr", "3"]).lr == 3.0
+    assert parse(["--seed", "-5"]).seed == -5
+
+
+@pytest.mark.parametrize("text, value", [("true", True), ("false", False), ("True", True), ("FALSE", False)])
+def test_booleans_are_written_true_and_false(text, value):
+    assert parse(["--recompute", text]).recompute is value
+
+
+@pytest.mark.parametrize("name, near", [
+    ("learning_rate", None), ("grop_size", "group_size"), ("group-sizes", "group_size"),
+    ("max_new_token", "max_new_tokens"), ("step", "steps"), ("stopp", "stop"), ("Seed", "seed"),
+    ("resum", "resume"), ("qqqq", None)])
+def test_an_unknown_option_is_an_error_that_names_the_nearest_one(name, near, tmp_path):
+    file = config_file(tmp_path, {name.replace("-", "_"): 1})
+    for arguments in (["--" + name, "1"], [f"--{name}=1"], ["--config", file]):
+        with pytest.raises(ConfigError) as e:
+            parse(arguments)
+        assert repr(name.replace("-", "_")) in str(e.value)
+        if near:
+            assert f"did you mean {near!r}" in str(e.value)
+
+
+@pytest.mark.parametrize("name, text, expected", [
+    ("steps", "many", "a whole number"), ("steps", "1.5", "a whole number"),
+    ("steps", "1e3", "a whole number"), ("steps", "", "a whole number"), ("lr", "fast", "a number"),
+    ("lr", "", "a number"), ("lr", "1,5", "a number"), ("recompute", "1", "true or false"),
+    ("recompute", "yes", "true or false"), ("wandb", "", "true or false"),
+    ("wandb", "--lr", "true or false")])
+def test_a_value_of_the_wrong_type_is_an_error_that_names_option_and_value(name, text, expected):
+    with pytest.raises(ConfigError, match=f"{name} must be {expected}") as e:
+        parse([f"--{name}", text])
+    assert repr(text) in str(e.value) and "command line" in str(e.value)
+
+
+@pytest.mark.parametrize("name, value", [
+    ("steps", 1.5), ("steps", True), ("steps", None), ("steps", [1]), ("steps", "x"), ("lr", True),
+    ("lr", None), ("lr", {}), ("recompute", 1), ("recompute", 0), ("recompute", None), ("model", 3), ("model", None),
+    ("stop", ["a"]), ("stop", True)])
+def test_a_wrong_type_in_a_config_file_is_an_error_that_names_file_option_and_value(name, value, tmp_path):
+    """JSON's true is not 1, and a list is not a comma-separated text."""
+    file = config_file(tmp_path, {name: value})
+    with pytest.raises(ConfigError) as e:
+        parse(["--config", file])
+    assert file in str(e.value) and f"{name} must be" in str(e.value) and repr(value) in str(e.value)
+
+
+@pytest.mark.parametrize("arguments, part", [
+    (["lr", "1"], "'lr'"), (["--lr", "1", "2"], "'2'"), (["-lr", "1"], "'-lr'"), (["--lr"], "--lr"),
+    (["--config"], "--config"), (["--steps", "3", "--wandb"], "--wandb"), (["--", "3"], "no option")])
+def test_a_command_line_that_is_not_names_and_values_is_an_error(arguments, part):
+    with pytest.raises(ConfigError) as e:
+        parse(arguments)
+    assert part in str(e.value)
+
+
+@pytest.mark.parametrize("content", ["", "{", "[1, 2]", '"steps"', "null", "3", "{'steps': 3}"])
+def test_a_config_file_that_is_no_json_object_is_an_error_that_names_it(content, tmp_path):
+    file = config_file(tmp_path, content)
+    with pytest.raises(ConfigError) as e:
+        parse(["--config", file])
+    assert file in str(e.value) and "JSON object" in str(e.value)
+
+
+def test_a_config_file_that_is_absent_is_an_error_that_names_it(tmp_path):
+    for file in (tmp_path / "absent.json", tmp_path):
+        with pytest.raises(ConfigError, match="cannot be read") as e:
+            parse(["--config", str(file)])
+        assert str(file) in str(e.value)
+
+
+@pytest.mark.xfail(strict=True, raises=UnicodeDecodeError, reason="parse() catches JSONDecodeError alone")
+def test_a_config_file_that_is_not_text_is_an_error_that_names_it(tmp_path):
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(b"\xff\xfe\x00\x81")
+    with pytest.raises(ConfigError, match="model.safetensors"):
+        parse(["--config", str(file)])
+
+
+# ------------------------------------------------------------------------------------------ help
+
+
+@pytest.mark.parametrize("flag", [["--help"], ["-h"], ["--lr", "1", "--help"]])
+def test_help_lists_every_option_with_its_comment_and_default(flag, capsys):
+    """--help is made from the source: a field whose line is written otherwise would vanish from it."""
+    with pytest.raises(SystemExit) as e:
+        parse(flag)
+    assert e.value.code == 0
+    shown = capsys.readouterr().out.splitlines()
+    source = inspect.getsource(Config).splitlines()
+    for name, field in FIELDS.items():
+        (line,) = [x for x in source if re.match(rf"    {name}: ", x)]
+        comment = line.split("  # ", 1)[1]
+        assert len(comment) > 3
+        (row,) = [x for x in shown if re.match(rf"\s*--{name}\s", x)]
+        assert comment in row and field.type.__name__ in row
+        default = re.search(r"\[([^][]*)\]$", row).group(1)
+        assert ast.literal_eval(default) == field.default
+    assert any("--config FILE.json" in x for x in shown)
+
+
+def test_help_lists_nothing_else(capsys):
+    with pytest.raises(SystemExit):
+        parse(["--help"])
+    rows = re.findall(r"^  --(\w+)", capsys.readouterr().out, re.M)
+    assert rows == list(FIELDS)
+
+
+def test_a_wrong_option_ends_the_program_with_one_line_and_no_traceback(capsys, monkeypatch):
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.setattr(sys, "argv", ["train.py", "--grop_size", "4"])
+    with pytest.raises(SystemExit) as e:
+        train.main()
+    error = capsys.readouterr().err
+    assert e.value.code == 2
+    assert error.startswith("error: ") and "group_size" in error and error.count("\n") == 1
+
+
+# ------------------------------------------------------------------------------------------ check
+
+
+def refused(ranks=2, **changes):
+    """The message with which check refuses the default config with some changes."""
+    with pytest.raises(ConfigError) as e:
+        check(dataclasses.replace(Config(), **changes), World(rank=0, size=ranks, device=torch.device("cpu")))
+    return str(e.value)
+
+
+def allowed(ranks=2, **changes):
+    check(dataclasses.replace(Config(), **changes), World(rank=0, size=ranks, device=torch.device("cpu")))
+
+
+def test_the_default_config_is_allowed():
+    for ranks in (1, 2, 4, 8):
+        allowed(ranks)
+
+
+@pytest.mark.parametrize("name", [
+    "steps", "prompts_per_step", "max_new_tokens", "temperature", "clip_grad", "micro_batch_tokens",
+    "max_sequences", "page_size", "eval_every", "save_every", "keep_checkpoints"])
+def test_what_must_be_positive_may_not_be_zero_negative_or_nan(name):
+    for value in (0, -1, float("nan")):
+        assert f"{name} must be positive, not {value}" in refused(**{name: value})
+    allowed(ranks=1, **{name: 1})
+
+
+@pytest.mark.parametrize("name", ["lr", "warmup", "weight_decay", "eps_low", "eps_high", "std_floor"])
+def test_what_may_be_zero_may_not_be_negative_or_nan(name):
+    for value in (-1, -1e-9, float("nan")):
+        message = refused(**{name: value})
+        assert name in message and str(value) in message and "negative" in message
+    allowed(**{name: 0})
+
+
+@pytest.mark.parametrize("name, choices", [
+    ("prompt_style", ("think", "direct")), ("unreachable", ("drop", "keep")),
+    ("resume", ("auto", "true", "false")), ("device", ("auto", "cpu", "cuda")),
+    ("sampler_dtype", ("auto", "float32", "bfloat16"))])
+def test_a_choice_outside_its_list_is_refused_with_the_list(name, choices):
+    for value in ("", "other", choices[0].upper(), choices[0] + " "):
+        message = refused(**{name: value})
+        assert name in message and repr(value) in message and all(choice in message for choice in choices)
+    for value in choices:
+        allowed(**{name: value})
+
+
+def test_a_group_of_one_has_nothing_to_compare():
+    for size in (1, 0, -3):
+        assert f"group_size must be at least 2, not {size}" in refused(group_size=size)
+    allowed(group_size=2)
+
+
+def test_training_samples_from_the_whole_distribution():
+    """With top-p below 1 the policy that samples is not the one whose logprobs are trained."""
+    for top_p in (0.95, 0.0, 1.5, float("nan")):
+        assert f"top_p must be 1 in training, not {top_p}" in refused(top_p=top_p)
+
+
+def test_groups_are_shared_out_evenly_over_ranks():
+    message = refused(ranks=2, prompts_per_step=7)
+    assert "prompts_per_step 7" in message and "2 ranks" in message
+    refused(ranks=3, prompts_per_step=8)
+    refused(ranks=16, prompts_per_step=8)
+    allowed(ranks=3, prompts_per_step=9)
+    allowed(ranks=1, prompts_per_step=7)
+
+
+def test_rewards_are_named_as_they_are_registered():
+    message = refused(reward="length,lenght")
+    assert "'lenght'" in message and all(name in message for name in REWARDS)
+    for reward in ("length", " length , format ", "format,", ""):
+        allowed(reward=reward)
+
+
+def test_some_reward_needs_a_weight(monkeypatch):
+    """Advantages are averaged with weights w / sum w: with all of them 0 that is a division by zero."""
+    monkeypatch.setitem(REWARDS, "length", (REWARDS["length"][0], 0.0))
+    assert "length" in refused(reward="length") and "weight 0" in refused(reward="length")
+    allowed(reward="length,format")
+    assert "length" not in Config().reward_names and "format" in Config().reward_names
+    assert Config(reward="length, format").reward_names == ["length", "format"], "if named, it is logged"

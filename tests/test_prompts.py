@@ -1,0 +1,301 @@
+"""Reading prompts, rendering them, the order in which a run sees them; packing documents for pretraining."""
+
+import json
+import random
+from pathlib import Path
+
+import pytest
+
+from data.packing import pack_documents
+from data.prompts import QUERY_FIELDS, STYLES, TEMPLATES, PromptError, language, order, read, render
+
+LONGBENCH = Path(__file__).parents[2] / "shared" / "data" / "longbench_write"
+
+
+def written(folder, *lines):
+    """A prompts file of the given lines: objects as JSON, strings as they are."""
+    file = folder / "prompts.jsonl"
+    text = "\n".join(x if isinstance(x, str) else json.dumps(x, ensure_ascii=False) for x in lines)
+    file.write_text(text + "\n", encoding="utf-8")
+    return file
+
+
+def ranges(folder, *records, style="direct", tokens=14000, **options):
+    """The length ranges that are read from records, each given the same query."""
+    lines = [{"query": "Write.", **r} for r in records]
+    prompts, dropped = read(written(folder, *lines), style, tokens, **options)
+    return [p.length_range for p in prompts], dict(dropped)
+
+
+# ------------------------------------------------------------------------------------------ fields
+
+
+@pytest.mark.parametrize("field", ["prompt", "query", "question", "instruction"])
+def test_the_request_is_read_under_every_name(field, tmp_path):
+    (prompt,), dropped = read(written(tmp_path, {field: " Write a poem. ", "type": "x"}), "think", 100)
+    assert field in QUERY_FIELDS and prompt.query == " Write a poem. " and not dropped
+    assert prompt.text == render(prompt.query, "think")
+    assert prompt.style == "think" and prompt.language == "en"
+
+
+def test_the_first_field_with_text_wins(tmp_path):
+    lines = [{"prompt": "", "query": "b"}, {"prompt": ["x"], "instruction": "d"},
+             {"question": "c", "query": "e"}]
+    assert [p.query for p in read(written(tmp_path, *lines), "think", 100)[0]] == ["b", "d", "e"]
+
+
+def test_ranges_are_read_under_both_names_and_missing_ones_are_none(tmp_path):
+    got, dropped = ranges(tmp_path, {"length_range": [100, 200]}, {"range": [0, 50]}, {"range": [70, 70]}, {},
+                          {"range": None}, {"range": [1, 2], "length": 900},
+                          {"length_range": [3, 4], "range": [5, 6]})
+    assert got == [(100, 200), (0, 50), (70, 70), None, None, (1, 2), (3, 4)] and dropped == {}
+
+
+def test_one_length_stands_for_ten_percent_to_either_side(tmp_path):
+    values = 100, 3000, 150.0, 4, None
+    got, _ = ranges(tmp_path, *({"length": value} for value in values))
+    assert got == [(90, 110), (2700, 3300), (135, 165), (4, 4), None]
+
+
+def test_ids_are_read_or_made_from_the_line(tmp_path):
+    """An id seeds the sampling: it must not depend on which other prompts are usable."""
+    lines = [{"id": "a", "query": "q"}, "", {"index": 7, "query": "q"},
+             {"idx": 0, "query": "q"}, {"query": "q"}]
+    assert [p.id for p in read(written(tmp_path, *lines), "think", 100)[0]] == ["a", "7", "0", "5"]
+
+
+def test_prompts_keep_the_order_of_the_file(tmp_path):
+    lines = [{"query": f"number {i}"} for i in range(50)]
+    assert [p.query for p in read(written(tmp_path, *lines), "think", 100)[0]] == [x["query"] for x in lines]
+
+
+# ------------------------------------------------------------------------------------------ dropped
+
+
+def test_unanswerable_prompts_are_dropped_and_counted(tmp_path):
+    got, dropped = ranges(tmp_path, {"range": [0, 0]}, {"range": [0, 1]}, {"length_range": [0, 0]})
+    assert got == [(0, 1)] and dropped == {"unanswerable": 2}
+    assert ranges(tmp_path, {"range": [0, 0]}, keep_unreachable=True) == ([], {"unanswerable": 1})
+
+
+def test_unreachable_prompts_are_dropped_or_kept(tmp_path):
+    """1,000 tokens hold 769 English words; only lo counts, because an answer at lo earns the full reward."""
+    records = {"range": [769, 9000]}, {"range": [770, 9000]}, {"range": [0, 9000]}, {}
+    assert ranges(tmp_path, *records, tokens=1000) == ([(769, 9000), (0, 9000), None], {"unreachable": 1})
+    kept, dropped = ranges(tmp_path, *records, tokens=1000, keep_unreachable=True)
+    assert len(kept) == 4 and dropped == {}
+
+
+def test_what_is_reachable_depends_on_language_and_on_room_for_thinking(tmp_path):
+    """A Chinese character takes half the tokens of an English word; thinking takes a part of the budget."""
+    word, character = {"query": "Write.", "range": [700, 800]}, {"query": "写。", "range": [1200, 1400]}
+    file = written(tmp_path, word, character)
+    assert [p.language for p in read(file, "direct", 950)[0]] == ["en", "zh"]
+    assert read(file, "think", 950) == ([], {"unreachable": 2})
+    assert [p.language for p in read(file, "direct", 900)[0]] == ["zh"]
+
+
+# ------------------------------------------------------------------------------------------ templates
+
+
+@pytest.mark.parametrize("query, ending", [
+    ("Write a poem.", "\n<|user|>: Write a poem. <|assistant|>:"),
+    ("写一首诗。", "\n<|用户|>: 写一首诗。 <|助手|>:"),
+    ("Translate 春 into English", "\n<|用户|>: Translate 春 into English <|助手|>:"),
+    ("Écris un poème", "\n<|user|>: Écris un poème <|assistant|>:"),
+    ("詩を\u3042", "\n<|用户|>: 詩を\u3042 <|助手|>:")])
+@pytest.mark.parametrize("style", ["think", "direct"])
+def test_templates_end_as_the_paper_says_and_name_the_tags(style, query, ending):
+    """One character in U+4E00..U+9FFF picks the Chinese twin. A thought that is not wanted is not named."""
+    text = render(query, style)
+    assert text.endswith(ending) and text.count(query) == 1
+    assert "<answer></answer>" in text and ("<think></think>" in text) == (style == "think")
+    assert language(query) == ("zh" if "助手" in ending else "en")
+    assert STYLES[:2] == ("think", "direct")
+
+
+def test_the_twins_are_each_in_their_language():
+    for (_, tongue), template in TEMPLATES.items():
+        instruction = template.split("\n<|")[0]
+        assert (language(instruction) == "zh") == (tongue == "zh") and template.count("{query}") == 1
+
+
+@pytest.mark.parametrize("query", [
+    "{query}", "{", "}", "{}", "{0} {name!r:>9}", "%s %(x)d %", "$query ${query}", "\\1 \\g<0>",
+    "{query}{query} 春",
+    'JSON {"a": {"b": []}}', "f(x) = \\frac{1}{2}", "<|user|>: nested <|assistant|>:", "two\nlines\r\n\ttab"])
+@pytest.mark.parametrize("style", ["think", "direct"])
+def test_a_query_stands_in_its_prompt_exactly_as_it_was_written(style, query):
+    head, tail = TEMPLATES[style, language(query)].split("{query}")
+    assert render(query, style) == head + query + tail
+
+
+# ------------------------------------------------------------------------------------------ malformed files
+
+
+@pytest.mark.parametrize("line, part", [
+    ('{"query": "a"', "line 2"), ("not json", "line 2"), ('["query"]', "object"), ('"query"', "object"),
+    ("3", "object"),
+    ("null", "object"), ("{}", "query"), ('{"query": ""}', "query"), ('{"query": " \\n"}', "query"),
+    ('{"query": 3}', "query"),
+    ('{"text": "a"}', "query"),
+    ('{"query": "a", "range": [5, 4]}', "[5, 4]"), ('{"query": "a", "range": [-1, 4]}', "[-1, 4]"),
+    ('{"query": "a", "range": [1.5, 4]}', "[1.5, 4]"), ('{"query": "a", "range": [1]}', "[1]"),
+    ('{"query": "a", "range": []}', "[]"), ('{"query": "a", "range": [1, 2, 3]}', "[1, 2, 3]"),
+    ('{"query": "a", "range": ["1", "2"]}', "['1', '2']"),
+    ('{"query": "a", "range": [true, true]}', "[True, True]"),
+    ('{"query": "a", "range": [1, null]}', "[1, None]"), ('{"query": "a", "range": 7}', "7"),
+    ('{"query": "a", "length_range": {"lo": 1}}', "length_range"), ('{"query": "a", "length": 0}', "length"),
+    ('{"query": "a", "length": -5}', "-5"), ('{"query": "a", "length": "90"}', "'90'"),
+    ('{"query": "a", "length": true}', "True"), ('{"query": "a", "length": NaN}', "nan"),
+    ('{"query": "a", "length": Infinity}', "inf"), ('{"query": "a", "id": "first"}', "first")])
+def test_a_malformed_line_is_an_error_that_names_file_line_and_value(line, part, tmp_path):
+    file = written(tmp_path, {"query": "fine", "id": "first"}, line, {"query": "fine too"})
+    with pytest.raises(PromptError) as e:
+        read(file, "think", 100)
+    assert str(file) in str(e.value) and "line 2" in str(e.value) and part in str(e.value)
+
+
+def test_two_prompts_with_one_id_are_an_error_that_names_both_lines(tmp_path):
+    """Also where the number 7 meets the text "7", and where the first of the two was dropped."""
+    for twins in (({"id": 7}, {"index": "7"}), ({"id": "x", "range": [0, 0]}, {"id": "x"})):
+        first, second = ({"query": "a", **twin} for twin in twins)
+        with pytest.raises(PromptError, match=r"line 3: .*line 1"):
+            read(written(tmp_path, first, "", second), "think", 100)
+
+
+def test_a_file_that_cannot_be_read_is_an_error_that_names_it(tmp_path):
+    (tmp_path / "binary.jsonl").write_bytes(b"\xff\xfe\x00\x81")
+    for name in ("absent.jsonl", "binary.jsonl", "."):
+        with pytest.raises(PromptError, match="cannot be read") as e:
+            read(tmp_path / name, "think", 100)
+        assert str(tmp_path / name) in str(e.value)
+
+
+def test_blank_lines_are_skipped_and_an_empty_file_has_no_prompts(tmp_path):
+    assert read(written(tmp_path, "", "  "), "think", 100) == ([], {})
+    assert len(read(written(tmp_path, "", {"query": "a"}, "\t", {"query": "b"}, ""), "think", 100)[0]) == 2
+
+
+@pytest.mark.xfail(strict=True, reason="read() also splits at U+2028, U+2029, U+0085, legal in a JSON string")
+@pytest.mark.parametrize("separator", ["\u2028", "\u2029", "\u0085"])
+def test_only_newlines_end_a_line(separator, tmp_path):
+    (prompt,), _ = read(written(tmp_path, {"query": f"one{separator}two"}), "think", 100)
+    assert prompt.query == f"one{separator}two"
+
+
+# ------------------------------------------------------------------------------------------ real files
+
+
+@pytest.mark.skipif(not LONGBENCH.exists(), reason="LongBench-Write's files are not beside this repository")
+@pytest.mark.parametrize("name, total, chinese", [
+    ("longbench_write", 120, 61), ("longbench_write_en", 60, 1), ("longwrite_ruler", 48, 24)])
+def test_longbench_write_loads_as_it_is(name, total, chinese):
+    """60 of the 120 ask for Chinese; one more is written in Chinese and asks for English."""
+    file = LONGBENCH / f"{name}.jsonl"
+    for style in STYLES[:2]:
+        prompts, dropped = read(file, style, 14000, keep_unreachable=True)
+        assert len(prompts) == total and not dropped
+        assert sum(p.language == "zh" for p in prompts) == chinese
+        for prompt, line in zip(prompts, file.read_text(encoding="utf-8").splitlines()):
+            record = json.loads(line)
+            lo, hi = prompt.length_range
+            assert prompt.query == record["prompt"] and prompt.text == render(record["prompt"], style)
+            assert abs(lo - 0.9 * record["length"]) <= 0.5 >= abs(hi - 1.1 * record["length"])
+        prompts, dropped = read(file, style, 14000)
+        assert len(prompts) + dropped["unreachable"] == total and set(dropped) <= {"unreachable"}
+
+
+# ------------------------------------------------------------------------------------------ order
+
+
+@pytest.mark.parametrize("n, batch", [(10, 4), (12, 4), (7, 7), (5, 1), (9, 8)])
+def test_an_epoch_shows_every_prompt_at_most_once_and_a_batch_never_twice(n, batch):
+    """What an epoch leaves out are its n mod batch last ones; another epoch shows them."""
+    size, epochs = n // batch * batch, []
+    for epoch in range(30):
+        batches = [order(n, batch, 3, epoch * size + at) for at in range(0, size, batch)]
+        assert all(len(set(b)) == len(b) == batch for b in batches)
+        epochs.append([i for b in batches for i in b])
+        assert len(set(epochs[-1])) == size and set(epochs[-1]) <= set(range(n))
+    assert set().union(*epochs) == set(range(n))
+    if n > 5:
+        assert len({tuple(e) for e in epochs}) == 30, "every epoch has an order of its own"
+
+
+def test_order_is_a_pure_function_so_a_run_resumes_at_any_step():
+    """A run that starts anew at step k sees what the run that never stopped saw, whatever came before."""
+    whole = [order(23, 5, 1, cursor) for cursor in range(0, 500, 5)]
+    state = random.getstate()
+    steps = list(range(100))
+    random.Random(0).shuffle(steps)
+    assert all(order(23, 5, 1, 5 * k) == whole[k] for k in steps)
+    random.setstate(state)
+    random.seed(9)
+    before = random.getstate()
+    assert order(23, 5, 1, 45) == whole[9]
+    assert random.getstate() == before, "Python's own generator stays out of it"
+
+
+def test_batches_are_one_long_pass_cut_in_pieces():
+    """The epoch's permutation does not depend on how it is cut; any cursor inside it reads on."""
+    long = order(24, 24, 5, 0)
+    for batch in (1, 2, 3, 4, 6, 8, 12):
+        assert [i for cursor in range(0, 24, batch) for i in order(24, batch, 5, cursor)] == long
+        cursors = range(24 - batch + 1)
+        assert all(order(24, batch, 5, cursor) == long[cursor:cursor + batch] for cursor in cursors)
+
+
+def test_the_seed_decides_the_order():
+    orders = {seed: [order(40, 8, seed, cursor) for cursor in range(0, 80, 8)] for seed in range(20)}
+    assert len({str(o) for o in orders.values()}) == 20
+    assert order(40, 40, 0, 0) != list(range(40)), "the file's own order is not the training order"
+
+
+@pytest.mark.parametrize("batch", [0, -1, 11])
+def test_a_batch_that_the_prompts_cannot_fill_is_an_error_that_names_both_numbers(batch):
+    with pytest.raises(ValueError, match=rf"{batch} prompts.*10 are usable"):
+        order(10, batch, 0, 0)
+
+
+# ------------------------------------------------------------------------------------------ packing
+
+
+def documents(seed, count=60):
+    """Documents whose tokens name their document and place: (document, index)."""
+    rng = random.Random(seed)
+    return [[(d, i) for i in range(rng.choice([0, 1, 2, 5, 31, 32, 33, 64, 100]))] for d in range(count)]
+
+
+@pytest.mark.parametrize("row_tokens", [1, 7, 32, 500])
+def test_rows_are_full_and_hold_every_token_once_and_in_order(row_tokens):
+    """Only the last, incomplete row is left out; a document is continued in the next row where it was cut."""
+    docs = documents(0)
+    total = sum(map(len, docs))
+    rows = pack_documents(docs, row_tokens, seed=4)
+    assert [sum(map(len, row)) for row in rows] == [row_tokens] * (total // row_tokens)
+    stream = [token for row in rows for piece in row for token in piece]
+    assert len(stream) == len(set(stream)) > total - row_tokens
+    for d in {d for d, _ in stream}:
+        mine = [(at, i) for at, (e, i) in enumerate(stream) if e == d]
+        assert [i for _, i in mine] == list(range(len(mine))), "in order, from the document's start"
+        assert mine[-1][0] - mine[0][0] == len(mine) - 1, "without a stranger in between"
+
+
+def test_a_piece_never_spans_two_documents_nor_is_it_empty():
+    """Attention stays inside a piece, so a piece with two documents would leak one into the other."""
+    pieces = [piece for row in pack_documents(documents(1), 32, seed=0) for piece in row]
+    assert all(piece and len({d for d, _ in piece}) == 1 for piece in pieces)
+
+
+def test_packing_shuffles_by_its_seed_and_leaves_its_argument_alone():
+    docs = documents(2)
+    copy = [list(d) for d in docs]
+    a, b, c = (pack_documents(docs, 32, seed) for seed in (0, 0, 1))
+    assert a == b != c and docs == copy
+    shown = [d for row in a for piece in row for d, _ in piece]
+    assert shown != sorted(shown)
+
+
+def test_too_few_tokens_make_no_row():
+    assert pack_documents([], 8, 0) == pack_documents([[1, 2, 3], [4]], 8, 0) == []

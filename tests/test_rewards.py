@@ -1,0 +1,320 @@
+"""What the rule rewards pay for. Completions and prompts are stand-ins with the fields that rewards read."""
+
+import random
+import string
+from types import SimpleNamespace
+
+import pytest
+
+import rewards
+from rewards import count_words, format_reward, length, length_reward, repetition, structure
+
+ESSAY = """
+Chapter 1: The harbour. My grandfather kept two boats, one for the herring and one that he never explained
+to anybody. Each spring he scraped both hulls down to bare wood, cursing softly in a dialect that my
+mother had already forgotten.
+Chapter 2: The ledger. When the bank closed, a clerk carried eleven volumes of accounts up the hill and
+hid them beneath the floor of the schoolhouse, where mice ate the years between the wars. What survived is
+mostly weather, prices of salt, and the names of people who owed each other small sums.
+Chapter 3: The bridge. Engineers came from the capital with brass instruments and an appetite for our
+bread. They measured the river four times because it would not hold still, then built eight metres too
+low, as every flood since has pointed out.
+Chapter 4: The return. I drove back last winter to sell the house and instead repaired its roof; slate by
+slate the argument for leaving grew thinner. By March I could name the owner of every chimney. The second
+boat, it turns out, was for going home.
+"""
+ZH_ESSAY = """
+第一章：老街。清晨五点，卖豆浆的推车碾过石板路，吱呀声比公鸡还准时。祖母说她年轻时，这条街夜里点的是
+煤油灯，风一吹便熄去大半，行人只好摸着墙回家。
+第二章：河水。上游修了水库之后，夏天再也听不见涨潮的轰鸣，孩子们失去了跳水的木桥，却得到一座漆成蓝色
+的游泳池，门票两元，周一闭馆。
+第三章：归人。去年冬天，我带着女儿回来给老屋换瓦。她问我为什么不住进楼房，我指着檐下空了的燕巢，一时
+竟答不上来，只觉得远处有人在敲钟。
+"""
+LETTERS, HANZI = "abcdefgh", "春夏秋冬山水风"
+
+
+def said(text):
+    return SimpleNamespace(text=text)
+
+
+def asked(lo=None, hi=None, style="think"):
+    return SimpleNamespace(length_range=None if lo is None else (lo, hi), style=style)
+
+
+# ------------------------------------------------------------------------------------------ words
+
+
+@pytest.mark.parametrize("text, words", [
+    ("", 0), ("   \n", 0), ("one", 1), ("one two  three.", 3), ("a well-known case", 4), ("春天来了。", 4),
+    ("我爱 Beijing 烤鸭", 5), ("don't", 2), ("2024 12.5 %", 0), ("mp3 b2b", 0), ("café", 0),
+    ("naïve idea", 1), ("snake_case", 0), ("我爱Beijing烤鸭", 4), ("\u4e00\u9fff", 2),
+    ("\u3400\u9fff\ua000", 1), ("、。！？", 0), ("ひらがな", 0), ("<b>bold</b>", 3)])
+def test_words_are_counted_as_the_longwriter_benchmarks_count_them(text, words):
+    """Quirks included: "don't" is 2, digits and accented words 0, Latin glued to CJK is missed."""
+    assert count_words(text) == words
+
+
+# ------------------------------------------------------------------------------------------ length
+
+
+@pytest.mark.parametrize("words, lo, hi, reward", [
+    (0, 100, 200, 0.0), (50, 100, 200, 0.5), (99, 100, 200, 0.99), (100, 100, 200, 1.0), (150, 100, 200, 1.0),
+    (200, 100, 200, 1.0), (201, 100, 200, 0.99), (250, 100, 200, 0.5), (299, 100, 200, 0.01),
+    (300, 100, 200, 0.0), (301, 100, 200, 0.0), (9999, 100, 200, 0.0),
+    (0, 0, 100, 1.0), (1, 0, 100, 1.0), (100, 0, 100, 1.0), (125, 0, 100, 0.5), (150, 0, 100, 0.0),  # lo = 0
+    (99, 100, 100, 0.99), (100, 100, 100, 1.0), (101, 100, 100, 0.98), (150, 100, 100, 0.0),  # lo = hi
+    (30, 10, 30, 1.0), (40, 10, 30, 0.5), (49, 10, 30, 0.05), (50, 10, 30, 0.0),  # Lmax is 50, not 45
+    (50, 10, 40, 0.5), (60, 10, 40, 0.0),  # 1.5 hi = hi + 20
+    (63, 10, 42, 0.0), (62, 10, 42, 1 / 21)])  # Lmax is 63, not 62
+def test_length_reward_at_every_boundary(words, lo, hi, reward):
+    assert length_reward(words, lo, hi) == pytest.approx(reward, abs=1e-12)
+
+
+def test_length_reward_rises_to_the_range_and_falls_after_it():
+    """Never negative, never above 1, monotone on both sides: a step towards the range never loses reward."""
+    for lo, hi in ((0, 1), (1, 1), (7, 9), (100, 300), (2700, 3300)):
+        values = [length_reward(n, lo, hi) for n in range(2 * hi + 50)]
+        assert all(0 <= v <= 1 for v in values) and values[lo:hi + 1] == [1.0] * (hi + 1 - lo)
+        assert values[:lo + 1] == sorted(values[:lo + 1]) and values[hi:] == sorted(values[hi:], reverse=True)
+        assert values[-1] == 0
+
+
+@pytest.mark.parametrize("text", [
+    "", "   ", "just words without a tag", "<think>only a thought</think>",
+    "<think>t</think><answer></answer>", "<think>t</think><answer>  \n </answer>",
+    "<think>t</think><answer>", "</answer>"])
+def test_no_answer_body_earns_no_length_reward_even_where_zero_words_are_in_range(text):
+    assert length(said(text), asked(0, 100)) == 0.0
+    assert length(said(text), asked(10, 100)) == 0.0
+
+
+def test_length_counts_the_answer_body_only():
+    thought, outside = "<think>" + "thought " * 50 + "</think>", "outside " * 30
+    text = f"{outside}{thought}{outside}<answer>one two three</answer>{outside}"
+    assert length(said(text), asked(3, 3)) == 1.0
+
+
+def test_an_answer_that_is_never_closed_counts_to_the_end_of_the_text():
+    text = "<think>t</think><answer>" + "word " * 80
+    assert length(said(text), asked(80, 80)) == 1.0
+    assert length(said(text), asked(160, 200)) == 0.5
+    assert format_reward(said(text), asked()) == 0.0
+
+
+def test_length_holds_without_a_thought_and_for_chinese():
+    assert length(said("<answer>春天来了</answer>"), asked(4, 4, style="direct")) == 1.0
+    assert length(said("<answer>春天来了</answer>"), asked(8, 9, style="direct")) == 0.5
+
+
+def test_length_is_missing_not_zero_for_a_prompt_without_a_range():
+    assert length(said("<think>t</think><answer>body</answer>"), asked()) is None
+    assert length(said(""), asked()) is None
+
+
+# ------------------------------------------------------------------------------------------ structure
+
+
+@pytest.mark.parametrize("text, thought, answer", [
+    ("<think>t</think><answer>a</answer>", "t", "a"),
+    ("  \n<think>t</think>\n\n\t<answer>a</answer> \n", "t", "a"),
+    ("<think>\n two\nlines \n</think><answer>\n a\n\nb </answer>", "two\nlines", "a\n\nb"),
+    ("<think>x < y, <b>bold</b></think><answer>1 < 2 </p></answer>", "x < y, <b>bold</b>", "1 < 2 </p>"),
+    ("<think>先想</think>\u3000<answer>后写</answer>", "先想", "后写")])
+def test_well_formed_texts_pass_and_give_their_bodies_stripped(text, thought, answer):
+    assert structure(text) == (True, thought, answer)
+
+
+@pytest.mark.parametrize("text", [
+    "", "plain text", "<answer>a</answer>", "<think>t</think>",  # missing
+    "<think>t</think>a</answer>", "<think>t</think><answer>a", "t</think><answer>a</answer>",
+    "<think>t<answer>a</answer>", "<think>t</think>a",
+    "<think>t</think><think>t</think><answer>a</answer>",  # repeated
+    "<think>t</think><answer>a</answer><answer>a</answer>",
+    "<think><think>t</think><answer>a</answer>", "<think>t</think></think><answer>a</answer>",
+    "<think>t</think><answer>a</answer></answer>", "<think>t</think><answer><answer>a</answer>",
+    "<think>t<answer>a</answer></think>", "<think>t<think>u</think></think><answer>a</answer>",  # nested
+    "<think>t</think><answer>a<think>u</think></answer>", "<answer><think>t</think>a</answer>",
+    "<think>t</think><answer>a<answer>b</answer></answer>", "<think>t<answer>a</think></answer>",
+    "<answer>a</answer><think>t</think>", "</think>t<think><answer>a</answer>",  # swapped
+    "<think>t</think></answer>a<answer>",
+    "so: <think>t</think><answer>a</answer>", "<think>t</think>hence<answer>a</answer>",  # text outside
+    "<think>t</think><answer>a</answer>done", "<think>t</think>.<answer>a</answer>",
+    "<think></think><answer></answer>", "<think></think><answer>a</answer>",  # empty bodies
+    "<think> \n</think><answer>a</answer>", "<think>t</think><answer></answer>",
+    "<think>t</think><answer> \n\t</answer>",
+    "<Think>t</Think><Answer>a</Answer>", "<think >t</think><answer>a</answer>",  # no such tags
+    "<think>t</think><answer>a</answer >"])
+def test_malformed_texts_fail(text):
+    assert structure(text)[0] is False
+    assert format_reward(said(text), asked()) == 0.0
+
+
+@pytest.mark.parametrize("text, ok", [
+    ("<answer>a</answer>", True), (" \n<answer> a </answer>\n", True),
+    ("<answer></answer>", False), ("<answer> </answer>", False),
+    ("a", False), ("<answer>a", False), ("a</answer>", False),
+    ("so <answer>a</answer>", False), ("<answer>a</answer> ok", False),
+    ("<answer>a</answer><answer>b</answer>", False), ("<answer>a<answer>b</answer></answer>", False),
+    ("<think>t</think><answer>a</answer>", False), ("<answer><think>t</think>a</answer>", False),
+    ("<answer>a</think></answer>", False)])
+def test_the_direct_style_is_the_answer_pair_alone(text, ok):
+    """A thought fails it: the two settings are compared, so the direct one must not be paid for thinking."""
+    assert structure(text, think=False)[0] is ok
+    assert (format_reward(said(text), asked(style="direct")) > 0) is ok
+
+
+@pytest.mark.parametrize("text, thought, answer", [
+    ("<answer>a</answer>", None, "a"), ("<think>t</think>", "t", None),
+    ("<think>t</think> x <answer>a b", "t", "a b"), ("<think>t", None, None),
+    ("<think> </think><answer> </answer>", None, None), ("no tags", None, None)])
+def test_bodies_are_found_in_broken_texts_and_none_where_there_is_none(text, thought, answer):
+    assert structure(text) == (False, thought, answer)
+
+
+# ------------------------------------------------------------------------------------------ repetition
+
+
+def folded(text):
+    """The reference's own folding, good enough for the alphabets of these tests."""
+    return "".join(c.lower() for c in text if c.isalnum())
+
+
+def brute_force(text):
+    """Quadratic reference: a set of the substrings seen so far, one flag for each character."""
+    text = folded(text)
+    seen, again = set(), [False] * len(text)
+    for i in range(len(text)):
+        width, j = 0.0, i
+        while j < len(text) and width < rewards.SHINGLE - 1e-6:
+            width += rewards.CJK_WIDTH if "\u4e00" <= text[j] <= "\u9fff" else 1.0
+            j += 1
+        if width < rewards.SHINGLE - 1e-6:
+            break
+        if text[i:j] in seen:
+            again[i:j] = [True] * (j - i)
+        seen.add(text[i:j])
+    return sum(again) / len(text) if text else 0.0
+
+
+def sentences(rng, count, alphabet=string.ascii_lowercase, size=40):
+    return ["".join(rng.choices(alphabet, k=size)) + ". " for _ in range(count)]
+
+
+@pytest.mark.parametrize("text", [ESSAY, ZH_ESSAY, "The quick brown fox jumps over", "一二三四五六七八九十"])
+def test_a_text_given_twice_has_repetition_one_half_exactly(text):
+    assert repetition(text) == 0.0
+    assert repetition(text + text) == 0.5
+    assert repetition(text * 4) == 0.75
+
+
+def test_a_mixed_text_given_twice_has_one_half_up_to_the_rounding_of_its_last_shingle():
+    rng = random.Random(1)
+    for _ in range(200):
+        text = "".join(rng.choices(string.ascii_lowercase + "春夏秋冬山水风花雪月", k=80))
+        assert 0.5 - 3 / 160 < repetition(text + text) <= 0.5
+
+
+def test_honest_texts_are_not_punished_for_headings_refrains_or_length():
+    rng = random.Random(2)
+    words = ["".join(rng.choices(string.ascii_lowercase, k=rng.randint(2, 9))) for _ in range(400)]
+    chapters = [f"Chapter {i}: onward. {' '.join(rng.choices(words, k=120))}. So it is.\n" for i in range(40)]
+    assert repetition("".join(chapters)) < 0.005
+    refrain = "Row, row, row your boat, gently down the stream! "
+    assert repetition("".join(c + refrain * (i % 9 == 0) for i, c in enumerate(chapters))) < 0.01
+
+
+def test_a_shingle_is_24_latin_letters_or_10_chinese_characters():
+    ends = ("一", "二", "三")
+    for unit, size in ((string.ascii_lowercase, 24), ("春夏秋冬山水风花雪月星云", 10)):
+        assert repetition(unit[:size - 1].join(ends)) == 0.0
+        assert repetition(unit[:size].join(ends)) == pytest.approx(size / (2 * size + 3))
+
+
+def test_shuffled_sentences_of_a_doubled_text_are_caught():
+    rng = random.Random(3)
+    for alphabet in (string.ascii_lowercase, "".join(map(chr, range(0x4E00, 0x4F00)))):
+        first = sentences(rng, 40, alphabet)
+        second = rng.sample(first, len(first))
+        assert repetition("".join(first)) == 0.0
+        assert repetition("".join(first + second)) >= 0.5
+        both = first + first
+        rng.shuffle(both)
+        assert repetition("".join(both)) >= 0.5
+
+
+def test_a_block_repeated_far_away_is_caught():
+    rng = random.Random(4)
+    block, far = "".join(sentences(rng, 5)), "".join(sentences(rng, 2000))
+    text = block + far + block
+    assert repetition(text) == pytest.approx(len(folded(block)) / len(folded(text)))
+
+
+def test_case_punctuation_and_white_space_hide_no_repetition():
+    rng = random.Random(5)
+    words = ["".join(rng.choices(string.ascii_lowercase, k=6)) for _ in range(60)]
+    plain = " ".join(words)
+    disguised = "\n".join(w.upper() if i % 2 else f"«{w[:3]}-{w[3:]}»!…" for i, w in enumerate(words))
+    assert repetition(plain + disguised) == 0.5
+    zh = "春眠不觉晓处处闻啼鸟夜来风雨声花落知多少"
+    assert repetition(zh + "，".join(zh) + "。") == 0.5
+
+
+@pytest.mark.parametrize("text, share", [
+    ("", 0.0), ("a", 0.0), ("春", 0.0), ("😀" * 200, 0.0), ("?!… —" * 100, 0.0), ("short", 0.0),
+    (" \n\t", 0.0), ("a" * 24, 0.0), ("a" * 25, 0.96), ("a" * 100, 0.99), ("哈" * 10, 0.0), ("哈" * 50, 0.98),
+    ("1" * 100, 0.99)])
+def test_repetition_of_degenerate_texts(text, share):
+    assert repetition(text) == pytest.approx(share, abs=1e-12)
+
+
+@pytest.mark.parametrize("alphabet", [LETTERS, HANZI, LETTERS + HANZI], ids=["latin", "cjk", "mixed"])
+@pytest.mark.parametrize("shingle", [24.0, 6.0])
+def test_repetition_equals_a_quadratic_reference(alphabet, shingle, monkeypatch):
+    """Random texts over a small alphabet, made of copied pieces: repeats of all lengths and overlaps."""
+    monkeypatch.setattr(rewards, "SHINGLE", shingle)
+    rng, shares = random.Random(6), []
+    for _ in range(150):
+        text = "".join(rng.choices(alphabet, k=rng.randint(0, 60)))
+        for _ in range(rng.randint(0, 6)):
+            at, size = rng.randrange(len(text) + 1), rng.randint(1, 45)
+            noise = "".join(rng.choices(alphabet + " ,.!", k=rng.randint(0, 20)))
+            text += noise + text[at:at + size].upper()
+        shares.append(repetition(text))
+        assert shares[-1] == pytest.approx(brute_force(text), abs=1e-12), text
+    assert min(shares) == 0 and sum(0.1 < s < 0.9 for s in shares) > 30  # both kinds of text were compared
+
+
+def test_no_false_hit_among_200000_random_letters():
+    """A hash of too few bits, or one that is blind to order, finds repeats where there are none."""
+    rng = random.Random(7)
+    assert repetition("".join(rng.choices(string.ascii_lowercase, k=200_000))) == 0.0
+    piece = list(string.ascii_lowercase[:24])
+    permutations = ["".join(rng.sample(piece, 24)) for _ in range(300)]
+    assert repetition("".join(permutations)) == brute_force("".join(permutations)) == 0.0
+
+
+# ------------------------------------------------------------------------------------------ format
+
+
+def test_format_is_structure_times_non_repetition_of_the_answer_body():
+    body = "春眠不觉晓，处处闻啼鸟。"
+
+    def earned(thought, answer):
+        return format_reward(said(f"<think>{thought}</think><answer>{answer}</answer>"), asked())
+
+    assert earned("t", body) == 1.0
+    assert earned("t", body * 2) == 0.5
+    assert earned("t", body * 4) == 0.25
+    assert earned(body * 4, body) == 1.0, "a thought may repeat itself, and an answer its thought"
+    assert format_reward(said(f"<answer>{body * 2}</answer>"), asked()) == 0.0
+    assert format_reward(said(f"<answer>{body * 2}</answer>"), asked(style="direct")) == 0.5
+
+
+def test_length_and_format_stay_in_0_to_1_or_are_missing_on_any_text():
+    texts = ["", "x", f"<think>t</think><answer>{ESSAY}</answer>", f"<answer>{ZH_ESSAY}{ZH_ESSAY}</answer>"]
+    texts += ["<answer>" * 9, "</answer>" * 9, "<think>" * 9, ESSAY]
+    prompts = [asked(*r, style=s) for r in ((), (0, 9), (90, 90)) for s in ("think", "direct")]
+    for reward in (length, format_reward):
+        values = [v for t in texts for p in prompts if (v := reward(said(t), p)) is not None]
+        assert min(values) == 0 and max(values) == 1

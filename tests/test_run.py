@@ -1,0 +1,190 @@
+"""Whole runs of train.py, short: resume, crashes, ranks, and what stands in a run's folder."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import rewards
+import train
+
+ROOT = Path(__file__).parent.parent
+SMALL = ["--prompts_per_step", "2", "--group_size", "4", "--max_new_tokens", "48", "--unreachable", "keep", "--eval_every", "2",
+         "--save_every", "2", "--eval_prompts", str(ROOT / "tests" / "eval_small.jsonl")]
+
+
+def in_process(folder: Path, *options: str, small=SMALL):
+    train.train(train.parse([*small, "--run_dir", str(folder), *options]))
+
+
+def launch(folder: Path, *options: str, ranks: int = 1, code: str = "") -> subprocess.CompletedProcess:
+    """train.py as a user starts it; `code` runs first in the same process, to stage an accident."""
+    arguments = [*SMALL, "--run_dir", str(folder), *options]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    if code:
+        command = [sys.executable, "-c", f"import sys; sys.argv[1:] = {arguments!r}\n{code}\nimport train; train.main()"]
+    elif ranks == 1:
+        command = [sys.executable, str(ROOT / "train.py"), *arguments]
+    else:
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", str(ROOT / "train.py"),
+                   *arguments]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+
+
+def metrics(folder: Path) -> list[dict]:
+    """Without what depends on the machine."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in m.items() if not k.startswith(("time/", "tokens_per_second/", "memory/"))} for m in lines]
+
+
+def rollouts(folder: Path) -> dict[str, str]:
+    return {f.name: f.read_text() for f in sorted((folder / "rollouts").iterdir())}
+
+
+def tensors(folder: Path, step: int) -> dict[str, torch.Tensor]:
+    files = sorted((folder / "checkpoints" / f"step_{step:06d}").rglob("*.safetensors"))
+    return {f"{f.parent.name}/{f.name}/{name}": t for f in files for name, t in load_file(f).items()}
+
+
+def equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return len(a) > 0 and a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("runs") / "undisturbed"
+    in_process(folder, "--steps", "6")
+    return folder
+
+
+def test_the_folder_of_a_run_holds_what_the_readme_says(undisturbed):
+    lines = [json.loads(line) for line in (undisturbed / "metrics.jsonl").read_text().splitlines()]
+    assert [m["step"] for m in lines] == list(range(7))
+    assert [m["step"] for m in lines if "eval/reward/length" in m] == [0, 2, 4, 6]
+    for m in lines[1:]:
+        expected = {"step", "loss", "grad_norm", "entropy", "clip_share", "gap/mean", "gap/max", "gap/k3", "length/answer_words",
+                    "length/tokens", "length/in_range", "truncated", "lr", "tokens_per_second/sample", "tokens_per_second/update",
+                    "memory/peak_gb", *(f"time/{p}" for p in ("sample", "score", "update", "publish", "save")),
+                    *(f"{kind}/{name}" for kind in ("reward", "reward_std", "dead_groups", "missing") for name in ("length", "format"))}
+        assert expected == {k for k in m if not k.startswith("eval/")}
+        assert all(v == v and abs(v) != float("inf") for v in m.values())
+        assert m["clip_share"] == 0 and m["lr"] == pytest.approx(4e-4 * min(1, m["step"] / 5))
+    record = json.loads((undisturbed / "rollouts" / "step_000003.jsonl").read_text().splitlines()[0])
+    assert set(record) == {"prompt_id", "sample", "prompt", "text", "tokens", "finish_reason", "rewards", "advantages", "advantage", "gap_mean"}
+    assert len((undisturbed / "rollouts" / "step_000003.jsonl").read_text().splitlines()) == 8
+    assert (undisturbed / "source" / "rewards.py").read_text() == (ROOT / "rewards.py").read_text()
+    assert (undisturbed / "source" / "kernels" / "logprob.py").exists()
+    assert sorted(p.name for p in (undisturbed / "checkpoints").iterdir()) == ["step_000004", "step_000006"]
+    assert train.parse(["--config", str(undisturbed / "config.json")]).steps == 6
+
+
+def test_trainer_and_sampler_agree_on_policy(tmp_path):
+    """At the first inner step in fp32, at a temperature other than 1."""
+    in_process(tmp_path / "run", "--steps", "1", "--temperature", "0.8")
+    (_, first) = metrics(tmp_path / "run")
+    assert 0 < first["gap/mean"] < 1e-5 and 0 <= first["gap/k3"] < 1e-9
+
+
+def test_three_and_three_steps_equal_six_bit_for_bit(undisturbed, tmp_path):
+    in_process(tmp_path / "run", "--steps", "3")
+    in_process(tmp_path / "run", "--steps", "6")
+    assert metrics(tmp_path / "run") == metrics(undisturbed)
+    assert rollouts(tmp_path / "run") == rollouts(undisturbed)
+    assert equal(tensors(tmp_path / "run", 6), tensors(undisturbed, 6))
+
+
+KILLS = {
+    "between weights and optimiser": "import torch.distributed.checkpoint as dcp; save = dcp.save; calls = []\n"
+    "def fatal(*a, **k):\n    calls.append(1)\n    if len(calls) == 4: os.kill(os.getpid(), 9)\n    return save(*a, **k)\ndcp.save = fatal",
+    "before the rename": "rename = os.rename; calls = []\n"
+    "def fatal(a, b):\n    calls.append(1)\n    if 'writing' in str(a) and len(calls) == 2: os.kill(os.getpid(), 9)\n    return rename(a, b)\nos.rename = fatal",
+    "while metrics are ahead": "import parallel; save = parallel.save_checkpoint; calls = []\n"
+    "def fatal(*a, **k):\n    calls.append(1)\n    if len(calls) == 2: os.kill(os.getpid(), 9)\n    return save(*a, **k)\nparallel.save_checkpoint = fatal",
+}
+
+
+@pytest.mark.parametrize("moment", KILLS)
+def test_a_kill_while_a_checkpoint_is_written_loses_nothing_before_it(undisturbed, tmp_path, moment):
+    """Killed at the second checkpoint; the same command goes on from the first and ends as if nothing had happened."""
+    killed = launch(tmp_path / "run", "--steps", "6", code="import os\n" + KILLS[moment])
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert [m["step"] for m in metrics(tmp_path / "run")] == list(range(5))
+    in_process(tmp_path / "run", "--steps", "6")
+    assert metrics(tmp_path / "run") == metrics(undisturbed)
+    assert rollouts(tmp_path / "run") == rollouts(undisturbed)
+    assert equal(tensors(tmp_path / "run", 6), tensors(undisturbed, 6))
+    assert sorted(p.name for p in (tmp_path / "run" / "checkpoints").iterdir()) == ["step_000004", "step_000006"]
+
+
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(undisturbed, tmp_path, capfd):
+    in_process(tmp_path / "run", "--steps", "4")
+    victim = next((tmp_path / "run" / "checkpoints" / "step_000004").rglob("*.safetensors"))
+    content = bytearray(victim.read_bytes())
+    content[len(content) // 2] ^= 1
+    victim.write_bytes(content)
+    in_process(tmp_path / "run", "--steps", "6")
+    out = capfd.readouterr()
+    assert victim.name in out.err and "resumed after step 2" in out.out
+    assert metrics(tmp_path / "run") == metrics(undisturbed)
+
+
+def test_a_finished_run_stays_as_it_is_and_another_config_is_refused(undisturbed, capfd):
+    before = {f: f.read_bytes() for f in undisturbed.rglob("*") if f.is_file()}
+    in_process(undisturbed, "--steps", "6")
+    assert "has finished its 6 steps" in capfd.readouterr().out
+    with pytest.raises(train.ConfigError, match=r"another config: lr \(0.0004 there, 0.001 now\)"):
+        in_process(undisturbed, "--steps", "8", "--lr", "1e-3")
+    with pytest.raises(train.ConfigError, match="resume is false"):
+        in_process(undisturbed, "--steps", "8", "--resume", "false")
+    assert {f: f.read_bytes() for f in undisturbed.rglob("*") if f.is_file()} == before
+
+
+def test_constant_rewards_leave_the_weights_bit_identical(tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "REWARDS", {"constant": (lambda completion, prompt: 0.1, 1.0)})
+    in_process(tmp_path / "run", "--steps", "20", "--save_every", "1", "--keep_checkpoints", "20", "--eval_prompts", "",
+               "--max_new_tokens", "8")
+    first = {k: v for k, v in tensors(tmp_path / "run", 1).items() if k.startswith("weights")}
+    last = {k: v for k, v in tensors(tmp_path / "run", 20).items() if k.startswith("weights")}
+    base = load_file(ROOT / "data" / "tiny" / "base" / "model.safetensors")
+    assert equal(first, last) and equal({k.split("/")[-1]: v for k, v in last.items()}, base)
+    assert all(m["dead_groups/constant"] == 2 and m["grad_norm"] == 0 for m in metrics(tmp_path / "run"))
+
+
+def test_a_reward_that_fails_is_missing_and_training_goes_on(tmp_path, monkeypatch):
+    sometimes = {"calls": 0}
+
+    def moody(completion, prompt):
+        sometimes["calls"] += 1
+        return None if sometimes["calls"] % 3 == 0 else 0.5
+
+    monkeypatch.setattr(train, "REWARDS", {**rewards.REWARDS, "moody": (moody, 1.0)})
+    in_process(tmp_path / "run", "--steps", "1", "--eval_prompts", "")
+    assert metrics(tmp_path / "run")[0]["missing/moody"] == 2
+    records = [json.loads(line) for line in rollouts(tmp_path / "run")["step_000001.jsonl"].splitlines()]
+    assert sum(r["rewards"]["moody"] is None and r["advantages"]["moody"] == 0 for r in records) == 2
+
+
+def test_one_and_two_ranks_sample_the_same_texts_and_take_the_same_step(tmp_path):
+    """Also for other numbers of micro-batches and of concurrent sequences."""
+    for name, ranks, options in (("one", 1, []), ("two", 2, ["--micro_batch_tokens", "300", "--max_sequences", "3"])):
+        done = launch(tmp_path / name, "--steps", "2", *options, ranks=ranks)
+        assert done.returncode == 0, done.stderr
+    one, two = (rollouts(tmp_path / name)["step_000001.jsonl"].splitlines() for name in ("one", "two"))
+    assert len(one) == 8
+    for a, b in zip(map(json.loads, one), map(json.loads, two), strict=True):
+        assert a.pop("gap_mean") == pytest.approx(b.pop("gap_mean"), abs=1e-6) and a == b
+    for a, b in zip(metrics(tmp_path / "one")[1:2], metrics(tmp_path / "two")[1:2], strict=True):
+        assert a["grad_norm"] > 0 and all(a[k] == pytest.approx(b[k], rel=1e-5, abs=1e-6) for k in a)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_bad_input_ends_with_one_sentence_and_code_2(tmp_path, ranks):
+    done = launch(tmp_path / "run", "--learning_rate", "1", ranks=ranks)
+    assert done.returncode == (2 if ranks == 1 else 1)  # torchrun answers 1 whatever its workers say
+    assert done.stderr.count("error: command line: there is no option 'learning_rate'") == 1 and not (tmp_path / "run").exists()

@@ -1,0 +1,210 @@
+"""The engine against plain forwards: what is sampled depends on the request's key and on nothing else."""
+
+import gc
+import random
+from pathlib import Path
+
+import pytest
+import torch
+
+import model as qwen
+from kernels import linear_logprob
+from sampler import Request, Sampler
+from tokenizer import Tokenizer
+
+BASE = Path(__file__).parent.parent / "data" / "tiny" / "base"
+
+
+def perturbed(vocab_size=300, heads=4, kv_heads=2, seed=0, **kwargs) -> qwen.Qwen2:
+    """A random model in which every parameter matters."""
+    config = qwen.ModelConfig(vocab_size, 64, 96, 3, heads, kv_heads, tie_word_embeddings=True, rope_theta=1e4, **kwargs)
+    model = qwen.Qwen2(config).init_weights_(seed).requires_grad_(False)
+    generator = torch.Generator().manual_seed(seed + 1)
+    for p in model.parameters():
+        p.add_(torch.randn(p.shape, generator=generator) * (0.05 if p.dim() > 1 else 0.2))
+    return model
+
+
+def requests(count=4, n=3, new=24, vocab=300, **kwargs) -> list[Request]:
+    rng = random.Random(7)
+    return [Request([rng.randrange(vocab) for _ in range(rng.randint(5, 40))], n, new, seed=i, **kwargs) for i in range(count)]
+
+
+def run(model, reqs, tokenizer=None, **kwargs):
+    """{(prompt, sample): completion}, and the sampler."""
+    sampler = Sampler(model, tokenizer, **kwargs)
+    return {(c.prompt_index, c.sample_index): c for c in sampler.generate(reqs)}, sampler
+
+
+def same(a, b) -> bool:
+    return a.keys() == b.keys() and all(a[k].token_ids == b[k].token_ids and a[k].logprobs == b[k].logprobs for k in a)
+
+
+@pytest.fixture(scope="module")
+def reference():
+    return run(perturbed(), requests())[0]
+
+
+@pytest.mark.parametrize("options", [{"max_sequences": 1}, {"max_sequences": 2}, {"max_sequences": 5}, {"page_size": 4}, {"page_size": 64}])
+def test_samples_are_bitwise_the_same_for_any_number_of_neighbours(reference, options):
+    assert same(run(perturbed(), requests(), **options)[0], reference)
+
+
+def test_samples_do_not_depend_on_the_order_of_requests(reference):
+    swapped = run(perturbed(), requests()[::-1])[0]
+    assert same({(3 - p, g): c for (p, g), c in swapped.items()}, reference)
+
+
+def test_preempted_samples_draw_the_same_tokens(reference):
+    """Recomputation goes through prefill instead of decode, so logprobs may differ by rounding, tokens must not."""
+    out, sampler = run(perturbed(), requests(), page_size=4, num_pages=26)
+    assert sampler.stats.preemptions > 0
+    assert {k: c.token_ids for k, c in out.items()} == {k: c.token_ids for k, c in reference.items()}
+    assert all(torch.allclose(torch.tensor(out[k].logprobs), torch.tensor(reference[k].logprobs), atol=1e-5) for k in out)
+
+
+def test_samples_of_a_group_differ_and_seeds_matter(reference):
+    assert len({tuple(c.token_ids) for c in reference.values()}) == len(reference)
+    other = run(perturbed(), [Request(r.prompt_ids, r.n, r.max_new_tokens, seed=r.seed + 100) for r in requests()])[0]
+    assert all(other[k].token_ids != reference[k].token_ids for k in reference)
+
+
+@pytest.mark.parametrize("heads,kv_heads", [(4, 4), (4, 2), (8, 1)])
+def test_logprobs_equal_a_packed_forward_at_the_sampling_temperature(heads, kv_heads):
+    model, reqs = perturbed(heads=heads, kv_heads=kv_heads), requests(temperature=0.8)
+    for (p, _), c in run(model, reqs, page_size=4)[0].items():
+        ids = reqs[p].prompt_ids + c.token_ids
+        hidden = model(torch.tensor(ids), qwen.packed([len(ids)]))
+        logp, _ = linear_logprob(hidden[len(reqs[p].prompt_ids) - 1:-1], model.head_weight, torch.tensor(c.token_ids), 0.8)
+        assert torch.allclose(logp, torch.tensor(c.logprobs), atol=1e-5)
+
+
+@pytest.mark.parametrize("tied,kv_heads,yarn", [(True, 2, None), (False, 4, None), (True, 1, {"rope_type": "yarn", "factor": 4.0,
+                                                                                   "original_max_position_embeddings": 64})])
+def test_greedy_continues_as_transformers_does_over_200_tokens(tmp_path, tied, kv_heads, yarn):
+    transformers = pytest.importorskip("transformers")
+    config = qwen.ModelConfig(300, 64, 96, 3, 4, kv_heads, tie_word_embeddings=tied, rope_scaling=yarn, max_position_embeddings=512)
+    model = qwen.Qwen2(config).init_weights_(3).requires_grad_(False)
+    for p in model.parameters():
+        p.add_(torch.randn(p.shape) * (0.1 if p.dim() > 1 else 0.2))
+    qwen.save(model, tmp_path)
+    oracle = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    prompts = [r.prompt_ids for r in requests(3)]
+    ours, _ = run(model, [Request(p, 1, 200, temperature=0.0) for p in prompts])
+    for i, p in enumerate(prompts):
+        theirs = oracle.generate(torch.tensor([p]), max_new_tokens=200, min_new_tokens=200, do_sample=False, pad_token_id=0)
+        assert ours[i, 0].token_ids == theirs[0, len(p):].tolist()
+
+
+def test_a_group_prefills_its_prompt_once_and_shares_its_pages():
+    prompt = list(range(100)) * 2 + [1]  # 201 tokens: 12 full pages and one that is copied on write
+    _, sampler = run(perturbed(), [Request(prompt, 8, 8, seed=1)])
+    assert sampler.stats.prefill_tokens == 201
+    assert sampler.stats.copied_pages == 7  # the last sample keeps the original
+    assert sampler.stats.peak_pages == 12 + 8
+
+
+def test_no_page_is_leaked_and_an_abandoned_generator_gives_all_back():
+    model = perturbed()
+    sampler = Sampler(model, page_size=4, num_pages=40)
+    pools = []
+    for stop_after in (None, 1, 5):
+        stream = sampler.generate(requests())
+        for i, _ in enumerate(stream):
+            pools.append(sampler.pool)
+            if i == stop_after:
+                break
+        stream.close()
+        gc.collect()
+        pool = pools[-1]
+        assert sum(pool.references) == 0 and sorted(pool.free) == list(range(1, 40))
+
+
+def test_every_request_finishes_in_the_smallest_pool_that_can_hold_it():
+    reqs = requests(6, n=4, new=30)
+    need = max(-(-(len(r.prompt_ids) + 30) // 4) for r in reqs) + 2
+    out, sampler = run(perturbed(), reqs, page_size=4, num_pages=need)
+    assert len(out) == 24 and all(len(c.token_ids) == 30 for c in out.values())
+    assert sum(sampler.stats.__dict__.values()) > 0
+
+
+def test_a_request_that_can_never_fit_is_refused_before_any_work():
+    with pytest.raises(ValueError, match="request 1: .* pages, the pool has 10"):
+        Sampler(perturbed(), page_size=4, num_pages=10).generate([Request([1], 1, 8), Request([1] * 40, 1, 8)])
+
+
+@pytest.mark.parametrize("bad", [Request([]), Request([1], n=0), Request([1], temperature=-1.0), Request([1], top_p=0.0),
+                                 Request([1], top_k=-1), Request([300]), Request([1], stop=("x",))])
+def test_bad_requests_are_refused(bad):
+    with pytest.raises(ValueError, match="request 0"):
+        Sampler(perturbed()).generate([bad])
+
+
+def test_completions_come_as_they_finish():
+    reqs = [Request([1, 2, 3], 1, n, seed=i) for i, n in enumerate((30, 5, 15))]
+    assert [c.prompt_index for c in Sampler(perturbed()).generate(reqs)] == [1, 2, 0]
+
+
+def test_top_k_1_is_greedy_and_reports_the_full_softmax():
+    model, reqs = perturbed(), requests(2, n=1)
+    greedy = run(model, [Request(r.prompt_ids, 1, 24, temperature=0.0) for r in reqs])[0]
+    narrow = run(model, [Request(r.prompt_ids, 1, 24, top_k=1) for r in reqs])[0]
+    wide = run(model, [Request(r.prompt_ids, 1, 24, top_p=1e-6) for r in reqs])[0]
+    assert same(greedy, narrow) and same(greedy, wide)
+    assert all(p < -0.01 for c in narrow.values() for p in c.logprobs[:5])
+
+
+def test_padded_rows_of_the_vocabulary_are_neither_sampled_nor_normalised_over():
+    tokenizer = Tokenizer(BASE)
+    model = perturbed(vocab_size=1100)
+    model.head_weight[1024:] = model.head_weight[:76] * 50  # would win, and would take all the mass
+    out, _ = run(model, [Request([5, 6, 7], 8, 40)], tokenizer)
+    assert max(t for c in out.values() for t in c.token_ids) < tokenizer.n_valid == 1024
+    c = out[0, 0]
+    hidden = model(torch.tensor([5, 6, 7] + c.token_ids), qwen.packed([3 + len(c.token_ids)]))
+    logp, _ = linear_logprob(hidden[2:-1], model.head_weight[:1024], torch.tensor(c.token_ids))
+    assert torch.allclose(logp, torch.tensor(c.logprobs), atol=1e-5)
+
+
+class Scripted(torch.nn.Module):
+    """A stand-in whose most likely next token is given by a table of the current token."""
+
+    def __init__(self, successor: dict[int, int], size: int):
+        super().__init__()
+        self.config = qwen.ModelConfig(size, size, 1, 0, 1, 1)
+        self.register_buffer("head_weight", torch.eye(size) * 100)
+        self.successor = successor
+
+    def forward(self, tokens_T, attention):
+        return torch.nn.functional.one_hot(torch.tensor([self.successor.get(t, 0) for t in tokens_T.tolist()]), self.config.vocab_size).float()
+
+
+def scripted(text: str, stop: tuple[str, ...], new=50, eos=False):
+    tokenizer = Tokenizer(BASE)
+    ids = [tokenizer.encode("Q")[0]] + tokenizer.encode(text) + (tokenizer.eos_ids if eos else [])
+    assert len(set(ids)) == len(ids), "a token that repeats would need a longer memory"
+    model = Scripted(dict(zip(ids, ids[1:])), tokenizer.n_valid)
+    (completion,) = Sampler(model, tokenizer).generate([Request(ids[:1], 1, new, temperature=0.0, stop=stop)])
+    return completion, ids[1:], tokenizer
+
+
+def test_a_stop_string_ends_the_sample_and_stays_in_it():
+    """The silent bug of cutting it off: the closing tag is then never trained, and the structure check fails."""
+    c, ids, _ = scripted(" the fog</answer> was gone", ("</answer>",))
+    assert c.finish_reason == "stop" and c.text == " the fog</answer>" and c.token_ids == ids[:len(c.token_ids)]
+    assert len(c.logprobs) == len(c.token_ids)
+
+
+def test_a_stop_string_is_found_across_tokens_and_inside_one():
+    assert scripted(" the fog came over", ("og ca",))[0].text.endswith("fog came")
+    assert scripted(" a golden harbour", ("arbo",))[0].finish_reason == "stop"
+
+
+def test_the_end_of_text_token_is_trained_but_not_shown():
+    c, ids, tokenizer = scripted(" the fog", (), eos=True)
+    assert c.finish_reason == "stop" and c.token_ids == ids and c.token_ids[-1] in tokenizer.eos_ids and c.text == " the fog"
+
+
+def test_the_budget_ends_a_sample_with_reason_length():
+    c, ids, _ = scripted(" the fog came over the harbour".replace(" the h", " h"), (), new=3)
+    assert c.finish_reason == "length" and c.token_ids == ids[:3]
