@@ -2,12 +2,14 @@
 
 Shapes: T packed tokens, H query heads, K key/value heads, D head dim, C hidden, V vocabulary, S sequences.
 
-`forward` sees only a flat row of tokens. How those tokens attend to each other is the business of the attention plan that
-is passed in: `packed(lengths)` for whole sequences laid end to end (training), or the sampler's paged plan. A plan has
-`positions_T` and is called as `plan(layer, q_THD, k_TKD, v_TKD) -> out_THD`; this is the interface that a kernel fills.
+`forward` sees only a flat row of tokens. How those tokens attend to each other is the business of the
+attention plan that is passed in: `packed(lengths)` for whole sequences laid end to end (training), or the
+sampler's paged plan. A plan has `positions_T` and is called as `plan(layer, q_THD, k_TKD, v_TKD) -> out_THD`;
+this is the interface that a kernel fills.
 
-Left out on purpose: dropout, sliding windows (no Qwen2.5 checkpoint uses them) and padding. The model returns hidden states,
-never logits: the LM head belongs to `kernels.linear_logprob` and to the sampler, which know how to avoid T x V tensors.
+Left out on purpose: dropout, sliding windows (no Qwen2.5 checkpoint uses them) and padding. The model returns
+hidden states, never logits: the LM head belongs to `kernels.linear_logprob` and to the sampler, which know
+how to avoid T x V tensors.
 """
 
 import json
@@ -52,12 +54,15 @@ class ModelConfig:
         c, kv = self.hidden_size, self.num_key_value_heads * self.head_dim
         attention = 2 * c * c + c + 2 * (c * kv + kv)  # q, o without bias on o; k and v with theirs
         layer = attention + 3 * c * self.intermediate_size + 2 * c
-        return self.num_hidden_layers * layer + c + self.vocab_size * c * (1 if self.tie_word_embeddings else 2)
+        return self.num_hidden_layers * layer + c + self.vocab_size * c * (1
+                                                                           if self.tie_word_embeddings else 2)
 
     def flops_per_token(self, context: int = 0) -> int:
-        """Forward flops of one token that attends to `context` tokens, LM head included; a training step costs three times that.
+        """Forward flops of one token that attends to `context` tokens, LM head included; a training step
+        costs three times that.
 
-        Two per multiply-add on matrix weights (the embedding look-up is free), and 4 H D context for scores and values.
+        Two per multiply-add on matrix weights (the embedding look-up is free), and 4 H D context for scores
+        and values.
         """
         c, kv = self.hidden_size, self.num_key_value_heads * self.head_dim
         matrices = self.num_hidden_layers * (2 * c * c + 2 * c * kv + 3 * c * self.intermediate_size)
@@ -68,17 +73,19 @@ class ModelConfig:
         return 2 * self.num_hidden_layers * self.num_key_value_heads * self.head_dim * dtype.itemsize
 
 
-# ------------------------------------------------------------------------------------------------ rotary embedding
+# ---------------------------------------------------------------------- rotary
+# embedding
 
 
 def rope_frequencies(config: ModelConfig) -> tuple[torch.Tensor, float]:
     """Angular frequencies, fp32 of shape (D/2,), and the factor on cos and sin.
 
-    Plain RoPE (arXiv 2104.09864), or YaRN (arXiv 2309.00071, section 3.4): low frequencies are interpolated by `factor`, high ones
-    kept, with a linear ramp between the dimensions that turn `beta_fast` and `beta_slow` times in the original context.
+    Plain RoPE (arXiv 2104.09864), or YaRN (arXiv 2309.00071, section 3.4): low frequencies are interpolated
+    by `factor`, high ones kept, with a linear ramp between the dimensions that turn `beta_fast` and
+    `beta_slow` times in the original context.
     """
     dim, theta = config.head_dim, config.rope_theta
-    plain = 1.0 / theta ** (torch.arange(0, dim, 2, dtype=torch.float32) / dim)
+    plain = 1.0 / theta**(torch.arange(0, dim, 2, dtype=torch.float32) / dim)
     scaling = config.rope_scaling
     if scaling is None:
         return plain, 1.0
@@ -98,29 +105,33 @@ def rope_frequencies(config: ModelConfig) -> tuple[torch.Tensor, float]:
 
 
 def rotate(x_TND: torch.Tensor, cos_T1D: torch.Tensor, sin_T1D: torch.Tensor) -> torch.Tensor:
-    """Rotates pairs (i, i + D/2) in fp32; the first half of sin carries the minus sign of the rotation matrix."""
+    """Rotates pairs (i, i + D/2) in fp32; the first half of sin carries the minus sign of the rotation
+    matrix."""
     x = x_TND.float()
     first, second = x.chunk(2, dim=-1)
     return torch.addcmul(x * cos_T1D, torch.cat((second, first), dim=-1), sin_T1D).to(x_TND.dtype)
 
 
-# ------------------------------------------------------------------------------------------------ attention plan
+# ---------------------------------------------------------------------- attention
+# plan
 
 
 class Packed:
     """Causal attention inside each of several whole sequences that lie end to end."""
-
     def __init__(self, lengths: list[int], device="cpu"):
         if not lengths or min(lengths) < 1:
             raise ValueError(f"packed: every sequence needs at least one token, got lengths {lengths}")
         self.lengths = list(lengths)
         self.positions_T = torch.cat([torch.arange(n, device=device) for n in lengths])
-        self.cu_seqlens = F.pad(torch.tensor(lengths, device=device, dtype=torch.int32).cumsum(0, dtype=torch.int32), (1, 0))
+        self.cu_seqlens = F.pad(
+            torch.tensor(lengths, device=device, dtype=torch.int32).cumsum(0, dtype=torch.int32), (1, 0))
 
     def __call__(self, layer: int, q_THD, k_TKD, v_TKD):
         rows = zip(*(x.transpose(0, 1).split(self.lengths, dim=1) for x in (q_THD, k_TKD, v_TKD)))
-        out = [F.scaled_dot_product_attention(q[None], k[None], v[None], is_causal=True, enable_gqa=True)[0]
-               for q, k, v in rows]
+        out = [
+            F.scaled_dot_product_attention(q[None], k[None], v[None], is_causal=True, enable_gqa=True)[0]
+            for q, k, v in rows
+        ]
         return torch.cat(out, dim=1).transpose(0, 1)
 
 
@@ -129,7 +140,7 @@ def packed(lengths: list[int], device="cpu") -> Packed:
     return Packed(lengths, device)
 
 
-# ------------------------------------------------------------------------------------------------ layers
+# ---------------------------------------------------------------------- layers
 
 
 class RMSNorm(nn.Module):
@@ -153,7 +164,8 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(c, c, bias=False)
 
     def forward(self, x_TC, cos, sin, attention):
-        q, k, v = (proj(x_TC).unflatten(-1, (-1, self.head_dim)) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        q, k, v = (proj(x_TC).unflatten(-1, (-1, self.head_dim))
+                   for proj in (self.q_proj, self.k_proj, self.v_proj))
         q, k = rotate(torch.cat((q, k), dim=1), cos, sin).split((q.shape[1], k.shape[1]), dim=1)
         out_THD = attention(self.layer, q, k, v)
         return self.o_proj(out_THD.flatten(1))
@@ -186,7 +198,6 @@ class Layer(nn.Module):
 
 class Qwen2(nn.Module):
     """The decoder. Parameter names equal those of the Hugging Face checkpoint, so nothing is ever renamed."""
-
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = config
@@ -205,7 +216,8 @@ class Qwen2(nn.Module):
 
     @property
     def head_weight(self) -> torch.Tensor:
-        """weight_VC of the LM head, tied or not: hidden @ head_weight.T are the logits. Under FSDP valid after forward."""
+        """weight_VC of the LM head, tied or not: hidden @ head_weight.T are the logits. Under FSDP valid
+        after forward."""
         return self.model["embed_tokens"].weight if self.config.tie_word_embeddings else self.lm_head.weight
 
     def forward(self, tokens_T: torch.Tensor, attention) -> torch.Tensor:
@@ -224,19 +236,20 @@ class Qwen2(nn.Module):
 
     @torch.no_grad()
     def init_weights_(self, seed: int):
-        """Fresh weights for pretraining: N(0, initializer_range), the two projections into the residual stream scaled by 1/sqrt(2 L)."""
+        """Fresh weights for pretraining: N(0, initializer_range), the two projections into the residual
+        stream scaled by 1/sqrt(2 L)."""
         generator = torch.Generator().manual_seed(seed)
         for name, p in self.named_parameters():
             if p.dim() < 2:
                 p.fill_(1.0 if "norm" in name else 0.0)
                 continue
             residual = name.endswith(("o_proj.weight", "down_proj.weight"))
-            scale = (2 * self.config.num_hidden_layers) ** -0.5 if residual else 1.0
+            scale = (2 * self.config.num_hidden_layers)**-0.5 if residual else 1.0
             p.copy_(torch.randn(p.shape, generator=generator) * self.config.initializer_range * scale)
         return self
 
 
-# ------------------------------------------------------------------------------------------------ config.json
+# ---------------------------------------------------------------------- config.json
 
 
 def read_config(path: str | Path) -> ModelConfig:
@@ -248,37 +261,48 @@ def read_config(path: str | Path) -> ModelConfig:
     try:
         raw = json.loads(file.read_text())
     except FileNotFoundError:
-        raise CheckpointError(f"{file} does not exist: `model` must be a folder with config.json and safetensors weights") from None
+        raise CheckpointError(
+            f"{file} does not exist: `model` must be a folder with config.json and safetensors weights"
+        ) from None
     except json.JSONDecodeError as e:
-        raise CheckpointError(f"{file} is not JSON ({e}): copy it again from the checkpoint's source") from None
+        raise CheckpointError(
+            f"{file} is not JSON ({e}): copy it again from the checkpoint's source") from None
     kind = raw.get("model_type")
     if kind != "qwen2":
-        raise CheckpointError(f"{file}: model_type {kind!r} is not supported, only 'qwen2' (Qwen2 and Qwen2.5) is")
+        raise CheckpointError(
+            f"{file}: model_type {kind!r} is not supported, only 'qwen2' (Qwen2 and Qwen2.5) is")
     if raw.get("use_sliding_window") or raw.get("hidden_act", "silu") != "silu":
         raise CheckpointError(f"{file}: use_sliding_window and activations other than silu are not supported")
     rope = dict(raw.get("rope_parameters") or {})
     scaling = raw.get("rope_scaling") or rope
     rope_type = scaling.get("rope_type", scaling.get("type", "default"))
     if rope_type not in ("default", "yarn"):
-        raise CheckpointError(f"{file}: rope type {rope_type!r} is not supported, only 'default' and 'yarn' are")
+        raise CheckpointError(
+            f"{file}: rope type {rope_type!r} is not supported, only 'default' and 'yarn' are")
     try:
         config = ModelConfig(
-            **{name: raw[name] for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
-                                            "num_attention_heads")},
+            **{
+                name: raw[name]
+                for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
+                             "num_attention_heads")
+            },
             num_key_value_heads=raw.get("num_key_value_heads") or raw["num_attention_heads"],
             max_position_embeddings=raw.get("max_position_embeddings", 32768),
             rms_norm_eps=raw.get("rms_norm_eps", 1e-6),
             rope_theta=float(rope.get("rope_theta", raw.get("rope_theta", 10000.0))),
-            rope_scaling={k: v for k, v in scaling.items() if k not in ("rope_theta", "type")} | {"rope_type": "yarn"}
-            if rope_type == "yarn" else None,
+            rope_scaling={k: v
+                          for k, v in scaling.items() if k not in ("rope_theta", "type")}
+            | {"rope_type": "yarn"} if rope_type == "yarn" else None,
             tie_word_embeddings=raw.get("tie_word_embeddings", False),
             initializer_range=raw.get("initializer_range", 0.02),
         )
     except KeyError as e:
-        raise CheckpointError(f"{file} lacks the field {e}: copy it again from the checkpoint's source") from None
-    if config.hidden_size % config.num_attention_heads or config.num_attention_heads % config.num_key_value_heads:
-        raise CheckpointError(f"{file}: hidden_size {config.hidden_size}, num_attention_heads {config.num_attention_heads} and "
-                              f"num_key_value_heads {config.num_key_value_heads} do not divide each other")
+        raise CheckpointError(
+            f"{file} lacks the field {e}: copy it again from the checkpoint's source") from None
+    heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
+    if config.hidden_size % heads or heads % kv_heads:
+        raise CheckpointError(f"{file}: hidden_size {config.hidden_size}, num_attention_heads {heads} and "
+                              f"num_key_value_heads {kv_heads} do not divide each other")
     if rope_type == "yarn" and "factor" not in config.rope_scaling:
         raise CheckpointError(f"{file}: YaRN needs a `factor`")
     return config
@@ -287,18 +311,22 @@ def read_config(path: str | Path) -> ModelConfig:
 def config_json(config: ModelConfig, dtype: torch.dtype) -> dict:
     """The older generation of config.json, which every reader understands."""
     fields = {name: getattr(config, name) for name in config.__dataclass_fields__ if name != "rope_scaling"}
-    out = {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "hidden_act": "silu", "attention_dropout": 0.0,
-           "use_sliding_window": False, "use_cache": True, "torch_dtype": str(dtype).removeprefix("torch."), **fields}
+    out = {
+        "architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "hidden_act": "silu",
+        "attention_dropout": 0.0, "use_sliding_window": False, "use_cache": True,
+        "torch_dtype": str(dtype).removeprefix("torch."), **fields
+    }
     if config.rope_scaling:
         out["rope_scaling"] = {**config.rope_scaling, "type": "yarn"}
     return out
 
 
-# ------------------------------------------------------------------------------------------------ weights
+# ---------------------------------------------------------------------- weights
 
 
 def weight_files(path: str | Path) -> dict[str, Path]:
-    """Tensor name -> safetensors file of a checkpoint folder; raises CheckpointError if files are missing or cut short."""
+    """Tensor name -> safetensors file of a checkpoint folder; raises CheckpointError if files are missing or
+    cut short."""
     path = Path(path)
     index, single = path / "model.safetensors.index.json", path / "model.safetensors"
     try:
@@ -308,9 +336,13 @@ def weight_files(path: str | Path) -> dict[str, Path]:
             with safe_open(single, framework="pt") as f:
                 files = dict.fromkeys(f.keys(), single)
         else:
-            raise CheckpointError(f"{path} has neither model.safetensors nor model.safetensors.index.json: is the download complete?")
+            raise CheckpointError(
+                f"{path} has neither model.safetensors nor model.safetensors.index.json: is the download "
+                "complete?"
+            )
         if missing := sorted({f.name for f in files.values() if not f.exists()}):
-            raise CheckpointError(f"{path} lacks {', '.join(missing)}, which its index names: is the download complete?")
+            raise CheckpointError(
+                f"{path} lacks {', '.join(missing)}, which its index names: is the download complete?")
         for file in set(files.values()):
             with safe_open(file, framework="pt"):
                 pass
@@ -324,7 +356,8 @@ def weight_files(path: str | Path) -> dict[str, Path]:
 
 
 def check_tensors(config: ModelConfig, path: str | Path) -> dict[str, Path]:
-    """Compares names and shapes in the files with the model's, reading headers only. Returns name -> file; raises CheckpointError."""
+    """Compares names and shapes in the files with the model's, reading headers only. Returns name -> file;
+    raises CheckpointError."""
     files = weight_files(path)
     with torch.device("meta"):
         expected = {name: tuple(p.shape) for name, p in Qwen2(config).named_parameters()}
@@ -337,8 +370,10 @@ def check_tensors(config: ModelConfig, path: str | Path) -> dict[str, Path]:
         files.pop("lm_head.weight", None)
     problems = [f"missing {n}" for n in sorted(expected.keys() - found.keys())]
     problems += [f"unexpected {n}" for n in sorted(found.keys() - expected.keys())]
-    problems += [f"{n} has shape {found[n]}, not {expected[n]}" for n in sorted(expected.keys() & found.keys())
-                 if expected[n] != found[n]]
+    problems += [
+        f"{n} has shape {found[n]}, not {expected[n]}" for n in sorted(expected.keys() & found.keys())
+        if expected[n] != found[n]
+    ]
     if problems:
         more = f" and {len(problems) - 20} more" if len(problems) > 20 else ""
         raise CheckpointError(f"{path} does not fit its config.json: " + "; ".join(problems[:20]) + more)
@@ -346,7 +381,8 @@ def check_tensors(config: ModelConfig, path: str | Path) -> dict[str, Path]:
 
 
 def load(path: str | Path, dtype: torch.dtype = torch.float32, device="cpu") -> Qwen2:
-    """Reads a Hugging Face checkpoint folder. Raises CheckpointError, listing missing, unexpected and misshaped tensors."""
+    """Reads a Hugging Face checkpoint folder. Raises CheckpointError, listing missing, unexpected and
+    misshaped tensors."""
     config = read_config(path)
     files = check_tensors(config, path)
     with torch.device("meta"):
@@ -362,7 +398,8 @@ def load(path: str | Path, dtype: torch.dtype = torch.float32, device="cpu") -> 
 
 
 def save(model: Qwen2, path: str | Path, max_shard_bytes: int = 5 * 2**30):
-    """Writes a Hugging Face checkpoint folder: config.json and one safetensors file, or several with an index."""
+    """Writes a Hugging Face checkpoint folder: config.json and one safetensors file, or several with an
+    index."""
     path = Path(path)
     path.mkdir(parents=True, exist_ok=True)
     shards, size = [{}], 0
@@ -374,8 +411,12 @@ def save(model: Qwen2, path: str | Path, max_shard_bytes: int = 5 * 2**30):
     names = ["model.safetensors"]
     if len(shards) > 1:
         names = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
-        index = {"metadata": {"total_size": sum(p.nbytes for p in model.parameters())},
-                 "weight_map": {tensor: file for shard, file in zip(shards, names) for tensor in shard}}
+        index = {
+            "metadata": {"total_size": sum(p.nbytes for p in model.parameters())},
+            "weight_map": {tensor: file
+                           for shard, file in zip(shards, names)
+                           for tensor in shard}
+        }
         (path / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
     for shard, file in zip(shards, names):
         save_file(shard, path / file, metadata={"format": "pt"})

@@ -1,7 +1,9 @@
-"""torch.distributed, in one place: process group, FSDP2, the handoff of weights to the sampler, and checkpoints.
+"""torch.distributed, in one place: process group, FSDP2, the handoff of weights to the sampler, and
+checkpoints.
 
-One path for every world size: without torchrun the process group has one rank, and FSDP2 and DCP run all the same.
-Gradients are *summed* over ranks, never averaged: every loss divides by a global count, so ranks may hold different numbers of tokens.
+One path for every world size: without torchrun the process group has one rank, and FSDP2 and DCP run all the
+same. Gradients are *summed* over ranks, never averaged: every loss divides by a global count, so ranks may
+hold different numbers of tokens.
 """
 
 import hashlib
@@ -40,7 +42,8 @@ def setup(device: str = "auto") -> World:
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("device is 'cuda', but torch sees no GPU: pass --device cpu, or install a CUDA build of torch")
+        raise ValueError(
+            "device is 'cuda', but torch sees no GPU: pass --device cpu, or install a CUDA build of torch")
     if device == "cuda":
         local = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(local)
@@ -61,10 +64,12 @@ def close():
 
 
 def shard(model: Qwen2, world: World) -> Qwen2:
-    """FSDP2, a unit per layer and one for embedding, norm and head. fp32 master weights; bf16 compute and fp32 reduction on CUDA."""
-    mesh = dist.init_device_mesh(world.device.type, (world.size,))
-    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False) \
-        if world.device.type == "cuda" else MixedPrecisionPolicy()
+    """FSDP2, a unit per layer and one for embedding, norm and head. fp32 master weights; bf16 compute and
+    fp32 reduction on CUDA."""
+    mesh = dist.init_device_mesh(world.device.type, (world.size, ))
+    policy = MixedPrecisionPolicy()
+    if world.device.type == "cuda":
+        policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
     for module in (*model.layers, model):
         fully_shard(module, mesh=mesh, mp_policy=policy)
         module.set_gradient_divide_factor(1.0)
@@ -73,7 +78,8 @@ def shard(model: Qwen2, world: World) -> Qwen2:
 
 
 def total(values: dict[str, float], world: World, op=dist.ReduceOp.SUM) -> dict[str, float]:
-    """Sums (or with `op` maxima) of the named numbers over all ranks, in fp64. Every rank passes the same names in the same order."""
+    """Sums (or with `op` maxima) of the named numbers over all ranks, in fp64. Every rank passes the same
+    names in the same order."""
     tensor = torch.tensor(list(values.values()), dtype=torch.float64, device=world.device)
     dist.all_reduce(tensor, op)
     return dict(zip(values, tensor.tolist()))
@@ -111,14 +117,15 @@ def clip_grad_(model: Qwen2, max_norm: float) -> float:
 
 @torch.no_grad()
 def publish(trainer: Qwen2, sampler: Qwen2):
-    """Copies the trainer's sharded weights into the sampler's replica, one parameter at a time, cast before it is gathered."""
+    """Copies the trainer's sharded weights into the sampler's replica, one parameter at a time, cast before
+    it is gathered."""
     target = dict(sampler.named_parameters())
     for name, p in trainer.named_parameters():
         full = p.detach().to(target[name].dtype)
         target[name].copy_(full.full_tensor() if isinstance(full, DTensor) else full)
 
 
-# ------------------------------------------------------------------------------------------------ checkpoints
+# ---------------------------------------------------------------------- checkpoints
 
 
 class BadCheckpoint(ValueError):
@@ -126,12 +133,16 @@ class BadCheckpoint(ValueError):
 
 
 def tensors_of(model: Qwen2, optimizer: torch.optim.Optimizer) -> dict[str, dict[str, torch.Tensor]]:
-    """Weights and AdamW's moments by parameter name; moments that do not exist yet are made, so that a checkpoint can be read into them."""
+    """Weights and AdamW's moments by parameter name; moments that do not exist yet are made, so that a
+    checkpoint can be read into them."""
     moments = {}
     for name, p in model.named_parameters():
         state = optimizer.state[p]
         if not state:
-            state |= {"step": torch.tensor(0.0, device=p.device), "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+            state |= {
+                "step": torch.tensor(0.0, device=p.device), "exp_avg": torch.zeros_like(p),
+                "exp_avg_sq": torch.zeros_like(p)
+            }
         moments |= {f"{name}.{key}": state[key] for key in ("exp_avg", "exp_avg_sq")}
     return {"weights": {name: p.detach() for name, p in model.named_parameters()}, "optimizer": moments}
 
@@ -148,10 +159,13 @@ def write_durably(file: Path, text: str):
         os.fsync(f.fileno())
 
 
-def save_checkpoint(folder: Path, model: Qwen2, optimizer: torch.optim.Optimizer, state: dict, world: World, keep: int):
-    """Writes `folder`/step_NNNNNN for state["step"]: beside it first, then renamed, so that a crash leaves no half checkpoint.
+def save_checkpoint(folder: Path, model: Qwen2, optimizer: torch.optim.Optimizer, state: dict, world: World,
+                    keep: int):
+    """Writes `folder`/step_NNNNNN for state["step"]: beside it first, then renamed, so that a crash leaves no
+    half checkpoint.
 
-    Each rank writes its shards as safetensors through DCP; the manifest names every file with its sha256. The last `keep` are kept.
+    Each rank writes its shards as safetensors through DCP; the manifest names every file with its sha256. The
+    last `keep` are kept.
     """
     final, beside = folder / f"step_{state['step']:06d}", folder / f"writing_{state['step']:06d}"
     if world.main:
@@ -163,9 +177,12 @@ def save_checkpoint(folder: Path, model: Qwen2, optimizer: torch.optim.Optimizer
     updates = next(iter(optimizer.state.values()))["step"].item()
     dist.barrier()
     if world.main:
-        write_durably(beside / "state.json", json.dumps(state | {"updates": updates, "torch": torch.__version__}))
+        write_durably(beside / "state.json",
+                      json.dumps(state | {"updates": updates, "torch": torch.__version__}))
         files = sorted(f for f in beside.rglob("*") if f.is_file())
-        write_durably(beside / "manifest.json", json.dumps({str(f.relative_to(beside)): digest(f) for f in files}, indent=1))
+        write_durably(beside / "manifest.json",
+                      json.dumps({str(f.relative_to(beside)): digest(f)
+                                  for f in files}, indent=1))
         shutil.rmtree(final, ignore_errors=True)
         os.rename(beside, final)
         for old in checkpoints(folder)[keep:]:
@@ -179,7 +196,8 @@ def checkpoints(folder: Path) -> list[Path]:
 
 
 def verify_checkpoint(path: Path) -> dict:
-    """Returns the state of a checkpoint whose files all match its manifest; raises BadCheckpoint for one that was cut or changed."""
+    """Returns the state of a checkpoint whose files all match its manifest; raises BadCheckpoint for one that
+    was cut or changed."""
     try:
         for name, expected in json.loads((path / "manifest.json").read_text()).items():
             if digest(path / name) != expected:

@@ -1,8 +1,9 @@
 """What is rewarded. An ablation edits this file: write a function, add it to REWARDS at the end.
 
-A reward is called as `reward(completion, prompt) -> float | None` with the sampler's Completion and the Prompt it answers. None means
-that it could not be computed: the reward is then missing for this sample, which is not the same as 0. Each reward is normalised within
-its group on its own (grpo.advantages), so its scale does not matter; its weight does.
+A reward is called as `reward(completion, prompt) -> float | None` with the sampler's Completion and the
+Prompt it answers. None means that it could not be computed: the reward is then missing for this sample, which
+is not the same as 0. Each reward is normalised within its group on its own (grpo.advantages), so its scale
+does not matter; its weight does.
 """
 
 import re
@@ -16,16 +17,16 @@ CJK = re.compile("[\u4e00-\u9fff]")
 LATIN_WORD = re.compile(r"\b[a-zA-Z]+\b")
 TAG = re.compile(r"</?(?:think|answer)>")
 
-
-# ------------------------------------------------------------------------------------------------ structure
+# ---------------------------------------------------------------------- structure
 
 
 def structure(text: str, think: bool = True) -> tuple[bool, str | None, str | None]:
     """Whether the text has the asked form, its thought and its answer body: (ok, think, answer).
 
-    The form: exactly one <think>...</think>, then exactly one <answer>...</answer>, neither empty, nothing but white space around and
-    between them; with think=False the answer pair alone. The bodies are found in broken texts too: an answer that is never
-    closed reaches to the end of the text. None where there is no such body.
+    The form: exactly one <think>...</think>, then exactly one <answer>...</answer>, neither empty, nothing
+    but white space around and between them; with think=False the answer pair alone. The bodies are found in
+    broken texts too: an answer that is never closed reaches to the end of the text. None where there is no
+    such body.
     """
     names = [m.group() for m in TAG.finditer(text)]
     expected = ["<think>", "</think>"] * think + ["<answer>", "</answer>"]
@@ -37,19 +38,22 @@ def structure(text: str, think: bool = True) -> tuple[bool, str | None, str | No
     return ok, thought or None, answer or None
 
 
-# ------------------------------------------------------------------------------------------------ length
+# ---------------------------------------------------------------------- length
 
 
 def count_words(text: str) -> int:
-    r"""Characters in U+4E00..U+9FFF plus matches of \b[a-zA-Z]+\b: the counter of the LongWriter benchmarks, so that scores compare.
+    r"""Characters in U+4E00..U+9FFF plus matches of \b[a-zA-Z]+\b: the counter of the LongWriter benchmarks,
+    so that scores compare.
 
-    Its quirks are kept: "don't" counts 2, digits and accented words count 0, a Latin word glued to a CJK character is missed.
+    Its quirks are kept: "don't" counts 2, digits and accented words count 0, a Latin word glued to a CJK
+    character is missed.
     """
     return len(CJK.findall(text)) + len(LATIN_WORD.findall(text))
 
 
 def length_reward(words: int, lo: int, hi: int) -> float:
-    """1 inside [lo, hi], falling linearly to 0 at 0 words and at Lmax = max(1.5 hi, hi + 20) (Lmax: not specified by the paper)."""
+    """1 inside [lo, hi], falling linearly to 0 at 0 words and at Lmax = max(1.5 hi, hi + 20) (Lmax: not
+    specified by the paper)."""
     if words < lo:
         return words / lo
     if words <= hi:
@@ -59,14 +63,15 @@ def length_reward(words: int, lo: int, hi: int) -> float:
 
 
 def length(completion, prompt) -> float | None:
-    """Length of the answer body against the prompt's range. No body: 0, or a range that starts at 0 would pay for silence."""
+    """Length of the answer body against the prompt's range. No body: 0, or a range that starts at 0 would pay
+    for silence."""
     if prompt.length_range is None:
         return None
     _, _, answer = structure(completion.text)
     return length_reward(count_words(answer), *prompt.length_range) if answer else 0.0
 
 
-# ------------------------------------------------------------------------------------------------ format
+# ---------------------------------------------------------------------- format
 
 
 def fold(text: str) -> str:
@@ -75,10 +80,12 @@ def fold(text: str) -> str:
 
 
 def repetition(text: str) -> float:
-    """The share of the folded text's characters that lie in a shingle which occurred earlier in it; in [0, 1], linear in length.
+    """The share of the folded text's characters that lie in a shingle which occurred earlier in it; in [0,
+    1], linear in length.
 
-    A text given twice has 0.5. A shingle is SHINGLE wide: 24 Latin characters, 10 of CJK. Shingles are compared by 64-bit polynomial
-    hashes over random character codes, computed for all positions at once from prefix sums (unsigned arithmetic wraps).
+    A text given twice has 0.5. A shingle is SHINGLE wide: 24 Latin characters, 10 of CJK. Shingles are
+    compared by 64-bit polynomial hashes over random character codes, computed for all positions at once from
+    prefix sums (unsigned arithmetic wraps).
     """
     codes = np.array([ord(c) for c in fold(text)], dtype=np.uint64)
     n = len(codes)
@@ -95,7 +102,8 @@ def repetition(text: str) -> float:
     mixed = (mixed ^ (mixed >> np.uint64(29))) * np.uint64(0xBF58476D1CE4E5B9)
     power = np.cumprod(np.full(n + 1, 0xD1342543DE82EF95, dtype=np.uint64))
     prefix = np.concatenate((np.zeros(1, np.uint64), np.cumsum(mixed * power[:n])))
-    hashes = (prefix[end] - prefix[start]) * power[n - start]  # aligned to one exponent, so equal shingles have equal hashes
+    hashes = (prefix[end] - prefix[start]
+              ) * power[n - start]  # aligned to one exponent, so equal shingles have equal hashes
     _, first, group = np.unique(hashes, return_index=True, return_inverse=True)
     again = first[group] < np.arange(len(start))
     edges = np.zeros(n + 1, dtype=np.int64)
@@ -110,7 +118,8 @@ def format_reward(completion, prompt) -> float | None:
     return 1.0 - repetition(answer) if ok else 0.0
 
 
-# ------------------------------------------------------------------------------------------------ what is trained
+# ---------------------------------------------------------------------- what is
+# trained
 
 
 REWARDS = {  # name: (function, weight); advantages are averaged with weights w / sum w

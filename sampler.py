@@ -1,10 +1,13 @@
-"""Generation: a paged KV cache, continuous batching, and token draws that depend on nothing but their own key.
+"""Generation: a paged KV cache, continuous batching, and token draws that depend on nothing but their own
+key.
 
-Shapes: S running sequences (rows), T packed tokens, H query heads, K KV heads, D head dim, C hidden, P pages of a sequence.
+Shapes: S running sequences (rows), T packed tokens, H query heads, K KV heads, D head dim, C hidden, P pages
+of a sequence.
 
-The life of a request: it waits; its prompt is prefilled once; its n samples fork, sharing the prompt's pages; each decodes one token a
-step in the common batch; a page that two samples share is copied when one writes to it; a sample that ends is yielded at
-once and the next takes its row. When the pool runs dry the youngest gives its pages back and is recomputed later, with the same draws.
+The life of a request: it waits; its prompt is prefilled once; its n samples fork, sharing the prompt's pages;
+each decodes one token a step in the common batch; a page that two samples share is copied when one writes to
+it; a sample that ends is yielded at once and the next takes its row. When the pool runs dry the youngest
+gives its pages back and is recomputed later, with the same draws.
 
 Left out so far: chunked prefill, CUDA graphs and tensor parallelism.
 """
@@ -20,8 +23,10 @@ from kernels.logprob import matmul_fp32
 from kernels.sample import draw, streams, uniforms
 from model import Packed, Qwen2
 
-MIN_ROWS = 16  # thinner CPU matrix products take other code paths, whose rounding differs; padded, a row is the same in any batch
-MIN_CONTEXT = 16  # likewise the attended length is a multiple of this: a vector register's lanes
+# Thinner CPU matrix products take other code paths, whose rounding differs: padded, a row is the same in
+# any batch.
+MIN_ROWS = 16
+MIN_CONTEXT = 16  # likewise the attended length is a multiple of a vector register's lanes
 
 
 @dataclass(frozen=True)
@@ -62,7 +67,8 @@ class Stats:
 
 @dataclass(eq=False)
 class Group:
-    """A request whose samples still wait; once prefilled it holds the prompt's pages and its last hidden state."""
+    """A request whose samples still wait; once prefilled it holds the prompt's pages and its last hidden
+    state."""
 
     index: int
     request: Request
@@ -77,7 +83,8 @@ class Group:
 
 @dataclass(eq=False)
 class Sequence:
-    """One sample that is running, or was preempted. `pages` hold the keys and values of its first `cached` tokens."""
+    """One sample that is running, or was preempted. `pages` hold the keys and values of its first `cached`
+    tokens."""
 
     index: int
     sample: int
@@ -90,22 +97,24 @@ class Sequence:
     tail: bytes = b""  # the last bytes, in which a stop string may have begun
 
     @property
-    def prefix(self) -> list[int]:  # what has to be recomputed after preemption; the newest token is fed by the next decode step
+    def prefix(self) -> list[int]:
+        """What is recomputed after preemption; the newest token is fed by the next decode step."""
         return self.request.prompt_ids + self.token_ids[:-1]
 
 
-# ------------------------------------------------------------------------------------------------ pages
+# ---------------------------------------------------------------------- pages
 
 
 class PagePool:
-    """Keys and values of all layers in pages, with a reference count each. Page 0 belongs to nobody: padding rows write there."""
-
+    """Keys and values of all layers in pages, with a reference count each. Page 0 belongs to nobody: padding
+    rows write there."""
     def __init__(self, model: Qwen2, num_pages: int, page_size: int):
         config, head = model.config, model.head_weight
         self.page_size, self.num_pages = page_size, num_pages
         shape = (num_pages, page_size, config.num_key_value_heads, config.head_dim)
-        self.keys, self.values = (  # a tensor per layer; zeros, because masked slots are read too and NaN would pass the mask
-            [torch.zeros(shape, dtype=head.dtype, device=head.device) for _ in range(config.num_hidden_layers)] for _ in range(2))
+        # A tensor per layer; zeros, because masked slots are read too and NaN would pass the mask.
+        self.keys, self.values = ([torch.zeros(shape, dtype=head.dtype, device=head.device)
+                                   for _ in range(config.num_hidden_layers)] for _ in range(2))
         self.references = [0] * num_pages
         self.free = deque(range(1, num_pages))
 
@@ -141,8 +150,8 @@ class PagePool:
 
 
 class PrefillPlan(Packed):
-    """Whole prefixes, packed: attention among the new tokens themselves, whose keys and values also go into pages."""
-
+    """Whole prefixes, packed: attention among the new tokens themselves, whose keys and values also go into
+    pages."""
     def __init__(self, pool: PagePool, lengths: list[int], slots_T: torch.Tensor):
         super().__init__(lengths, slots_T.device)
         self.pool, self.slots_T = pool, slots_T
@@ -153,8 +162,8 @@ class PrefillPlan(Packed):
 
 
 class DecodePlan:
-    """One query a row over the pages of its sequence. The reference for a paged kernel: gather, then one batched attention."""
-
+    """One query a row over the pages of its sequence. The reference for a paged kernel: gather, then one
+    batched attention."""
     def __init__(self, pool: PagePool, table_SP: torch.Tensor, positions_S: torch.Tensor):
         self.pool, self.table_SP, self.positions_T = pool, table_SP, positions_S
         page = table_SP.gather(1, (positions_S // pool.page_size)[:, None])[:, 0]
@@ -164,38 +173,53 @@ class DecodePlan:
 
     def __call__(self, layer, q_SHD, k_SKD, v_SKD):
         self.pool.write_(layer, self.slots_T, k_SKD, v_SKD)
-        k, v = (x[layer].index_select(0, self.table_SP.flatten()).view(len(q_SHD), -1, *x[layer].shape[2:]).transpose(1, 2)
+        k, v = (x[layer].index_select(0, self.table_SP.flatten()).view(len(q_SHD), -1,
+                                                                       *x[layer].shape[2:]).transpose(1, 2)
                 for x in (self.pool.keys, self.pool.values))  # (S, K, L, D)
-        q = q_SHD.unflatten(1, (k.shape[1], -1))  # the query heads of a KV head are rows of one matrix: (S, K, H/K, D)
+        q = q_SHD.unflatten(
+            1, (k.shape[1], -1))  # the query heads of a KV head are rows of one matrix: (S, K, H/K, D)
         return F.scaled_dot_product_attention(q, k, v, attn_mask=self.seen_S11L).flatten(1, 2)
 
 
-# ------------------------------------------------------------------------------------------------ engine
+# ---------------------------------------------------------------------- engine
 
 
 class Sampler:
     """Generates with a model whose weights the caller may change between calls.
 
-    tokenizer: gives the ids that exist, end-of-text ids, stop strings and text; without one every row of the head is an id and only
+    tokenizer: gives the ids that exist, end-of-text ids, stop strings and text; without one every row of the
+    head is an id and only
         length ends a sample.
-    max_sequences: rows of the decode batch.       num_pages: of the pool; default: what max_sequences of these requests can need.
-    page_size: tokens a page.                       prefill_tokens: prompts are prefilled together up to this many tokens; default 4096,
-        and on CPU one at a time: there packing gains nothing, and the rounding of a row would depend on its neighbours.
+    max_sequences: rows of the decode batch.       num_pages: of the pool; default: what max_sequences of
+    these requests can need.
+    page_size: tokens a page.                       prefill_tokens: prompts are prefilled together up to this
+    many tokens; default 4096,
+        and on CPU one at a time: there packing gains nothing, and the rounding of a row would depend on its
+        neighbours.
     """
-
-    def __init__(self, model: Qwen2, tokenizer=None, max_sequences: int = 64, page_size: int = 16, num_pages: int | None = None,
+    def __init__(self,
+                 model: Qwen2,
+                 tokenizer=None,
+                 max_sequences: int = 64,
+                 page_size: int = 16,
+                 num_pages: int | None = None,
                  prefill_tokens: int | None = None):
         self.model, self.tokenizer = model, tokenizer
         self.max_sequences, self.page_size, self.num_pages = max_sequences, page_size, num_pages
-        self.prefill_tokens = prefill_tokens if prefill_tokens is not None else 4096 if model.head_weight.is_cuda else 0
+        together = 4096 if model.head_weight.is_cuda else 0
+        self.prefill_tokens = together if prefill_tokens is None else prefill_tokens
         self.n_valid = tokenizer.n_valid if tokenizer else model.config.vocab_size
         self.eos_ids = frozenset(tokenizer.eos_ids if tokenizer else ())
         self.stats = Stats()
         if self.n_valid > model.config.vocab_size:
-            raise ValueError(f"the tokenizer has {self.n_valid} ids, the model only {model.config.vocab_size} rows: they do not belong together")
+            raise ValueError(
+                f"the tokenizer has {self.n_valid} ids, the model only {model.config.vocab_size} rows: they "
+                "do not belong together"
+            )
 
     def generate(self, requests: list[Request]) -> Iterator[Completion]:
-        """Yields every sample of every request as it finishes. Raises ValueError for a request that can never be served."""
+        """Yields every sample of every request as it finishes. Raises ValueError for a request that can never
+        be served."""
         requests = list(requests)
         self.check(requests)
         return self.run(requests)
@@ -209,15 +233,20 @@ class Sampler:
             if r.stop and self.tokenizer is None:
                 raise ValueError(f"request {i}: stop strings need a tokenizer")
             if max(r.prompt_ids) >= self.n_valid:
-                raise ValueError(f"request {i}: id {max(r.prompt_ids)} is beyond the tokenizer's last, {self.n_valid - 1}")
+                raise ValueError(
+                    f"request {i}: id {max(r.prompt_ids)} is beyond the tokenizer's last, {self.n_valid - 1}")
             if self.num_pages is not None and (need := self.worst_pages(r) + 2) > self.num_pages:
-                raise ValueError(f"request {i}: {len(r.prompt_ids)} + {r.max_new_tokens} tokens need {need} pages, the pool has {self.num_pages}")
+                raise ValueError(
+                    f"request {i}: {len(r.prompt_ids)} + {r.max_new_tokens} tokens need {need} pages, the "
+                    f"pool has {self.num_pages}"
+                )
 
     def worst_pages(self, r: Request) -> int:
         return -(-(len(r.prompt_ids) + r.max_new_tokens) // self.page_size)
 
     def wide(self, pages: int) -> int:
-        """A number of table columns whose tokens are a multiple of MIN_CONTEXT; columns without a page name page 0 and are masked."""
+        """A number of table columns whose tokens are a multiple of MIN_CONTEXT; columns without a page name
+        page 0 and are masked."""
         unit = max(1, MIN_CONTEXT // self.page_size)
         return -(-pages // unit) * unit
 
@@ -234,11 +263,14 @@ class Sampler:
         self.ready: deque[Group] = deque()
         self.running: list[Sequence] = []  # oldest first
         self.free_rows = deque(range(rows))
-        # State of the rows, on the device, changed only where something changes. Rows past `rows` are padding.
+        # State of the rows, on the device, changed only where something changes. Rows past `rows` are
+        # padding.
         rows += MIN_ROWS
         self.table = torch.zeros(rows, longest, dtype=torch.int64, device=device)
-        self.token, self.position, self.drawn, self.stream, self.top_k = (
-            torch.zeros(rows, dtype=torch.int64, device=device) for _ in range(5))
+        self.token, self.position, self.drawn, self.stream, self.top_k = (torch.zeros(rows,
+                                                                                      dtype=torch.int64,
+                                                                                      device=device)
+                                                                          for _ in range(5))
         self.temperature, self.top_p = torch.ones(rows, device=device), torch.ones(rows, device=device)
         self.active = None  # row numbers of the running sequences; None: to be rebuilt
         try:
@@ -250,16 +282,19 @@ class Sampler:
                 self.pool.release_(holder.pages)
             del self.pool, self.table
 
-    # -- scheduling ---------------------------------------------------------------------------------------------------
+    # -- scheduling
+    # ---- scheduling
 
     def admit(self) -> Iterator[Completion]:
-        """Prefills what fits into free rows and pages, then starts samples. Leaves a page for each running sequence to grow into."""
+        """Prefills what fits into free rows and pages, then starts samples. Leaves a page for each running
+        sequence to grow into."""
         batch, tokens = [], 0
         rows = len(self.free_rows) - sum(g.request.n - g.started for g in self.ready)
         while self.waiting and rows > 0:
             item = self.waiting[0]
             need = self.pool.pages_for(len(item.prefix))
-            if need + len(self.running) + len(batch) >= len(self.pool.free) or batch and tokens + len(item.prefix) > self.prefill_tokens:
+            if need + len(self.running) + len(batch) >= len(
+                    self.pool.free) or batch and tokens + len(item.prefix) > self.prefill_tokens:
                 break
             self.waiting.popleft()
             item.pages = [self.pool.take() for _ in range(need)]
@@ -301,7 +336,8 @@ class Sampler:
         self.active = None
 
     def reclaim(self):
-        """Frees pages when the pool is dry: the youngest gives way and is recomputed later. The oldest always gets on."""
+        """Frees pages when the pool is dry: the youngest gives way and is recomputed later. The oldest always
+        gets on."""
         self.stats.preemptions += 1
         if self.ready:
             item = self.ready.pop()
@@ -339,13 +375,15 @@ class Sampler:
             self.table[rows, columns] = pages
         self.stats.peak_pages = max(self.stats.peak_pages, self.pool.num_pages - 1 - len(self.pool.free))
 
-    # -- computing ----------------------------------------------------------------------------------------------------
+    # -- computing
+    # ---- computing
 
     def prefill(self, batch: list[Group | Sequence]):
         device = self.table.device
         lengths = [len(item.prefix) for item in batch]
         offsets = torch.arange(self.page_size)
-        slots = [(torch.tensor(item.pages)[:, None] * self.page_size + offsets).flatten()[:n] for item, n in zip(batch, lengths)]
+        slots = [(torch.tensor(item.pages)[:, None] * self.page_size + offsets).flatten()[:n]
+                 for item, n in zip(batch, lengths)]
         plan = PrefillPlan(self.pool, lengths, torch.cat(slots).to(device))
         hidden = self.model(torch.tensor([t for item in batch for t in item.prefix], device=device), plan)
         self.stats.prefill_tokens += sum(lengths)

@@ -11,20 +11,22 @@ class TokenizerError(ValueError):
 
 
 def byte_alphabet() -> dict[str, int]:
-    """The printable stand-ins of byte-level BPE: character -> byte (GPT-2's rule: printable bytes stand for themselves)."""
+    """The printable stand-ins of byte-level BPE: character -> byte (GPT-2's rule: printable bytes stand for
+    themselves)."""
     kept = [*range(33, 127), *range(161, 173), *range(174, 256)]
     moved = [b for b in range(256) if b not in kept]
     return {chr(b): b for b in kept} | {chr(256 + i): b for i, b in enumerate(moved)}
 
 
 class Tokenizer:
-    """encode, decode, `eos_ids`, `n_valid` (ids are 0 .. n_valid - 1; a checkpoint may have more rows) and `token_bytes`."""
-
+    """encode, decode, `eos_ids`, `n_valid` (ids are 0 .. n_valid - 1; a checkpoint may have more rows) and
+    `token_bytes`."""
     def __init__(self, path: str | Path):
         path = Path(path)
         file = path / "tokenizer.json"
         if not file.exists():
-            raise TokenizerError(f"{file} does not exist: a checkpoint folder needs the tokenizer.json of its model")
+            raise TokenizerError(
+                f"{file} does not exist: a checkpoint folder needs the tokenizer.json of its model")
         try:
             self.inner = tokenizers.Tokenizer.from_file(str(file))
         except Exception as e:  # tokenizers raises bare Exception
@@ -49,8 +51,9 @@ class Tokenizer:
             token = json.loads(config.read_text()).get("eos_token")
             ids = vocabulary.get(token["content"] if isinstance(token, dict) else token)
         if ids is None:
-            raise TokenizerError(f"{path} names no end-of-text token: it needs generation_config.json with eos_token_id, "
-                                 "or tokenizer_config.json with eos_token")
+            raise TokenizerError(
+                f"{path} names no end-of-text token: it needs generation_config.json with eos_token_id, "
+                "or tokenizer_config.json with eos_token")
         return ids if isinstance(ids, list) else [ids]
 
     def bytes_of(self, vocabulary: dict[str, int]) -> list[bytes]:

@@ -4,9 +4,11 @@ import random
 
 
 def pack_documents(documents: list[list[int]], row_tokens: int, seed: int) -> list[list[list[int]]]:
-    """Shuffles documents and cuts their stream into rows of exactly `row_tokens` tokens; a row is a list of pieces.
+    """Shuffles documents and cuts their stream into rows of exactly `row_tokens` tokens; a row is a list of
+    pieces.
 
-    A document that crosses a row's end is continued in the next row as a piece of its own. The last, incomplete row is dropped.
+    A document that crosses a row's end is continued in the next row as a piece of its own. The last,
+    incomplete row is dropped.
     """
     shuffled = list(documents)
     random.Random(seed).shuffle(shuffled)

@@ -1,8 +1,9 @@
 """Prompts: reading JSONL, length ranges, templates, and the order in which a run sees them.
 
-A line is an object with the request under `prompt`, `query`, `question` or `instruction`, and the wanted length in words (Chinese:
-characters) under `length_range` or `range` as [lo, hi], or under `length` as one number, which stands for 10 % to either side. Without a
-length the length reward of that prompt is missing. LongBench-Write and WritingBench files load as they are.
+A line is an object with the request under `prompt`, `query`, `question` or `instruction`, and the wanted
+length in words (Chinese: characters) under `length_range` or `range` as [lo, hi], or under `length` as one
+number, which stands for 10 % to either side. Without a length the length reward of that prompt is missing.
+LongBench-Write and WritingBench files load as they are.
 """
 
 import json
@@ -16,23 +17,25 @@ QUERY_FIELDS = ("prompt", "query", "question", "instruction")
 RANGE_FIELDS = ("length_range", "range")
 ID_FIELDS = ("id", "index", "idx")
 
-# Raw completion prompts for a base model (paper, appendix; the words are ours). The query's language picks the twin.
+# Raw completion prompts for a base model (paper, appendix; the words are ours). The query's language picks
+# the twin.
 TEMPLATES = {
     ("think", "en"): (
-        "The assistant answers a request for writing. First it thinks deeply inside <think></think>: it plans to cover every aspect, asks "
-        "itself clarifying questions where the request is ambiguous, explores several approaches, weighs coherence, clarity, style, tone, "
+        "The assistant answers a request for writing. First it thinks deeply inside <think></think>: it "
+        "plans to cover every aspect, asks "
+        "itself clarifying questions where the request is ambiguous, explores several approaches, weighs "
+        "coherence, clarity, style, tone, "
         "audience and purpose, then reviews and refines. The finished work stands inside <answer></answer>.\n"
-        "<|user|>: {query} <|assistant|>:"),
-    ("direct", "en"): (
-        "The assistant answers a request for writing. It writes the finished work at once, inside <answer></answer>.\n"
+        "<|user|>: {query} <|assistant|>:"), ("direct", "en"): (
+        "The assistant answers a request for writing. It writes the finished work at once, inside "
+        "<answer></answer>.\n"
         "<|user|>: {query} <|assistant|>:"),
     ("think", "zh"): (
-        "助手回应用户的写作要求。先在<think></think>之内深入思考：制定计划，顾及要求的每一个方面；要求含糊时向自己提出澄清性的问题，尝试多种思路；权衡连贯、"
-        "清晰、风格、语气、读者与目的，再检查并改进。成稿写在<answer></answer>之内。\n"
-        "<|用户|>: {query} <|助手|>:"),
+        "助手回应用户的写作要求。先在<think></think>之内深入思考：制定计划，顾及要求的每一个方面；"
+        "要求含糊时向自己提出澄清性的问题，尝试多种思路；权衡连贯、清晰、风格、语气、读者与目的，再检查并改进。"
+        "成稿写在<answer></answer>之内。\n<|用户|>: {query} <|助手|>:"),
     ("direct", "zh"): (
-        "助手回应用户的写作要求，直接写出成稿，放在<answer></answer>之内。\n"
-        "<|用户|>: {query} <|助手|>:"),
+        "助手回应用户的写作要求，直接写出成稿，放在<answer></answer>之内。\n<|用户|>: {query} <|助手|>:"),
 }
 STYLES = tuple(dict.fromkeys(style for style, _ in TEMPLATES))
 
@@ -63,12 +66,14 @@ def render(query: str, style: str) -> str:
 
 
 def parse_range(record: dict) -> tuple[int, int] | None:
-    """The [lo, hi] of a record, or None if it names no length. Raises ValueError for a value that is no range."""
+    """The [lo, hi] of a record, or None if it names no length. Raises ValueError for a value that is no
+    range."""
     for field in RANGE_FIELDS:
         if (value := record.get(field)) is not None:
             whole = isinstance(value, list) and len(value) == 2 and all(type(x) is int for x in value)
             if not whole or not 0 <= value[0] <= value[1]:
-                raise ValueError(f"`{field}` must be two whole numbers [lo, hi] with 0 <= lo <= hi, not {value!r}")
+                raise ValueError(
+                    f"`{field}` must be two whole numbers [lo, hi] with 0 <= lo <= hi, not {value!r}")
             return value[0], value[1]
     if (length := record.get("length")) is None:
         return None
@@ -85,15 +90,20 @@ def unreachable(prompt: Prompt, max_new_tokens: int) -> bool:
     return prompt.length_range[0] * TOKENS_PER_WORD[prompt.language] > budget
 
 
-def read(path: str | Path, style: str, max_new_tokens: int, keep_unreachable: bool = False) -> tuple[list[Prompt], Counter]:
+def read(path: str | Path,
+         style: str,
+         max_new_tokens: int,
+         keep_unreachable: bool = False) -> tuple[list[Prompt], Counter]:
     """All usable prompts of a JSONL file, in its order, and how many were dropped for what.
 
-    Dropped: `unanswerable` (range [0, 0]) and `unreachable` (unless kept). Raises PromptError for a missing file or a malformed line.
+    Dropped: `unanswerable` (range [0, 0]) and `unreachable` (unless kept). Raises PromptError for a missing
+    file or a malformed line.
     """
     try:
         lines = Path(path).read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as e:
-        raise PromptError(f"prompts file {path} cannot be read ({e}): give a JSONL file, one object a line") from None
+        raise PromptError(
+            f"prompts file {path} cannot be read ({e}): give a JSONL file, one object a line") from None
     prompts, dropped, seen = [], Counter(), {}
     for number, line in enumerate(lines, 1):
         if not line.strip():
@@ -102,13 +112,18 @@ def read(path: str | Path, style: str, max_new_tokens: int, keep_unreachable: bo
             record = json.loads(line)
             if not isinstance(record, dict):
                 raise ValueError("a line must be a JSON object")
-            query = next((record[f] for f in QUERY_FIELDS if isinstance(record.get(f), str) and record[f].strip()), None)
+            query = next(
+                (record[f] for f in QUERY_FIELDS if isinstance(record.get(f), str) and record[f].strip()),
+                None)
             if query is None:
                 raise ValueError(f"no text under any of {', '.join(QUERY_FIELDS)}")
             length_range = parse_range(record)
             ident = str(next((record[f] for f in ID_FIELDS if record.get(f) is not None), number))
             if ident in seen:
-                raise ValueError(f"id {ident!r} stands already on line {seen[ident]}; ids seed the sampling and must differ")
+                raise ValueError(
+                    f"id {ident!r} stands already on line {seen[ident]}; ids seed the sampling and must "
+                    "differ"
+                )
         except ValueError as e:
             raise PromptError(f"{path}, line {number}: {e}") from None
         seen[ident] = number
@@ -123,10 +138,12 @@ def read(path: str | Path, style: str, max_new_tokens: int, keep_unreachable: bo
 
 
 def order(n: int, batch: int, seed: int, cursor: int) -> list[int]:
-    """Indices of the `batch` prompts at `cursor`, the count of prompts used so far, out of `n` that are reshuffled every epoch.
+    """Indices of the `batch` prompts at `cursor`, the count of prompts used so far, out of `n` that are
+    reshuffled every epoch.
 
-    A pure function of its arguments, so a resumed run needs the cursor alone. An epoch drops its last n mod batch prompts: a batch
-    across two epochs could hold one prompt twice, whose samples, seeded alike, would be equal.
+    A pure function of its arguments, so a resumed run needs the cursor alone. An epoch drops its last n mod
+    batch prompts: a batch across two epochs could hold one prompt twice, whose samples, seeded alike, would
+    be equal.
     """
     if not 0 < batch <= n:
         raise ValueError(f"a step needs {batch} prompts, but only {n} are usable")

@@ -2,9 +2,10 @@
 
 Shapes: T tokens, C hidden, V vocabulary.
 
-The T x V logits of a 14,000-token sample with Qwen2.5's head are 8.5 GB in fp32, and a naive backward holds several of them.
-Here both directions walk over chunks of tokens: forward keeps only the log-sum-exp and the mean logit of each row; backward recomputes
-the chunk's logits. Peak extra memory is one chunk (`CHUNK_BYTES`) and, in backward, the weight's gradient.
+The T x V logits of a 14,000-token sample with Qwen2.5's head are 8.5 GB in fp32, and a naive backward holds
+several of them. Here both directions walk over chunks of tokens: forward keeps only the log-sum-exp and the
+mean logit of each row; backward recomputes the chunk's logits. Peak extra memory is one chunk (`CHUNK_BYTES`)
+and, in backward, the weight's gradient.
 """
 
 import torch
@@ -13,7 +14,8 @@ CHUNK_BYTES = 64 * 2**20  # of fp32 logits at a time
 
 
 def matmul_fp32(a_TC: torch.Tensor, weight_VC: torch.Tensor) -> torch.Tensor:
-    """a @ weight.T with fp32 accumulation and an fp32 result: bf16 logits would round log-probabilities by up to 2^-8 relative."""
+    """a @ weight.T with fp32 accumulation and an fp32 result: bf16 logits would round log-probabilities by up
+    to 2^-8 relative."""
     if a_TC.is_cuda and a_TC.dtype != torch.float32:
         return torch.mm(a_TC, weight_VC.T, out_dtype=torch.float32)
     return a_TC.float() @ weight_VC.float().T
@@ -29,7 +31,6 @@ class LinearLogprob(torch.autograd.Function):
 
         d logp / dz = onehot(target) - p        d h / dz = -p (z - E)
     """
-
     @staticmethod
     def forward(ctx, hidden_TC, weight_VC, targets_T, temperature):
         logp_T, entropy_T, lse_T = (torch.empty(len(hidden_TC), device=hidden_TC.device) for _ in range(3))
@@ -69,12 +70,15 @@ class LinearLogprob(torch.autograd.Function):
         return grad_hidden, grad_weight.to(weight_VC.dtype) if need_weight else None, None, None
 
 
-def linear_logprob(hidden_TC: torch.Tensor, weight_VC: torch.Tensor, targets_T: torch.Tensor,
+def linear_logprob(hidden_TC: torch.Tensor,
+                   weight_VC: torch.Tensor,
+                   targets_T: torch.Tensor,
                    temperature: float = 1.0) -> tuple[torch.Tensor, torch.Tensor]:
     """log softmax(hidden @ weight.T / temperature)[target] and the entropy of that distribution.
 
-    hidden_TC and weight_VC share a dtype; targets_T is int64 in [0, V). Returns fp32 logp_T and entropy_T (nats), both differentiable.
-    Pass `head_weight[:n_valid]` where the checkpoint pads its vocabulary beyond the tokenizer's last id.
+    hidden_TC and weight_VC share a dtype; targets_T is int64 in [0, V). Returns fp32 logp_T and entropy_T
+    (nats), both differentiable. Pass `head_weight[:n_valid]` where the checkpoint pads its vocabulary beyond
+    the tokenizer's last id.
     """
     if temperature <= 0:
         raise ValueError(f"linear_logprob: temperature must be positive, got {temperature}")

@@ -2,9 +2,10 @@
 
 Shapes: S rows, V vocabulary.
 
-The rule is the same on any device and for any split of the vocabulary: weights exp(z - max z) are summed per tile of `TILE` ids, prefix
-sums run in fp64, the tile that holds u * total is found, then the id inside it. One number per draw instead of Gumbel's V makes
-it cheap, and keying that number by (request seed, sample, position) makes a sample independent of its neighbours, batch and rank.
+The rule is the same on any device and for any split of the vocabulary: weights exp(z - max z) are summed per
+tile of `TILE` ids, prefix sums run in fp64, the tile that holds u * total is found, then the id inside it.
+One number per draw instead of Gumbel's V makes it cheap, and keying that number by (request seed, sample,
+position) makes a sample independent of its neighbours, batch and rank.
 """
 
 import torch
@@ -15,7 +16,8 @@ GOLDEN = 0x9E3779B97F4A7C15 - 2**64  # splitmix64's increment, as a signed 64-bi
 
 
 def mix64(x: torch.Tensor) -> torch.Tensor:
-    """splitmix64's finaliser (Steele, Lea, Flood, OOPSLA 2014) on int64; products wrap, shifts are made logical by masks."""
+    """splitmix64's finaliser (Steele, Lea, Flood, OOPSLA 2014) on int64; products wrap, shifts are made
+    logical by masks."""
     x = (x ^ ((x >> 30) & (2**34 - 1))) * (0xBF58476D1CE4E5B9 - 2**64)
     x = (x ^ ((x >> 27) & (2**37 - 1))) * (0x94D049BB133111EB - 2**64)
     return x ^ ((x >> 31) & (2**33 - 1))
@@ -33,17 +35,20 @@ def uniforms(streams_S: torch.Tensor, positions_S: torch.Tensor) -> torch.Tensor
 
 
 def keep_top(weights_SV: torch.Tensor, top_p_S: torch.Tensor, top_k_S: torch.Tensor) -> torch.Tensor:
-    """Zeroes all but the top_k_S largest weights (0: all), and of those all but the fewest that reach top_p_S of their sum."""
+    """Zeroes all but the top_k_S largest weights (0: all), and of those all but the fewest that reach top_p_S
+    of their sum."""
     ranked, ids = weights_SV.sort(dim=-1, descending=True, stable=True)
     rank = torch.arange(ranked.shape[-1], device=ranked.device)
     ranked = ranked.masked_fill((top_k_S[:, None] > 0) & (rank >= top_k_S[:, None]), 0)
     before = ranked.double().cumsum(-1) - ranked
-    ranked = ranked.masked_fill(before >= top_p_S[:, None].double() * ranked.sum(-1, keepdim=True, dtype=torch.float64), 0)
+    ranked = ranked.masked_fill(
+        before >= top_p_S[:, None].double() * ranked.sum(-1, keepdim=True, dtype=torch.float64), 0)
     return torch.zeros_like(weights_SV).scatter_(-1, ids, ranked)
 
 
 def inverse_cdf(weights_SV: torch.Tensor, uniform_S: torch.Tensor) -> torch.Tensor:
-    """The id at which the running sum of each row passes uniform * total; never an id of weight 0. V must be a multiple of TILE."""
+    """The id at which the running sum of each row passes uniform * total; never an id of weight 0. V must be
+    a multiple of TILE."""
     tiles = weights_SV.unflatten(-1, (-1, TILE))
     cdf = tiles.sum(-1, dtype=torch.float64).cumsum(-1)
     target = uniform_S * cdf[:, -1]
@@ -52,16 +57,20 @@ def inverse_cdf(weights_SV: torch.Tensor, uniform_S: torch.Tensor) -> torch.Tens
     weight = tiles[rows, tile]
     rest = target - F.pad(cdf, (1, 0))[rows, tile]
     inside = (weight.double().cumsum(-1) <= rest[:, None]).sum(-1)
-    last = TILE - 1 - (weight > 0).flip(-1).int().argmax(-1)  # rounding between the two sums must not step past the mass
+    last = TILE - 1 - (weight > 0).flip(-1).int().argmax(
+        -1)  # rounding between the two sums must not step past the mass
     return tile * TILE + torch.minimum(inside, last)
 
 
-def draw(logits_SV: torch.Tensor, uniform_S: torch.Tensor, temperature_S: torch.Tensor, top_p_S: torch.Tensor | None = None,
+def draw(logits_SV: torch.Tensor,
+         uniform_S: torch.Tensor,
+         temperature_S: torch.Tensor,
+         top_p_S: torch.Tensor | None = None,
          top_k_S: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
     """Token ids and their log-probabilities for fp32 logits.
 
-    Temperature 0 is greedy. The log-probability is that under the full softmax at the sampling temperature (greedy: at 1), whatever
-    top-p and top-k leave. top_p_S and top_k_S come together or not at all.
+    Temperature 0 is greedy. The log-probability is that under the full softmax at the sampling temperature
+    (greedy: at 1), whatever top-p and top-k leave. top_p_S and top_k_S come together or not at all.
     """
     greedy_S = temperature_S == 0
     z = logits_SV / torch.where(greedy_S, 1.0, temperature_S)[:, None]

@@ -2,8 +2,9 @@
 
     torchrun --nproc_per_node=2 -m scripts.pretrain --documents FILE.jsonl --tokenizer FOLDER --out FOLDER
 
-Documents ({"text": ...}) are tokenised, ended, and packed into rows of one length; attention stays inside a document. One epoch, AdamW,
-linear warm-up and cosine decay. Left out: resume and streaming from disk, which small corpora do not need.
+Documents ({"text": ...}) are tokenised, ended, and packed into rows of one length; attention stays inside a
+document. One epoch, AdamW, linear warm-up and cosine decay. Left out: resume and streaming from disk, which
+small corpora do not need.
 """
 
 import argparse
@@ -24,9 +25,9 @@ from tokenizer import Tokenizer
 
 @dataclass
 class Config:
-    documents: str = ""  # JSONL with `text`
-    tokenizer: str = ""  # folder with tokenizer.json
-    out: str = ""  # folder for the Hugging Face checkpoint
+    documents: str = "data/tiny/documents.jsonl"  # JSONL with `text`
+    tokenizer: str = "data/tiny/base"  # folder with tokenizer.json
+    out: str = "data/tiny/base"  # folder for the Hugging Face checkpoint
     hidden_size: int = 128
     intermediate_size: int = 384
     num_hidden_layers: int = 4
@@ -35,7 +36,7 @@ class Config:
     max_position_embeddings: int = 2048
     rope_theta: float = 10000.0
     row_tokens: int = 1024
-    rows_per_step: int = 2  # global
+    rows_per_step: int = 4  # global
     lr: float = 3e-3
     warmup: int = 100  # steps
     weight_decay: float = 0.1
@@ -46,7 +47,8 @@ class Config:
 def learning_rate(config: Config, step: int, steps: int) -> float:
     if step < config.warmup:
         return config.lr * (step + 1) / config.warmup
-    return config.lr * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * (step - config.warmup) / max(1, steps - config.warmup))))
+    return config.lr * (0.05 + 0.95 * 0.5 *
+                        (1 + math.cos(math.pi * (step - config.warmup) / max(1, steps - config.warmup))))
 
 
 def run(config: Config):
@@ -58,17 +60,27 @@ def run(config: Config):
         documents = [tokenizer.encode(json.loads(line)["text"]) + [tokenizer.eos_ids[0]] for line in f]
     rows = pack_documents(documents, config.row_tokens, config.seed)
     steps = len(rows) // config.rows_per_step
-    shape = {f.name: getattr(config, f.name) for f in dataclasses.fields(qwen.ModelConfig) if hasattr(config, f.name)}
-    model = qwen.Qwen2(qwen.ModelConfig(vocab_size=tokenizer.n_valid, tie_word_embeddings=True, **shape)).init_weights_(config.seed)
+    shape = {
+        f.name: getattr(config, f.name)
+        for f in dataclasses.fields(qwen.ModelConfig) if hasattr(config, f.name)
+    }
+    model = qwen.Qwen2(qwen.ModelConfig(vocab_size=tokenizer.n_valid, tie_word_embeddings=True,
+                                        **shape)).init_weights_(config.seed)
     parallel.shard(model.to(world.device), world)
     decay = [p for p in model.parameters() if p.dim() > 1]
     plain = [p for p in model.parameters() if p.dim() < 2]
-    optimizer = torch.optim.AdamW([{"params": decay, "weight_decay": config.weight_decay}, {"params": plain, "weight_decay": 0.0}],
-                                  lr=config.lr, betas=(0.9, 0.95), fused=True)
+    optimizer = torch.optim.AdamW(
+        [{"params": decay, "weight_decay": config.weight_decay}, {"params": plain, "weight_decay": 0.0}],
+        lr=config.lr,
+        betas=(0.9, 0.95),
+        fused=True)
     start = time.perf_counter()
     for step in range(steps):
         first = step * config.rows_per_step
-        pieces = [piece for row in rows[first:first + config.rows_per_step][world.rank::world.size] for piece in row if len(piece) > 1]
+        pieces = [
+            piece for row in rows[first:first + config.rows_per_step][world.rank::world.size] for piece in row
+            if len(piece) > 1
+        ]
         tokens = torch.tensor([t for piece in pieces for t in piece], device=world.device)
         targets = torch.tensor([t for piece in pieces for t in piece[1:] + [-1]], device=world.device)
         keep = targets >= 0
@@ -85,7 +97,8 @@ def run(config: Config):
         if step % 100 == 0 or step == steps - 1:
             mean = parallel.total({"loss": loss.item()}, world)["loss"]
             if world.main:
-                print(f"step {step + 1}/{steps}  loss {mean:.3f}  {time.perf_counter() - start:.0f} s", flush=True)
+                print(f"step {step + 1}/{steps}  loss {mean:.3f}  {time.perf_counter() - start:.0f} s",
+                      flush=True)
     full = qwen.Qwen2(model.config)
     parallel.publish(model, full)
     if world.main:

@@ -385,7 +385,8 @@ def test_a_batch_split_into_micro_batches_has_the_same_loss_and_gradient():
         other_loss, other_metrics, other_grads = gradient(model, parts, tokens)
         assert other_loss == pytest.approx(loss, rel=1e-5), name
         assert other_metrics == pytest.approx(metrics, rel=1e-5), name
-        difference = math.sqrt(sum((a - b).square().sum().item() for a, b in zip(grads, other_grads)))
+        pairs = zip(grads, other_grads, strict=True)
+        difference = math.sqrt(sum((a - b).square().sum().item() for a, b in pairs))
         assert difference <= 1e-5 * norm, name
 
 
@@ -400,5 +401,5 @@ def test_neighbours_in_a_batch_do_not_change_a_samples_logprobs():
             logp, _ = linear_logprob(hidden_TC, model.head_weight, batch.targets_T[batch.mask_T])
         return logp.split([len(s.token_ids) for s in part])
 
-    for s, together in zip(samples, logprobs(samples)):
+    for s, together in zip(samples, logprobs(samples), strict=True):
         torch.testing.assert_close(logprobs([s])[0], together, rtol=1e-5, atol=1e-5)

@@ -197,7 +197,7 @@ def test_longbench_write_loads_as_it_is(name, total, chinese):
         prompts, dropped = read(file, style, 14000, keep_unreachable=True)
         assert len(prompts) == total and not dropped
         assert sum(p.language == "zh" for p in prompts) == chinese
-        for prompt, line in zip(prompts, file.read_text(encoding="utf-8").splitlines()):
+        for prompt, line in zip(prompts, file.open(encoding="utf-8"), strict=True):
             record = json.loads(line)
             lo, hi = prompt.length_range
             assert prompt.query == record["prompt"] and prompt.text == render(record["prompt"], style)

@@ -62,11 +62,13 @@ def test_words_are_counted_as_the_longwriter_benchmarks_count_them(text, words):
     (0, 100, 200, 0.0), (50, 100, 200, 0.5), (99, 100, 200, 0.99), (100, 100, 200, 1.0), (150, 100, 200, 1.0),
     (200, 100, 200, 1.0), (201, 100, 200, 0.99), (250, 100, 200, 0.5), (299, 100, 200, 0.01),
     (300, 100, 200, 0.0), (301, 100, 200, 0.0), (9999, 100, 200, 0.0),
-    (0, 0, 100, 1.0), (1, 0, 100, 1.0), (100, 0, 100, 1.0), (125, 0, 100, 0.5), (150, 0, 100, 0.0),  # lo = 0
-    (99, 100, 100, 0.99), (100, 100, 100, 1.0), (101, 100, 100, 0.98), (150, 100, 100, 0.0),  # lo = hi
-    (30, 10, 30, 1.0), (40, 10, 30, 0.5), (49, 10, 30, 0.05), (50, 10, 30, 0.0),  # Lmax is 50, not 45
-    (50, 10, 40, 0.5), (60, 10, 40, 0.0),  # 1.5 hi = hi + 20
-    (63, 10, 42, 0.0), (62, 10, 42, 1 / 21)])  # Lmax is 63, not 62
+    # lo = 0: the short branch never fires
+    (0, 0, 100, 1.0), (1, 0, 100, 1.0), (100, 0, 100, 1.0), (125, 0, 100, 0.5), (150, 0, 100, 0.0),
+    # lo = hi
+    (99, 100, 100, 0.99), (100, 100, 100, 1.0), (101, 100, 100, 0.98), (150, 100, 100, 0.0),
+    # Lmax = hi + 20, then both alike, then 1.5 hi
+    (30, 10, 30, 1.0), (40, 10, 30, 0.5), (49, 10, 30, 0.05), (50, 10, 30, 0.0),
+    (50, 10, 40, 0.5), (60, 10, 40, 0.0), (63, 10, 42, 0.0), (62, 10, 42, 1 / 21)])
 def test_length_reward_at_every_boundary(words, lo, hi, reward):
     assert length_reward(words, lo, hi) == pytest.approx(reward, abs=1e-12)
 
@@ -126,24 +128,31 @@ def test_well_formed_texts_pass_and_give_their_bodies_stripped(text, thought, an
 
 
 @pytest.mark.parametrize("text", [
-    "", "plain text", "<answer>a</answer>", "<think>t</think>",  # missing
+    # missing
+    "", "plain text", "<answer>a</answer>", "<think>t</think>",
     "<think>t</think>a</answer>", "<think>t</think><answer>a", "t</think><answer>a</answer>",
     "<think>t<answer>a</answer>", "<think>t</think>a",
-    "<think>t</think><think>t</think><answer>a</answer>",  # repeated
+    # repeated
+    "<think>t</think><think>t</think><answer>a</answer>",
     "<think>t</think><answer>a</answer><answer>a</answer>",
     "<think><think>t</think><answer>a</answer>", "<think>t</think></think><answer>a</answer>",
     "<think>t</think><answer>a</answer></answer>", "<think>t</think><answer><answer>a</answer>",
-    "<think>t<answer>a</answer></think>", "<think>t<think>u</think></think><answer>a</answer>",  # nested
+    # nested
+    "<think>t<answer>a</answer></think>", "<think>t<think>u</think></think><answer>a</answer>",
     "<think>t</think><answer>a<think>u</think></answer>", "<answer><think>t</think>a</answer>",
     "<think>t</think><answer>a<answer>b</answer></answer>", "<think>t<answer>a</think></answer>",
-    "<answer>a</answer><think>t</think>", "</think>t<think><answer>a</answer>",  # swapped
+    # swapped
+    "<answer>a</answer><think>t</think>", "</think>t<think><answer>a</answer>",
     "<think>t</think></answer>a<answer>",
-    "so: <think>t</think><answer>a</answer>", "<think>t</think>hence<answer>a</answer>",  # text outside
+    # text outside
+    "so: <think>t</think><answer>a</answer>", "<think>t</think>hence<answer>a</answer>",
     "<think>t</think><answer>a</answer>done", "<think>t</think>.<answer>a</answer>",
-    "<think></think><answer></answer>", "<think></think><answer>a</answer>",  # empty bodies
+    # empty bodies
+    "<think></think><answer></answer>", "<think></think><answer>a</answer>",
     "<think> \n</think><answer>a</answer>", "<think>t</think><answer></answer>",
     "<think>t</think><answer> \n\t</answer>",
-    "<Think>t</Think><Answer>a</Answer>", "<think >t</think><answer>a</answer>",  # no such tags
+    # no such tags
+    "<Think>t</Think><Answer>a</Answer>", "<think >t</think><answer>a</answer>",
     "<think>t</think><answer>a</answer >"])
 def test_malformed_texts_fail(text):
     assert structure(text)[0] is False

@@ -15,8 +15,11 @@ import rewards
 import train
 
 ROOT = Path(__file__).parent.parent
-SMALL = ["--prompts_per_step", "2", "--group_size", "4", "--max_new_tokens", "48", "--unreachable", "keep", "--eval_every", "2",
-         "--save_every", "2", "--eval_prompts", str(ROOT / "tests" / "eval_small.jsonl")]
+SMALL = [
+    "--prompts_per_step", "2", "--group_size", "4", "--max_new_tokens", "48", "--unreachable", "keep",
+    "--eval_every", "2", "--save_every", "2", "--eval_prompts",
+    str(ROOT / "tests" / "eval_small.jsonl")
+]
 
 
 def in_process(folder: Path, *options: str, small=SMALL):
@@ -28,19 +31,26 @@ def launch(folder: Path, *options: str, ranks: int = 1, code: str = "") -> subpr
     arguments = [*SMALL, "--run_dir", str(folder), *options]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     if code:
-        command = [sys.executable, "-c", f"import sys; sys.argv[1:] = {arguments!r}\n{code}\nimport train; train.main()"]
+        command = [
+            sys.executable, "-c",
+            f"import sys; sys.argv[1:] = {arguments!r}\n{code}\nimport train; train.main()"
+        ]
     elif ranks == 1:
         command = [sys.executable, str(ROOT / "train.py"), *arguments]
     else:
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", str(ROOT / "train.py"),
-                   *arguments]
+        command = [
+            sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}",
+            str(ROOT / "train.py"), *arguments
+        ]
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
 
 
 def metrics(folder: Path) -> list[dict]:
     """Without what depends on the machine."""
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in m.items() if not k.startswith(("time/", "tokens_per_second/", "memory/"))} for m in lines]
+    return [{k: v
+             for k, v in m.items() if not k.startswith(("time/", "tokens_per_second/", "memory/"))}
+            for m in lines]
 
 
 def rollouts(folder: Path) -> dict[str, str]:
@@ -68,15 +78,22 @@ def test_the_folder_of_a_run_holds_what_the_readme_says(undisturbed):
     assert [m["step"] for m in lines] == list(range(7))
     assert [m["step"] for m in lines if "eval/reward/length" in m] == [0, 2, 4, 6]
     for m in lines[1:]:
-        expected = {"step", "loss", "grad_norm", "entropy", "clip_share", "gap/mean", "gap/max", "gap/k3", "length/answer_words",
-                    "length/tokens", "length/in_range", "truncated", "lr", "tokens_per_second/sample", "tokens_per_second/update",
-                    "memory/peak_gb", *(f"time/{p}" for p in ("sample", "score", "update", "publish", "save")),
-                    *(f"{kind}/{name}" for kind in ("reward", "reward_std", "dead_groups", "missing") for name in ("length", "format"))}
+        expected = {
+            "step", "loss", "grad_norm", "entropy", "clip_share", "gap/mean", "gap/max", "gap/k3",
+            "length/answer_words", "length/tokens", "length/in_range", "truncated", "lr",
+            "tokens_per_second/sample", "tokens_per_second/update", "memory/peak_gb",
+            *(f"time/{p}" for p in ("sample", "score", "update", "publish", "save")),
+            *(f"{kind}/{name}" for kind in ("reward", "reward_std", "dead_groups", "missing")
+              for name in ("length", "format"))
+        }
         assert expected == {k for k in m if not k.startswith("eval/")}
         assert all(v == v and abs(v) != float("inf") for v in m.values())
         assert m["clip_share"] == 0 and m["lr"] == pytest.approx(4e-4 * min(1, m["step"] / 5))
     record = json.loads((undisturbed / "rollouts" / "step_000003.jsonl").read_text().splitlines()[0])
-    assert set(record) == {"prompt_id", "sample", "prompt", "text", "tokens", "finish_reason", "rewards", "advantages", "advantage", "gap_mean"}
+    assert set(record) == {
+        "prompt_id", "sample", "prompt", "text", "tokens", "finish_reason", "rewards", "advantages",
+        "advantage", "gap_mean"
+    }
     assert len((undisturbed / "rollouts" / "step_000003.jsonl").read_text().splitlines()) == 8
     assert (undisturbed / "source" / "rewards.py").read_text() == (ROOT / "rewards.py").read_text()
     assert (undisturbed / "source" / "kernels" / "logprob.py").exists()
@@ -99,27 +116,38 @@ def test_three_and_three_steps_equal_six_bit_for_bit(undisturbed, tmp_path):
     assert equal(tensors(tmp_path / "run", 6), tensors(undisturbed, 6))
 
 
+# The process is killed when `function` of `module` is called for the nth time with `when` true.
+ACCIDENT = """
+import os, {module}
+real, calls = {module}.{function}, []
+def fatal(*args, **kwargs):
+    calls.append(1) if {when} else None
+    if len(calls) == {nth}:
+        os.kill(os.getpid(), 9)
+    return real(*args, **kwargs)
+{module}.{function} = fatal
+"""
 KILLS = {
-    "between weights and optimiser": "import torch.distributed.checkpoint as dcp; save = dcp.save; calls = []\n"
-    "def fatal(*a, **k):\n    calls.append(1)\n    if len(calls) == 4: os.kill(os.getpid(), 9)\n    return save(*a, **k)\ndcp.save = fatal",
-    "before the rename": "rename = os.rename; calls = []\n"
-    "def fatal(a, b):\n    calls.append(1)\n    if 'writing' in str(a) and len(calls) == 2: os.kill(os.getpid(), 9)\n    return rename(a, b)\nos.rename = fatal",
-    "while metrics are ahead": "import parallel; save = parallel.save_checkpoint; calls = []\n"
-    "def fatal(*a, **k):\n    calls.append(1)\n    if len(calls) == 2: os.kill(os.getpid(), 9)\n    return save(*a, **k)\nparallel.save_checkpoint = fatal",
+    "between weights and optimiser": {"module": "torch.distributed.checkpoint", "function": "save", "nth": 4,
+                                      "when": True},
+    "before the rename": {"module": "os", "function": "rename", "nth": 2, "when": "'writing' in str(args[0])"},
+    "while metrics are ahead": {"module": "parallel", "function": "save_checkpoint", "nth": 2, "when": True},
 }
 
 
 @pytest.mark.parametrize("moment", KILLS)
 def test_a_kill_while_a_checkpoint_is_written_loses_nothing_before_it(undisturbed, tmp_path, moment):
-    """Killed at the second checkpoint; the same command goes on from the first and ends as if nothing had happened."""
-    killed = launch(tmp_path / "run", "--steps", "6", code="import os\n" + KILLS[moment])
+    """Killed at the second checkpoint; the same command goes on from the first and ends as if nothing had
+    happened."""
+    killed = launch(tmp_path / "run", "--steps", "6", code=ACCIDENT.format(**KILLS[moment]))
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     assert [m["step"] for m in metrics(tmp_path / "run")] == list(range(5))
     in_process(tmp_path / "run", "--steps", "6")
     assert metrics(tmp_path / "run") == metrics(undisturbed)
     assert rollouts(tmp_path / "run") == rollouts(undisturbed)
     assert equal(tensors(tmp_path / "run", 6), tensors(undisturbed, 6))
-    assert sorted(p.name for p in (tmp_path / "run" / "checkpoints").iterdir()) == ["step_000004", "step_000006"]
+    assert sorted(p.name
+                  for p in (tmp_path / "run" / "checkpoints").iterdir()) == ["step_000004", "step_000006"]
 
 
 def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(undisturbed, tmp_path, capfd):
@@ -147,8 +175,8 @@ def test_a_finished_run_stays_as_it_is_and_another_config_is_refused(undisturbed
 
 def test_constant_rewards_leave_the_weights_bit_identical(tmp_path, monkeypatch):
     monkeypatch.setattr(train, "REWARDS", {"constant": (lambda completion, prompt: 0.1, 1.0)})
-    in_process(tmp_path / "run", "--steps", "20", "--save_every", "1", "--keep_checkpoints", "20", "--eval_prompts", "",
-               "--max_new_tokens", "8")
+    in_process(tmp_path / "run", "--steps", "20", "--save_every", "1", "--keep_checkpoints", "20",
+               "--eval_prompts", "", "--max_new_tokens", "8")
     first = {k: v for k, v in tensors(tmp_path / "run", 1).items() if k.startswith("weights")}
     last = {k: v for k, v in tensors(tmp_path / "run", 20).items() if k.startswith("weights")}
     base = load_file(ROOT / "data" / "tiny" / "base" / "model.safetensors")
@@ -172,7 +200,8 @@ def test_a_reward_that_fails_is_missing_and_training_goes_on(tmp_path, monkeypat
 
 def test_one_and_two_ranks_sample_the_same_texts_and_take_the_same_step(tmp_path):
     """Also for other numbers of micro-batches and of concurrent sequences."""
-    for name, ranks, options in (("one", 1, []), ("two", 2, ["--micro_batch_tokens", "300", "--max_sequences", "3"])):
+    for name, ranks, options in (("one", 1, []), ("two", 2,
+                                                  ["--micro_batch_tokens", "300", "--max_sequences", "3"])):
         done = launch(tmp_path / name, "--steps", "2", *options, ranks=ranks)
         assert done.returncode == 0, done.stderr
     one, two = (rollouts(tmp_path / name)["step_000001.jsonl"].splitlines() for name in ("one", "two"))
@@ -187,4 +216,5 @@ def test_one_and_two_ranks_sample_the_same_texts_and_take_the_same_step(tmp_path
 def test_bad_input_ends_with_one_sentence_and_code_2(tmp_path, ranks):
     done = launch(tmp_path / "run", "--learning_rate", "1", ranks=ranks)
     assert done.returncode == (2 if ranks == 1 else 1)  # torchrun answers 1 whatever its workers say
-    assert done.stderr.count("error: command line: there is no option 'learning_rate'") == 1 and not (tmp_path / "run").exists()
+    assert done.stderr.count("error: command line: there is no option 'learning_rate'") == 1 and not (
+        tmp_path / "run").exists()

@@ -17,7 +17,15 @@ BASE = Path(__file__).parent.parent / "data" / "tiny" / "base"
 
 def perturbed(vocab_size=300, heads=4, kv_heads=2, seed=0, **kwargs) -> qwen.Qwen2:
     """A random model in which every parameter matters."""
-    config = qwen.ModelConfig(vocab_size, 64, 96, 3, heads, kv_heads, tie_word_embeddings=True, rope_theta=1e4, **kwargs)
+    config = qwen.ModelConfig(vocab_size,
+                              64,
+                              96,
+                              3,
+                              heads,
+                              kv_heads,
+                              tie_word_embeddings=True,
+                              rope_theta=1e4,
+                              **kwargs)
     model = qwen.Qwen2(config).init_weights_(seed).requires_grad_(False)
     generator = torch.Generator().manual_seed(seed + 1)
     for p in model.parameters():
@@ -27,7 +35,10 @@ def perturbed(vocab_size=300, heads=4, kv_heads=2, seed=0, **kwargs) -> qwen.Qwe
 
 def requests(count=4, n=3, new=24, vocab=300, **kwargs) -> list[Request]:
     rng = random.Random(7)
-    return [Request([rng.randrange(vocab) for _ in range(rng.randint(5, 40))], n, new, seed=i, **kwargs) for i in range(count)]
+    return [
+        Request([rng.randrange(vocab) for _ in range(rng.randint(5, 40))], n, new, seed=i, **kwargs)
+        for i in range(count)
+    ]
 
 
 def run(model, reqs, tokenizer=None, **kwargs):
@@ -37,7 +48,8 @@ def run(model, reqs, tokenizer=None, **kwargs):
 
 
 def same(a, b) -> bool:
-    return a.keys() == b.keys() and all(a[k].token_ids == b[k].token_ids and a[k].logprobs == b[k].logprobs for k in a)
+    return a.keys() == b.keys() and all(a[k].token_ids == b[k].token_ids and a[k].logprobs == b[k].logprobs
+                                        for k in a)
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +57,9 @@ def reference():
     return run(perturbed(), requests())[0]
 
 
-@pytest.mark.parametrize("options", [{"max_sequences": 1}, {"max_sequences": 2}, {"max_sequences": 5}, {"page_size": 4}, {"page_size": 64}])
+@pytest.mark.parametrize(
+    "options",
+    [{"max_sequences": 1}, {"max_sequences": 2}, {"max_sequences": 5}, {"page_size": 4}, {"page_size": 64}])
 def test_samples_are_bitwise_the_same_for_any_number_of_neighbours(reference, options):
     assert same(run(perturbed(), requests(), **options)[0], reference)
 
@@ -56,16 +70,20 @@ def test_samples_do_not_depend_on_the_order_of_requests(reference):
 
 
 def test_preempted_samples_draw_the_same_tokens(reference):
-    """Recomputation goes through prefill instead of decode, so logprobs may differ by rounding, tokens must not."""
+    """Recomputation goes through prefill instead of decode, so logprobs may differ by rounding, tokens must
+    not."""
     out, sampler = run(perturbed(), requests(), page_size=4, num_pages=26)
     assert sampler.stats.preemptions > 0
     assert {k: c.token_ids for k, c in out.items()} == {k: c.token_ids for k, c in reference.items()}
-    assert all(torch.allclose(torch.tensor(out[k].logprobs), torch.tensor(reference[k].logprobs), atol=1e-5) for k in out)
+    assert all(
+        torch.allclose(torch.tensor(out[k].logprobs), torch.tensor(reference[k].logprobs), atol=1e-5)
+        for k in out)
 
 
 def test_samples_of_a_group_differ_and_seeds_matter(reference):
     assert len({tuple(c.token_ids) for c in reference.values()}) == len(reference)
-    other = run(perturbed(), [Request(r.prompt_ids, r.n, r.max_new_tokens, seed=r.seed + 100) for r in requests()])[0]
+    other = run(perturbed(),
+                [Request(r.prompt_ids, r.n, r.max_new_tokens, seed=r.seed + 100) for r in requests()])[0]
     assert all(other[k].token_ids != reference[k].token_ids for k in reference)
 
 
@@ -75,15 +93,26 @@ def test_logprobs_equal_a_packed_forward_at_the_sampling_temperature(heads, kv_h
     for (p, _), c in run(model, reqs, page_size=4)[0].items():
         ids = reqs[p].prompt_ids + c.token_ids
         hidden = model(torch.tensor(ids), qwen.packed([len(ids)]))
-        logp, _ = linear_logprob(hidden[len(reqs[p].prompt_ids) - 1:-1], model.head_weight, torch.tensor(c.token_ids), 0.8)
+        logp, _ = linear_logprob(hidden[len(reqs[p].prompt_ids) - 1:-1], model.head_weight,
+                                 torch.tensor(c.token_ids), 0.8)
         assert torch.allclose(logp, torch.tensor(c.logprobs), atol=1e-5)
 
 
-@pytest.mark.parametrize("tied,kv_heads,yarn", [(True, 2, None), (False, 4, None), (True, 1, {"rope_type": "yarn", "factor": 4.0,
-                                                                                   "original_max_position_embeddings": 64})])
+@pytest.mark.parametrize(
+    "tied,kv_heads,yarn",
+    [(True, 2, None), (False, 4, None),
+     (True, 1, {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64})])
 def test_greedy_continues_as_transformers_does_over_200_tokens(tmp_path, tied, kv_heads, yarn):
     transformers = pytest.importorskip("transformers")
-    config = qwen.ModelConfig(300, 64, 96, 3, 4, kv_heads, tie_word_embeddings=tied, rope_scaling=yarn, max_position_embeddings=512)
+    config = qwen.ModelConfig(300,
+                              64,
+                              96,
+                              3,
+                              4,
+                              kv_heads,
+                              tie_word_embeddings=tied,
+                              rope_scaling=yarn,
+                              max_position_embeddings=512)
     model = qwen.Qwen2(config).init_weights_(3).requires_grad_(False)
     for p in model.parameters():
         p.add_(torch.randn(p.shape) * (0.1 if p.dim() > 1 else 0.2))
@@ -92,7 +121,11 @@ def test_greedy_continues_as_transformers_does_over_200_tokens(tmp_path, tied, k
     prompts = [r.prompt_ids for r in requests(3)]
     ours, _ = run(model, [Request(p, 1, 200, temperature=0.0) for p in prompts])
     for i, p in enumerate(prompts):
-        theirs = oracle.generate(torch.tensor([p]), max_new_tokens=200, min_new_tokens=200, do_sample=False, pad_token_id=0)
+        theirs = oracle.generate(torch.tensor([p]),
+                                 max_new_tokens=200,
+                                 min_new_tokens=200,
+                                 do_sample=False,
+                                 pad_token_id=0)
         assert ours[i, 0].token_ids == theirs[0, len(p):].tolist()
 
 
@@ -130,11 +163,19 @@ def test_every_request_finishes_in_the_smallest_pool_that_can_hold_it():
 
 def test_a_request_that_can_never_fit_is_refused_before_any_work():
     with pytest.raises(ValueError, match="request 1: .* pages, the pool has 10"):
-        Sampler(perturbed(), page_size=4, num_pages=10).generate([Request([1], 1, 8), Request([1] * 40, 1, 8)])
+        Sampler(perturbed(), page_size=4,
+                num_pages=10).generate([Request([1], 1, 8), Request([1] * 40, 1, 8)])
 
 
-@pytest.mark.parametrize("bad", [Request([]), Request([1], n=0), Request([1], temperature=-1.0), Request([1], top_p=0.0),
-                                 Request([1], top_k=-1), Request([300]), Request([1], stop=("x",))])
+@pytest.mark.parametrize("bad", [
+    Request([]),
+    Request([1], n=0),
+    Request([1], temperature=-1.0),
+    Request([1], top_p=0.0),
+    Request([1], top_k=-1),
+    Request([300]),
+    Request([1], stop=("x", ))
+])
 def test_bad_requests_are_refused(bad):
     with pytest.raises(ValueError, match="request 0"):
         Sampler(perturbed()).generate([bad])
@@ -168,7 +209,6 @@ def test_padded_rows_of_the_vocabulary_are_neither_sampled_nor_normalised_over()
 
 class Scripted(torch.nn.Module):
     """A stand-in whose most likely next token is given by a table of the current token."""
-
     def __init__(self, successor: dict[int, int], size: int):
         super().__init__()
         self.config = qwen.ModelConfig(size, size, 1, 0, 1, 1)
@@ -176,7 +216,9 @@ class Scripted(torch.nn.Module):
         self.successor = successor
 
     def forward(self, tokens_T, attention):
-        return torch.nn.functional.one_hot(torch.tensor([self.successor.get(t, 0) for t in tokens_T.tolist()]), self.config.vocab_size).float()
+        return torch.nn.functional.one_hot(
+            torch.tensor([self.successor.get(t, 0) for t in tokens_T.tolist()]),
+            self.config.vocab_size).float()
 
 
 def scripted(text: str, stop: tuple[str, ...], new=50, eos=False):
@@ -184,25 +226,29 @@ def scripted(text: str, stop: tuple[str, ...], new=50, eos=False):
     ids = [tokenizer.encode("Q")[0]] + tokenizer.encode(text) + (tokenizer.eos_ids if eos else [])
     assert len(set(ids)) == len(ids), "a token that repeats would need a longer memory"
     model = Scripted(dict(zip(ids, ids[1:])), tokenizer.n_valid)
-    (completion,) = Sampler(model, tokenizer).generate([Request(ids[:1], 1, new, temperature=0.0, stop=stop)])
+    (completion, ) = Sampler(model,
+                             tokenizer).generate([Request(ids[:1], 1, new, temperature=0.0, stop=stop)])
     return completion, ids[1:], tokenizer
 
 
 def test_a_stop_string_ends_the_sample_and_stays_in_it():
-    """The silent bug of cutting it off: the closing tag is then never trained, and the structure check fails."""
-    c, ids, _ = scripted(" the fog</answer> was gone", ("</answer>",))
-    assert c.finish_reason == "stop" and c.text == " the fog</answer>" and c.token_ids == ids[:len(c.token_ids)]
+    """The silent bug of cutting it off: the closing tag is then never trained, and the structure check
+    fails."""
+    c, ids, _ = scripted(" the fog</answer> was gone", ("</answer>", ))
+    assert c.finish_reason == "stop" and c.text == " the fog</answer>" and c.token_ids == ids[:len(c.token_ids
+                                                                                                   )]
     assert len(c.logprobs) == len(c.token_ids)
 
 
 def test_a_stop_string_is_found_across_tokens_and_inside_one():
-    assert scripted(" the fog came over", ("og ca",))[0].text.endswith("fog came")
-    assert scripted(" a golden harbour", ("arbo",))[0].finish_reason == "stop"
+    assert scripted(" the fog came over", ("og ca", ))[0].text.endswith("fog came")
+    assert scripted(" a golden harbour", ("arbo", ))[0].finish_reason == "stop"
 
 
 def test_the_end_of_text_token_is_trained_but_not_shown():
     c, ids, tokenizer = scripted(" the fog", (), eos=True)
-    assert c.finish_reason == "stop" and c.token_ids == ids and c.token_ids[-1] in tokenizer.eos_ids and c.text == " the fog"
+    assert c.finish_reason == "stop" and c.token_ids == ids and c.token_ids[
+        -1] in tokenizer.eos_ids and c.text == " the fog"
 
 
 def test_the_budget_ends_a_sample_with_reason_length():

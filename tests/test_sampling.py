@@ -93,7 +93,7 @@ def test_uniforms_are_reproducible_and_independent_of_their_neighbours():
     assert torch.equal(together, uniforms(streams(seeds, samples), positions))
     moved = uniforms(streams(seeds[shuffled], samples[shuffled]), positions[shuffled])
     assert torch.equal(together[shuffled], moved)
-    keys = zip(seeds.tolist(), samples.tolist(), positions.tolist())
+    keys = zip(seeds.tolist(), samples.tolist(), positions.tolist(), strict=True)
     alone = [numbers(seed, sample, [position]).item() for seed, sample, position in keys]
     assert together.tolist() == alone
 
@@ -149,7 +149,7 @@ def test_inverse_cdf_equals_a_search_over_the_whole_row(tiles):
     weights = sparse_weights(tiles, 400, tiles * TILE)
     u = np.random.default_rng(tiles + 100).random(400)
     ids = inverse_cdf(torch.tensor(weights), torch.tensor(u))
-    assert ids.tolist() == [searched(w, x) for w, x in zip(weights, u)]
+    assert ids.tolist() == [searched(w, x) for w, x in zip(weights, u, strict=True)]
 
 
 def test_inverse_cdf_is_exact_at_every_edge():
@@ -210,7 +210,7 @@ def test_draw_handles_any_vocabulary_and_never_leaves_it(columns):
     for u in (spread(rows), *ends):
         token, logp = draw(logits, u, torch.full((rows,), 0.9))
         assert token.min() >= 0 and token.max() < columns and logp.isfinite().all()
-        assert token.tolist() == [searched(w, x) for w, x in zip(weights, u.tolist())]
+        assert token.tolist() == [searched(w, x) for w, x in zip(weights, u.tolist(), strict=True)]
 
 
 def test_frequencies_of_draws_follow_the_softmax_at_the_temperature():
@@ -269,7 +269,7 @@ def test_draw_leaves_its_arguments_alone():
     given = [logits, u, torch.full((8,), 0.5), torch.full((8,), 0.9), torch.full((8,), 5)]
     before = [x.clone() for x in given]
     draw(*given)
-    assert all(torch.equal(a, b) for a, b in zip(given, before))
+    assert all(torch.equal(a, b) for a, b in zip(given, before, strict=True))
 
 
 # ------------------------------------------------------------------------------------------ top-k and top-p
@@ -287,8 +287,10 @@ def kept_by(weights, top_p, top_k):
     (1.0, 0, {0, 1, 2, 3, 4}), (1.0, 1, {2}), (1.0, 2, {2, 0}), (1.0, 9, {0, 1, 2, 3, 4}),
     (0.5, 0, {2}), (0.51, 0, {2, 0}), (0.75, 0, {2, 0}), (0.76, 0, {2, 0, 4}), (1e-9, 0, {2}),
     (0.999, 0, {0, 1, 2, 3, 4}),
-    (0.6, 2, {2}),  # of the two that are left, 0.5 is 2/3: top-p first would have kept both
-    (0.7, 2, {2, 0}), (0.85, 3, {2, 0}), (0.9, 3, {2, 0, 4}), (1.0, 4, {2, 0, 4, 1})])  # ties: the lower id
+    # of the two that top-k leaves, 0.5 is 2/3: top-p first would have kept both
+    (0.6, 2, {2}), (0.7, 2, {2, 0}), (0.85, 3, {2, 0}), (0.9, 3, {2, 0, 4}),
+    # of equal weights the lower id stays
+    (1.0, 4, {2, 0, 4, 1})])
 def test_top_k_then_top_p_by_hand(top_p, top_k, kept):
     weights = torch.tensor([[0.25, 0.0625, 0.5, 0.0625, 0.125]])
     out = keep_top(weights, torch.tensor([top_p]), torch.tensor([top_k]))
@@ -304,7 +306,7 @@ def test_top_k_and_top_p_keep_exactly_the_right_sets_row_by_row():
     top_p = rng.choice([0.05, 0.3, 0.5, 0.9, 0.95, 0.99, 1.0], 400)
     top_k = rng.choice([0, 1, 2, 5, 50, 299, 300, 1000], 400)
     out = keep_top(torch.tensor(weights), torch.tensor(top_p), torch.tensor(top_k)).numpy()
-    for row, w, p, k in zip(out, weights, top_p, top_k):
+    for row, w, p, k in zip(out, weights, top_p, top_k, strict=True):
         kept = kept_by(w, p, k)
         assert set(np.flatnonzero(row).tolist()) == kept, (p, k)
         ids = sorted(kept)

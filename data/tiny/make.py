@@ -1,10 +1,12 @@
 """The embedded default: a small world of stories and letters, made from a seed.
 
-    python -m data.tiny.make            # documents, tokenizer, prompts, then the base model: about 15 minutes on 2 cores
+    python -m data.tiny.make && torchrun --nproc_per_node=2 -m scripts.pretrain    # 15 minutes on 2 cores
 
-A request names two people, a place and a number of words; a good answer is a text of that length about those names. The people and
-places of the evaluation prompts stand in no training prompt. The base is what a base model is: it often ignores the tags, gets them
-wrong, or misses the length, and it can do better.
+The first makes documents, tokenizer and prompts; the second trains the base on them.
+
+A request names two people, a place and a number of words; a good answer is a text of that length about those
+names. The people and places of the evaluation prompts stand in no training prompt. The base is what a base
+model is: it often ignores the tags, gets them wrong, or misses the length, and it can do better.
 """
 
 import argparse
@@ -24,54 +26,78 @@ DOCUMENTS = 32_000
 VOCABULARY = 1024
 
 # Short, so that each becomes one token; every fourth is held out for the evaluation prompts.
-PERSONS = ("Ada Ali Amy Ana Ben Bob Dan Eda Eli Emma Eva Fay Gil Gus Hal Ida Ian Ines Ivo Jan Jim Joe Jon Kai Kim Lea Leo Lia Lin Lou Luca "
-           "Max Mia Mila Mira Nan Nia Nils Nina Noa Nora Olga Omar Otto Pam Pia Ray Rita Rob Ron Rosa Roy Sam Sara Sid Sue Tess Tim Tom "
-           "Ugo Una Uri Vera Vic Wim Yan Yuri Zoe Dora Hans Lena Rene").split()
-PLACES = ("Oslo Rome Bonn Bern Linz Graz Lyon Nice Metz Pisa Bari Genoa Turin Milan Porto Cork Bath York Leeds Dover Turku Riga Kiev Lodz "
-          "Brno Split Sofia Varna Malmo Lund Umea Bodo Gent Basel").split()
+PERSONS = (
+    "Ada Ali Amy Ana Ben Bob Dan Eda Eli Emma Eva Fay Gil Gus Hal Ida Ian Ines Ivo Jan Jim Joe Jon Kai Kim "
+    "Lea Leo Lia Lin Lou Luca "
+    "Max Mia Mila Mira Nan Nia Nils Nina Noa Nora Olga Omar Otto Pam Pia Ray Rita Rob Ron Rosa Roy "
+    "Sam Sara Sid Sue Tess Tim Tom "
+    "Ugo Una Uri Vera Vic Wim Yan Yuri Zoe Dora Hans Lena Rene").split()
+PLACES = (
+    "Oslo Rome Bonn Bern Linz Graz Lyon Nice Metz Pisa Bari Genoa Turin Milan Porto Cork Bath York Leeds "
+    "Dover Turku Riga Kiev Lodz "
+    "Brno Split Sofia Varna Malmo Lund Umea Bodo Gent Basel").split()
 
 WORDS = {
-    "time": "In the morning|At noon|One evening|After the rain|Before dawn|On Sunday|Late at night|In early spring|Last winter|That "
-            "day|Once more|A week later|At sunset|For a while".split("|"),
-    "spot": "the river|the old mill|the market|the harbour|the forest|the bridge|the station|the garden|the tower|the school|the "
-            "bakery|the lake|the empty street|the hill".split("|"),
-    "thing": "lamp letter map boat kite coat book basket clock drum key ring horse dog cat bird cake bell stone song".split(),
-    "adj": "red small old golden quiet broken warm strange green heavy bright silver wet sweet lost tiny".split(),
+    "time": "In the morning|At noon|One evening|After the rain|Before dawn|On Sunday|Late at night|In early "
+    "spring|Last winter|That "
+    "day|Once more|A week later|At sunset|For a while".split("|"),
+    "spot": "the river|the old mill|the market|the harbour|the forest|the bridge|the station|the garden|the "
+    "tower|the school|the "
+    "bakery|the lake|the empty street|the hill".split("|"),
+    "thing": "lamp letter map boat kite coat book basket clock drum key ring horse dog cat bird cake bell "
+    "stone song".split(),
+    "adj": "red small old golden quiet broken warm strange green heavy bright silver wet sweet lost "
+    "tiny".split(),
     "did": "found|carried|bought|lost|painted|hid|kept|saw|broke|sold|took|made|drew|dreamed of".split("|"),
-    "went": "walked to|ran to|waited at|went back to|danced near|slept by|sat by|looked at|came from|met at".split("|"),
-    "feel": "happy tired afraid proud hungry calm sad curious".split(),
+    "went": "walked to|ran to|waited at|went back to|danced near|slept by|sat by|looked at|came from|met at".
+    split("|"), "feel": "happy tired afraid proud hungry calm sad curious".split(),
     "sky": "The wind|The snow|The sun|The cold|The music|The fog|The smell of bread|The silence".split("|"),
 }
 OPENINGS = {
-    "story": ["{A} and {B} lived in {P}.", "Once there were two friends in {P}, {A} and {B}.", "{A} came to {P} with {B}.",
-              "Everyone in {P} knew {A} and {B}.", "{time}, {A} met {B} in {P}."],
-    "letter": ["Dear {B}, I write to you from {P}.", "Dear {B}, how are things in {P}?", "Dear {B}, {P} is {adj} today.",
-               "Dear {B}, I think of {P} again."],
+    "story": [
+        "{A} and {B} lived in {P}.", "Once there were two friends in {P}, {A} and {B}.",
+        "{A} came to {P} with {B}.", "Everyone in {P} knew {A} and {B}.", "{time}, {A} met {B} in {P}."
+    ], "letter": [
+        "Dear {B}, I write to you from {P}.", "Dear {B}, how are things in {P}?",
+        "Dear {B}, {P} is {adj} today.", "Dear {B}, I think of {P} again."
+    ],
 }
 BODY = [
-    "{time}, {who} {went} {spot}.", "{who} {did} a {adj} {thing} near {spot}.", "{who} said that the {thing} was {adj}.",
-    "{time}, {who} {did} the {adj} {thing}.", "The {thing} was {adj} and {adj2}, but {who} was {feel}.",
-    "Nobody had seen such a {adj} {thing}.", "{who} was {feel} because the {thing} was {adj}.", "{sky} made {who} {feel}.",
-    "There was a {adj} {thing} at {spot}.", "{who} {went} {spot} and {did} a {thing}.", "Was the {thing} really {adj}?",
-    "{who} gave {who2} a {adj} {thing}.", "{sky} came over {spot}.", "{who} wanted a {thing}, not a {adj} {thing2}.",
-    "In {P} every {thing} is {adj}.", "{who} could not forget the {adj} {thing}.", "{time}, the {thing} was gone.",
+    "{time}, {who} {went} {spot}.", "{who} {did} a {adj} {thing} near {spot}.",
+    "{who} said that the {thing} was {adj}.", "{time}, {who} {did} the {adj} {thing}.",
+    "The {thing} was {adj} and {adj2}, but {who} was {feel}.", "Nobody had seen such a {adj} {thing}.",
+    "{who} was {feel} because the {thing} was {adj}.", "{sky} made {who} {feel}.",
+    "There was a {adj} {thing} at {spot}.", "{who} {went} {spot} and {did} a {thing}.",
+    "Was the {thing} really {adj}?", "{who} gave {who2} a {adj} {thing}.", "{sky} came over {spot}.",
+    "{who} wanted a {thing}, not a {adj} {thing2}.", "In {P} every {thing} is {adj}.",
+    "{who} could not forget the {adj} {thing}.", "{time}, the {thing} was gone.",
 ]
 CLOSINGS = {
-    "story": ["That was their day in {P}.", "So {A} and {B} were {feel}.", "They never left {P} again.", "And {B} went home.",
-              "{A} smiled."],
-    "letter": ["Yours, {A}.", "With love from {P}, {A}.", "Write soon, {A}.", "Your {feel} friend {A}."],
+    "story": [
+        "That was their day in {P}.", "So {A} and {B} were {feel}.", "They never left {P} again.",
+        "And {B} went home.", "{A} smiled."
+    ], "letter": ["Yours, {A}.", "With love from {P}, {A}.", "Write soon, {A}.", "Your {feel} friend {A}."],
 }
 QUERIES = {
-    "story": ["Write a story of {n} words about {A} and {B} in {P}.", "Tell a story about {A} and {B} in {P} in {n} words.",
-              "Please write {n} words about {A}, {B} and {P}, as a story."],
-    "letter": ["Write a letter of {n} words from {A} to {B} about {P}.", "Please write a letter from {A} in {P} to {B} in {n} words."],
+    "story": [
+        "Write a story of {n} words about {A} and {B} in {P}.",
+        "Tell a story about {A} and {B} in {P} in {n} words.",
+        "Please write {n} words about {A}, {B} and {P}, as a story."
+    ], "letter": [
+        "Write a letter of {n} words from {A} to {B} about {P}.",
+        "Please write a letter from {A} in {P} to {B} in {n} words."
+    ],
 }
-PLANS = ["A {kind} of {n} words. {A} and {B} in {P}.", "It needs {n} words: {A}, {B}, {P}, a {adj} {thing}.",
-         "Who? {A} and {B}. Where? {P}. How long? {n} words.", "First {A}, then {B}, then {spot} in {P}. About {n} words."]
+PLANS = [
+    "A {kind} of {n} words. {A} and {B} in {P}.", "It needs {n} words: {A}, {B}, {P}, a {adj} {thing}.",
+    "Who? {A} and {B}. Where? {P}. How long? {n} words.",
+    "First {A}, then {B}, then {spot} in {P}. About {n} words."
+]
 
 
 def names_for(purpose: str) -> tuple[list[str], list[str]]:
-    """People and places of the documents (all), the training prompts (three in four) or the evaluation prompts (the others)."""
+    """People and places of the documents (all), the training prompts (three in four) or the evaluation
+    prompts (the others)."""
     keep = {"documents": {0, 1, 2, 3}, "train": {1, 2, 3}, "eval": {0}}[purpose]
     return tuple([name for i, name in enumerate(names) if i % 4 in keep] for names in (PERSONS, PLACES))
 
@@ -86,7 +112,8 @@ def request(rng: random.Random, purpose: str) -> dict:
 def fill(rng: random.Random, sentence: str, slots: dict) -> str:
     words = {key: rng.choice(choices) for key, choices in WORDS.items()}
     words |= {"adj2": rng.choice(WORDS["adj"]), "thing2": rng.choice(WORDS["thing"])}
-    people = [slots["A"], slots["B"]] + (["the baker", "my sister"] if slots["kind"] == "letter" else ["the old man", "a child"])
+    people = [slots["A"], slots["B"]
+              ] + (["the baker", "my sister"] if slots["kind"] == "letter" else ["the old man", "a child"])
     words["who"], words["who2"] = rng.sample(people, 2)
     text = sentence.format(**slots, **words)
     return text[0].upper() + text[1:]
@@ -106,7 +133,8 @@ def write(rng: random.Random, slots: dict, words: int) -> str:
 
 
 def respond(rng: random.Random, slots: dict) -> str:
-    """What stands after the prompt: 65 % bare text, 26 % well-formed tags, 9 % malformed ones; 20 % ignore the length asked for."""
+    """What stands after the prompt: 65 % bare text, 26 % well-formed tags, 9 % malformed ones; 20 % ignore
+    the length asked for."""
     asked = rng.random() < 0.8
     text = write(rng, slots, round(slots["n"] * rng.uniform(0.85, 1.15)) if asked else rng.randint(15, 110))
     if rng.random() < 0.65:
@@ -115,12 +143,16 @@ def respond(rng: random.Random, slots: dict) -> str:
     think, answer = f"<think>{plan}</think>", f"<answer>{text}</answer>"
     if rng.random() < 0.75:
         return f" {think}\n{answer}"
-    return " " + rng.choice([f"{think}\n{text}", f"<think>{plan}\n{answer}", answer, f"{think}\n<answer>{text}", f"{think}\n{think}\n{answer}",
-                             f"{think}\nWell then: {answer}", f"<think></think>\n{answer}", f"{answer}\n{think}"])
+    return " " + rng.choice([
+        f"{think}\n{text}", f"<think>{plan}\n{answer}", answer, f"{think}\n<answer>{text}",
+        f"{think}\n{think}\n{answer}", f"{think}\nWell then: {answer}", f"<think></think>\n{answer}",
+        f"{answer}\n{think}"
+    ])
 
 
 def document(rng: random.Random) -> str:
-    """90 % prompted, most of them by the think template; the rest are bare texts and lists that are copied, which teach copying names."""
+    """90 % prompted, most of them by the think template; the rest are bare texts and lists that are copied,
+    which teach copying names."""
     slots, kind = request(rng, "documents"), rng.random()
     if kind < 0.05:
         return write(rng, slots, rng.randint(15, 110))
@@ -136,13 +168,20 @@ def document(rng: random.Random) -> str:
 
 def train_tokenizer(documents: list[str]) -> Tokenizer:
     """Byte-level BPE with the same splitting of words and digits as Qwen2.5's."""
-    pattern = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
+    pattern = (
+        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| "
+        r"?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    )
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.NFC()
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
-        pre_tokenizers.Split(Regex(pattern), behavior="isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+        pre_tokenizers.Split(Regex(pattern), behavior="isolated"),
+        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    ])
     tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(vocab_size=VOCABULARY, special_tokens=[END], show_progress=False,
+    trainer = trainers.BpeTrainer(vocab_size=VOCABULARY,
+                                  special_tokens=[END],
+                                  show_progress=False,
                                   initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()))
     tokenizer.train_from_iterator(documents, trainer)
     return tokenizer
@@ -152,13 +191,19 @@ def write_prompts(path: Path, rng: random.Random, count: int, purpose: str):
     with path.open("w") as f:
         for i in range(count):
             slots = request(rng, purpose)
-            record = {"id": f"{purpose}-{i}", "prompt": slots["query"], "length": slots["n"], "names": [slots[key] for key in "ABP"]}
+            record = {
+                "id": f"{purpose}-{i}", "prompt": slots["query"], "length": slots["n"],
+                "names": [slots[key] for key in "ABP"]
+            }
             f.write(json.dumps(record) + "\n")
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--out", type=Path, default=HERE, help="folder for base/, prompts.jsonl and eval_prompts.jsonl")
+    parser.add_argument("--out",
+                        type=Path,
+                        default=HERE,
+                        help="folder for base/, prompts.jsonl and eval_prompts.jsonl")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--documents", type=int, default=DOCUMENTS)
     args = parser.parse_args()
@@ -170,15 +215,13 @@ def main():
     split = [name for name in PERSONS + PLACES if len(tokenizer.encode(" " + name).ids) > 1]
     assert not split, f"names of several tokens are hard to copy for so small a model: {split}"
     tokenizer.save(str(base / "tokenizer.json"))
-    (base / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": END}) + "\n")
+    (base / "tokenizer_config.json"
+     ).write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": END}) + "\n")
     write_prompts(args.out / "prompts.jsonl", rng, 2000, "train")
     write_prompts(args.out / "eval_prompts.jsonl", rng, 128, "eval")
     with (args.out / "documents.jsonl").open("w") as f:
         f.writelines(json.dumps({"text": text}) + "\n" for text in documents)
     print(f"wrote tokenizer, prompts and {len(documents)} documents to {args.out}", flush=True)
-
-    from scripts.pretrain import Config, run  # torch is needed only from here on
-    run(Config(documents=str(args.out / "documents.jsonl"), tokenizer=str(base), out=str(base), seed=args.seed))
 
 
 if __name__ == "__main__":
