@@ -173,12 +173,14 @@ class DecodePlan:
 
     def __call__(self, layer, q_SHD, k_SKD, v_SKD):
         self.pool.write_(layer, self.slots_T, k_SKD, v_SKD)
-        k, v = (x[layer].index_select(0, self.table_SP.flatten()).view(len(q_SHD), -1,
-                                                                       *x[layer].shape[2:]).transpose(1, 2)
-                for x in (self.pool.keys, self.pool.values))  # (S, K, L, D)
-        q = q_SHD.unflatten(
-            1, (k.shape[1], -1))  # the query heads of a KV head are rows of one matrix: (S, K, H/K, D)
+        k, v = (self.gather(x[layer]) for x in (self.pool.keys, self.pool.values))
+        q = q_SHD.unflatten(1, (k.shape[1], -1))  # the query heads of a KV head are rows: (S, K, H/K, D)
         return F.scaled_dot_product_attention(q, k, v, attn_mask=self.seen_S11L).flatten(1, 2)
+
+    def gather(self, cache: torch.Tensor) -> torch.Tensor:
+        """(S, K, L, D): the pages of each row end to end; index_select is far faster than indexing."""
+        pages = cache.index_select(0, self.table_SP.flatten())
+        return pages.view(len(self.table_SP), -1, *cache.shape[2:]).transpose(1, 2)
 
 
 # ---------------------------------------------------------------------- engine
@@ -188,22 +190,15 @@ class Sampler:
     """Generates with a model whose weights the caller may change between calls.
 
     tokenizer: gives the ids that exist, end-of-text ids, stop strings and text; without one every row of the
-    head is an id and only
-        length ends a sample.
-    max_sequences: rows of the decode batch.       num_pages: of the pool; default: what max_sequences of
-    these requests can need.
-    page_size: tokens a page.                       prefill_tokens: prompts are prefilled together up to this
-    many tokens; default 4096,
-        and on CPU one at a time: there packing gains nothing, and the rounding of a row would depend on its
-        neighbours.
+        head is an id and only length ends a sample.
+    max_sequences: rows of the decode batch.
+    page_size: tokens of a page.
+    num_pages: of the pool; default: what max_sequences of the longest request can need.
+    prefill_tokens: prompts are prefilled together up to so many tokens; default 4096, and on CPU one at a
+        time: there packing gains nothing, and the rounding of a row would depend on its neighbours.
     """
-    def __init__(self,
-                 model: Qwen2,
-                 tokenizer=None,
-                 max_sequences: int = 64,
-                 page_size: int = 16,
-                 num_pages: int | None = None,
-                 prefill_tokens: int | None = None):
+    def __init__(self, model: Qwen2, tokenizer=None, max_sequences: int = 64, page_size: int = 16,
+                 num_pages: int | None = None, prefill_tokens: int | None = None):
         self.model, self.tokenizer = model, tokenizer
         self.max_sequences, self.page_size, self.num_pages = max_sequences, page_size, num_pages
         together = 4096 if model.head_weight.is_cuda else 0
@@ -263,14 +258,11 @@ class Sampler:
         self.ready: deque[Group] = deque()
         self.running: list[Sequence] = []  # oldest first
         self.free_rows = deque(range(rows))
-        # State of the rows, on the device, changed only where something changes. Rows past `rows` are
-        # padding.
+        # State of the rows, on the device, written only where it changes. The last MIN_ROWS are padding.
         rows += MIN_ROWS
         self.table = torch.zeros(rows, longest, dtype=torch.int64, device=device)
-        self.token, self.position, self.drawn, self.stream, self.top_k = (torch.zeros(rows,
-                                                                                      dtype=torch.int64,
-                                                                                      device=device)
-                                                                          for _ in range(5))
+        integers = torch.zeros(5, rows, dtype=torch.int64, device=device)
+        self.token, self.position, self.drawn, self.stream, self.top_k = integers
         self.temperature, self.top_p = torch.ones(rows, device=device), torch.ones(rows, device=device)
         self.active = None  # row numbers of the running sequences; None: to be rebuilt
         try:
@@ -282,7 +274,6 @@ class Sampler:
                 self.pool.release_(holder.pages)
             del self.pool, self.table
 
-    # -- scheduling
     # ---- scheduling
 
     def admit(self) -> Iterator[Completion]:
@@ -293,8 +284,9 @@ class Sampler:
         while self.waiting and rows > 0:
             item = self.waiting[0]
             need = self.pool.pages_for(len(item.prefix))
-            if need + len(self.running) + len(batch) >= len(
-                    self.pool.free) or batch and tokens + len(item.prefix) > self.prefill_tokens:
+            if need + len(self.running) + len(batch) >= len(self.pool.free):
+                break
+            if batch and tokens + len(item.prefix) > self.prefill_tokens:
                 break
             self.waiting.popleft()
             item.pages = [self.pool.take() for _ in range(need)]
@@ -351,7 +343,7 @@ class Sampler:
         """Makes sure that every running sequence owns the page that its next token goes to."""
         copies, rows, columns, pages = [], [], [], []
         for sequence in list(self.running):
-            if sequence.row < 0 or sequence not in self.running:
+            if sequence not in self.running:  # was preempted for an older one
                 continue
             fresh = sequence.cached == len(sequence.pages) * self.page_size
             if not fresh and self.pool.references[sequence.pages[-1]] == 1:
@@ -366,7 +358,9 @@ class Sampler:
                 self.pool.references[shared] -= 1
                 copies.append((shared, page))
             sequence.pages.append(page)
-            rows.append(sequence.row), columns.append(len(sequence.pages) - 1), pages.append(page)
+            rows.append(sequence.row)
+            columns.append(len(sequence.pages) - 1)
+            pages.append(page)
         if copies:
             self.pool.copy_(copies)
             self.stats.copied_pages += len(copies)
@@ -375,7 +369,6 @@ class Sampler:
             self.table[rows, columns] = pages
         self.stats.peak_pages = max(self.stats.peak_pages, self.pool.num_pages - 1 - len(self.pool.free))
 
-    # -- computing
     # ---- computing
 
     def prefill(self, batch: list[Group | Sequence]):

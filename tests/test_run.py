@@ -128,10 +128,12 @@ def fatal(*args, **kwargs):
 {module}.{function} = fatal
 """
 KILLS = {
-    "between weights and optimiser": {"module": "torch.distributed.checkpoint", "function": "save", "nth": 4,
-                                      "when": True},
-    "before the rename": {"module": "os", "function": "rename", "nth": 2, "when": "'writing' in str(args[0])"},
-    "while metrics are ahead": {"module": "parallel", "function": "save_checkpoint", "nth": 2, "when": True},
+    "between weights and optimiser": {
+        "module": "torch.distributed.checkpoint", "function": "save", "nth": 4, "when": True},
+    "before the rename": {
+        "module": "os", "function": "rename", "nth": 2, "when": "'writing' in str(args[0])"},
+    "while metrics are ahead": {
+        "module": "parallel", "function": "save_checkpoint", "nth": 2, "when": True},
 }
 
 

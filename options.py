@@ -1,0 +1,74 @@
+"""A program's options: the fields of a dataclass, from JSON and command line, --help from its comments."""
+
+import dataclasses
+import difflib
+import inspect
+import json
+import re
+from pathlib import Path
+
+
+class ConfigError(ValueError):
+    """An option that cannot be; the message names it, its value and what to do."""
+
+
+def help_text(kind: type, about: str) -> str:
+    """--help, made from the comments beside the fields of the dataclass `kind`."""
+    lines = re.findall(r"^    (\w+): (\w+) = (.+?)  # (.+)$", inspect.getsource(kind), re.M)
+    rows = [f"  --{name:20}{kind:7}{comment} [{default}]" for name, kind, default, comment in lines]
+    return "\n".join([about.strip(), "", "Options, with their defaults:", *rows])
+
+
+def convert(config: type, name: str, value, source: str):
+    """A string or JSON value as the type of the field `name`; raises ConfigError."""
+    fields = {f.name: f for f in dataclasses.fields(config)}
+    if name not in fields:
+        near = difflib.get_close_matches(name, fields, 1)
+        raise ConfigError(f"{source}: there is no option {name!r}" +
+                          (f"; did you mean {near[0]!r}?" if near else "; see --help"))
+    kind = fields[name].type
+    try:
+        if kind is bool and not isinstance(value, bool):
+            return {"true": True, "false": False}[str(value).lower()]
+        if isinstance(value, str) and kind is not str:
+            return kind(value)
+        if kind is float and type(value) is int:
+            return float(value)
+        if type(value) is not kind:
+            raise ValueError
+        return value
+    except (KeyError, ValueError):
+        expected = {bool: "true or false", int: "a whole number", float: "a number", str: "a string"}[kind]
+        raise ConfigError(f"{source}: {name} must be {expected}, not {value!r}") from None
+
+
+def parse(config: type, arguments: list[str], about: str):
+    """A `config` from `--config FILE.json` and `--NAME VALUE` (or --NAME=VALUE); later ones win.
+
+    `about` is what --help says above the options. Raises ConfigError.
+    """
+    values, rest = {}, []
+    for argument in arguments:
+        rest += argument.split("=", 1) if argument.startswith("--") and "=" in argument else [argument]
+    while rest:
+        name = rest.pop(0)
+        if name in ("-h", "--help"):
+            print(help_text(config, about))
+            raise SystemExit(0)
+        if not name.startswith("--"):
+            raise ConfigError(f"command line: {name!r} is no option; options are written --NAME VALUE")
+        if not rest:
+            raise ConfigError(f"command line: {name} lacks its value")
+        name, value = name[2:].replace("-", "_"), rest.pop(0)
+        if name == "config":
+            try:
+                loaded = json.loads(Path(value).read_text())
+            except (OSError, json.JSONDecodeError) as e:
+                raise ConfigError(
+                    f"--config {value} cannot be read ({e}): give a JSON object of options") from None
+            if not isinstance(loaded, dict):
+                raise ConfigError(f"--config {value} is not a JSON object of options")
+            values |= {k: convert(config, k, v, value) for k, v in loaded.items()}
+        else:
+            values[name] = convert(config, name, value, "command line")
+    return config(**values)

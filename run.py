@@ -1,0 +1,187 @@
+"""The folder of a run, its display and its clock: what surrounds the algorithm in train.py."""
+
+import dataclasses
+import json
+import os
+import resource
+import shutil
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+import parallel
+from options import ConfigError
+
+ROOT = Path(__file__).parent
+
+# What a run may change when it goes on: nothing that its steps depend on.
+MAY_DIFFER = {"run_dir", "resume", "steps", "save_every", "keep_checkpoints", "device", "wandb",
+              "max_sequences"}
+
+# ---------------------------------------------------------------------- folder of the run
+
+
+def differences(config, recorded: dict) -> list[str]:
+    mine = dataclasses.asdict(config)
+    return [
+        f"{k} ({recorded.get(k)!r} there, {v!r} now)" for k, v in mine.items()
+        if k not in MAY_DIFFER and recorded.get(k) != v
+    ]
+
+
+def choose_folder(config) -> Path:
+    """run_dir, or a new folder; after an elastic restart the newest one with this config, which is the run
+    that broke off."""
+    if config.run_dir:
+        return Path(config.run_dir)
+    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0:
+        for folder in sorted(Path("runs").glob("*/config.json"), key=lambda f: -f.stat().st_mtime):
+            if not differences(config, json.loads(folder.read_text())):
+                return folder.parent
+    name = time.strftime("%Y%m%d-%H%M%S")
+    taken = [p.name for p in Path("runs").glob(f"{name}*")]
+    return Path("runs") / (f"{name}-{len(taken) + 1}" if taken else name)
+
+
+def open_folder(config) -> tuple[Path, Path | None]:
+    """Prepares the folder and picks the checkpoint to go on from. Main rank only. Raises ConfigError
+    before anything is changed."""
+    folder, checkpoint = choose_folder(config), None
+    record = folder / "config.json"
+    if record.exists():
+        if config.resume == "false":
+            raise ConfigError(f"{folder} holds a run already and resume is false: choose another run_dir")
+        if changed := differences(config, json.loads(record.read_text())):
+            raise ConfigError(
+                f"{folder} holds a run of another config: {'; '.join(changed)}; choose another run_dir, or "
+                "the same options"
+            )
+        for path in parallel.checkpoints(folder / "checkpoints"):
+            try:
+                parallel.verify_checkpoint(path)
+                checkpoint = path
+                break
+            except parallel.BadCheckpoint as e:
+                print(f"warning: {e}; trying the checkpoint before it", file=sys.stderr, flush=True)
+    if config.resume == "true" and checkpoint is None:
+        raise ConfigError(f"resume is true, but {folder} has no checkpoint to go on from")
+    try:
+        (folder / "rollouts").mkdir(parents=True, exist_ok=True)
+        record.write_text(json.dumps(dataclasses.asdict(config), indent=2) + "\n")
+        for file in (*ROOT.glob("*.py"), *ROOT.glob("kernels/*.py"), *ROOT.glob("data/*.py")):
+            target = folder / "source" / file.relative_to(ROOT)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(file, target)
+    except OSError as e:
+        raise ConfigError(f"run_dir {folder} cannot be written ({e}): choose another") from None
+    cut_back(folder, int(checkpoint.name.removeprefix("step_")) if checkpoint else -1)
+    return folder, checkpoint
+
+
+def cut_back(folder: Path, step: int):
+    """Removes metrics and rollouts of steps after `step`: they will be made again."""
+    metrics = folder / "metrics.jsonl"
+    if metrics.exists():
+        lines = [line for line in metrics.read_text().splitlines(keepends=True) if line.endswith("\n")]
+        beside = metrics.with_suffix(".writing")
+        beside.write_text("".join(line for line in lines if json.loads(line)["step"] <= step))
+        beside.replace(metrics)
+    for file in (folder / "rollouts").glob("*_*.jsonl"):
+        if int(file.stem.split("_")[1]) > step:
+            file.unlink()
+
+
+def write_jsonl(file: Path, records: list[dict]):
+    with file.open("w", encoding="utf-8") as f:
+        f.writelines(json.dumps(r, ensure_ascii=False) + "\n" for r in records)
+
+
+def append_metrics(folder: Path, metrics: dict):
+    with (folder / "metrics.jsonl").open("a") as f:
+        f.write(json.dumps(metrics) + "\n")
+
+
+class NoLog:
+    """What wandb.init returns, without wandb."""
+    def log(self, metrics: dict, step: int):
+        pass
+
+    def finish(self):
+        pass
+
+
+def open_wandb(config, folder: Path):
+    import wandb
+
+    has_key = bool(os.environ.get("WANDB_API_KEY")) or (Path.home() / ".netrc").exists()
+    mode = os.environ.get("WANDB_MODE") or ("online" if has_key else "offline")
+    return wandb.init(project="longwriter-zero",
+                      name=folder.name,
+                      id=folder.name,
+                      resume="allow",
+                      dir=str(folder),
+                      mode=mode,
+                      config=dataclasses.asdict(config))
+
+
+# ---------------------------------------------------------------------- display
+
+
+class Progress:
+    """How far sampling is: one line that is overwritten on a terminal, a line every 30 seconds elsewhere."""
+    def __init__(self, label: str, total: int, show: bool):
+        self.label, self.total, self.show = label, total, show
+        self.start = self.last = time.perf_counter()
+        self.terminal = sys.stderr.isatty()
+
+    def update(self, stats):
+        now = time.perf_counter()
+        if not self.show or now - self.last < (0.2 if self.terminal else 30):
+            return
+        self.last = now
+        rate = stats.new_tokens / (now - self.start)
+        line = f"{self.label}: {stats.finished}/{self.total} samples, {stats.new_tokens:,} tokens, "
+        f"{rate:,.0f} tok/s on this rank"
+        print(f"\r{line}\033[K" if self.terminal else line,
+              end="" if self.terminal else "\n",
+              file=sys.stderr,
+              flush=True)
+
+    def close(self):
+        if self.show and self.terminal:
+            print("\r\033[K", end="", file=sys.stderr, flush=True)
+
+
+class Clock:
+    """Seconds by phase of a step."""
+    def __init__(self):
+        self.seconds = dict.fromkeys(("sample", "score", "update", "publish", "save"), 0.0)
+
+    @contextmanager
+    def __call__(self, phase: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        self.seconds[phase] += time.perf_counter() - start
+
+
+def peak_memory_gb(device: torch.device) -> float:
+    """Peak of allocated GPU memory, or of this process's resident memory on CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated() / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def describe(metrics: dict, steps: int, names: list[str]) -> str:
+    rewards = " ".join(f"{name} {metrics[f'reward/{name}']:.3f}" for name in names)
+    return (f"step {metrics['step']:4d}/{steps}  {rewards}  words {metrics['length/answer_words']:.0f} "
+            f"in-range {metrics['length/in_range']:.0%} cut {metrics['truncated']:.0%}  grad "
+            f"{metrics['grad_norm']:.3f} "
+            f"entropy {metrics['entropy']:.3f} gap {metrics['gap/mean']:.1e}  sample "
+            f"{metrics['time/sample']:.1f}s "
+            f"({metrics['tokens_per_second/sample']:,.0f} tok/s) update {metrics['time/update']:.1f}s")
