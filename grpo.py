@@ -57,9 +57,7 @@ def group_spread(rewards_BGR: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor,
     return mean, std.masked_fill(dead, 0), dead
 
 
-def advantages(rewards_BGR: torch.Tensor,
-               weights_R: torch.Tensor,
-               mode: str = "per_reward",
+def advantages(rewards_BGR: torch.Tensor, weights_R: torch.Tensor, mode: str = "per_reward",
                std_floor: float = 1e-4) -> tuple[torch.Tensor, torch.Tensor]:
     """Advantage of each sample, and of each of its rewards: (advantage_BG, per_reward_BGR).
 
@@ -125,12 +123,8 @@ def collate(samples: list[Sample], device="cpu") -> Batch:
 # ---------------------------------------------------------------------- loss
 
 
-def policy_loss(logp_N: torch.Tensor,
-                old_logp_N: torch.Tensor,
-                advantage_N: torch.Tensor,
-                denominator: float,
-                eps_low: float = 0.2,
-                eps_high: float = 0.2) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+def policy_loss(logp_N: torch.Tensor, old_logp_N: torch.Tensor, advantage_N: torch.Tensor, denominator: float,
+                eps_low: float = 0.2, eps_high: float = 0.2) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """The clipped surrogate (PPO; paper, eq. 1), as this micro-batch's share of the whole batch's loss.
 
     Aggregation `token` (DAPO, arXiv 2503.14476): the sum over tokens divided by `denominator`, the number of

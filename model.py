@@ -420,5 +420,8 @@ def save(model: Qwen2, path: str | Path, max_shard_bytes: int = 5 * 2**30):
         (path / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
     for shard, file in zip(shards, names):
         save_file(shard, path / file, metadata={"format": "pt"})
+    kept = {*names, *(["model.safetensors.index.json"] if len(shards) > 1 else [])}
+    for stale in (f for f in path.glob("model*.safetensors*") if f.name not in kept):
+        stale.unlink()  # an older index would be read instead of the new file
     dtype = next(model.parameters()).dtype
     (path / "config.json").write_text(json.dumps(config_json(model.config, dtype), indent=2) + "\n")

@@ -169,7 +169,8 @@ def save_checkpoint(folder: Path, model: Qwen2, optimizer: torch.optim.Optimizer
     """
     final, beside = folder / f"step_{state['step']:06d}", folder / f"writing_{state['step']:06d}"
     if world.main:
-        shutil.rmtree(beside, ignore_errors=True)
+        for broken_off in folder.glob("writing_*"):
+            shutil.rmtree(broken_off)
         beside.mkdir(parents=True)
     dist.barrier()
     for part, tensors in tensors_of(model, optimizer).items():

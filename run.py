@@ -4,7 +4,6 @@ import dataclasses
 import json
 import os
 import resource
-import shutil
 import sys
 import time
 from collections.abc import Iterator
@@ -55,7 +54,11 @@ def open_folder(config) -> tuple[Path, Path | None]:
     if record.exists():
         if config.resume == "false":
             raise ConfigError(f"{folder} holds a run already and resume is false: choose another run_dir")
-        if changed := differences(config, json.loads(record.read_text())):
+        try:
+            recorded = json.loads(record.read_text())
+        except json.JSONDecodeError as e:
+            raise ConfigError(f"{record} is not JSON ({e}): choose another run_dir") from None
+        if changed := differences(config, recorded):
             raise ConfigError(
                 f"{folder} holds a run of another config: {'; '.join(changed)}; choose another run_dir, or "
                 "the same options"
@@ -71,15 +74,34 @@ def open_folder(config) -> tuple[Path, Path | None]:
         raise ConfigError(f"resume is true, but {folder} has no checkpoint to go on from")
     try:
         (folder / "rollouts").mkdir(parents=True, exist_ok=True)
-        record.write_text(json.dumps(dataclasses.asdict(config), indent=2) + "\n")
-        for file in (*ROOT.glob("*.py"), *ROOT.glob("kernels/*.py"), *ROOT.glob("data/*.py")):
-            target = folder / "source" / file.relative_to(ROOT)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(file, target)
+        replace(record, json.dumps(dataclasses.asdict(config), indent=2) + "\n")
     except OSError as e:
         raise ConfigError(f"run_dir {folder} cannot be written ({e}): choose another") from None
-    cut_back(folder, int(checkpoint.name.removeprefix("step_")) if checkpoint else -1)
+    step = int(checkpoint.name.removeprefix("step_")) if checkpoint else -1
+    keep_source(folder, step)
+    cut_back(folder, step)
     return folder, checkpoint
+
+
+def replace(file: Path, text: str):
+    """Writes beside and renames, so that a crash leaves the old file or the new one."""
+    beside = file.with_suffix(".writing")
+    beside.write_text(text, encoding="utf-8")
+    beside.replace(file)
+
+
+def keep_source(folder: Path, step: int):
+    """Copies the code into source/; changed code of a resumed run into source_from_step_NNNNNN/."""
+    code = {f.relative_to(ROOT): f.read_text(encoding="utf-8")
+            for pattern in ("*.py", "kernels/*.py", "data/*.py") for f in ROOT.glob(pattern)}
+    kept = max(folder.glob("source*"), default=None)
+    if step > 0 and kept and all((kept / name).exists() and (kept / name).read_text(encoding="utf-8") == text
+                                 for name, text in code.items()):
+        return
+    target = folder / (f"source_from_step_{step + 1:06d}" if step > 0 else "source")
+    for name, text in code.items():
+        (target / name).parent.mkdir(parents=True, exist_ok=True)
+        (target / name).write_text(text, encoding="utf-8")
 
 
 def cut_back(folder: Path, step: int):
@@ -87,9 +109,7 @@ def cut_back(folder: Path, step: int):
     metrics = folder / "metrics.jsonl"
     if metrics.exists():
         lines = [line for line in metrics.read_text().splitlines(keepends=True) if line.endswith("\n")]
-        beside = metrics.with_suffix(".writing")
-        beside.write_text("".join(line for line in lines if json.loads(line)["step"] <= step))
-        beside.replace(metrics)
+        replace(metrics, "".join(line for line in lines if json.loads(line)["step"] <= step))
     for file in (folder / "rollouts").glob("*_*.jsonl"):
         if int(file.stem.split("_")[1]) > step:
             file.unlink()
@@ -119,13 +139,8 @@ def open_wandb(config, folder: Path):
 
     has_key = bool(os.environ.get("WANDB_API_KEY")) or (Path.home() / ".netrc").exists()
     mode = os.environ.get("WANDB_MODE") or ("online" if has_key else "offline")
-    return wandb.init(project="longwriter-zero",
-                      name=folder.name,
-                      id=folder.name,
-                      resume="allow",
-                      dir=str(folder),
-                      mode=mode,
-                      config=dataclasses.asdict(config))
+    return wandb.init(project="longwriter-zero", name=folder.name, id=folder.name, resume="allow",
+                      dir=str(folder), mode=mode, config=dataclasses.asdict(config))
 
 
 # ---------------------------------------------------------------------- display
@@ -144,12 +159,10 @@ class Progress:
             return
         self.last = now
         rate = stats.new_tokens / (now - self.start)
-        line = f"{self.label}: {stats.finished}/{self.total} samples, {stats.new_tokens:,} tokens, "
-        f"{rate:,.0f} tok/s on this rank"
-        print(f"\r{line}\033[K" if self.terminal else line,
-              end="" if self.terminal else "\n",
-              file=sys.stderr,
-              flush=True)
+        line = (f"{self.label}: {stats.finished}/{self.total} samples, {stats.new_tokens:,} tokens, "
+                f"{rate:,.0f} tok/s on this rank")
+        start, end = ("\r", "\033[K") if self.terminal else ("", "\n")
+        print(f"{start}{line}", end=end, file=sys.stderr, flush=True)
 
     def close(self):
         if self.show and self.terminal:
@@ -180,8 +193,7 @@ def peak_memory_gb(device: torch.device) -> float:
 def describe(metrics: dict, steps: int, names: list[str]) -> str:
     rewards = " ".join(f"{name} {metrics[f'reward/{name}']:.3f}" for name in names)
     return (f"step {metrics['step']:4d}/{steps}  {rewards}  words {metrics['length/answer_words']:.0f} "
-            f"in-range {metrics['length/in_range']:.0%} cut {metrics['truncated']:.0%}  grad "
-            f"{metrics['grad_norm']:.3f} "
-            f"entropy {metrics['entropy']:.3f} gap {metrics['gap/mean']:.1e}  sample "
-            f"{metrics['time/sample']:.1f}s "
+            f"in-range {metrics['length/in_range']:.0%} cut {metrics['truncated']:.0%}  "
+            f"grad {metrics['grad_norm']:.3f} entropy {metrics['entropy']:.3f} "
+            f"gap {metrics['gap/mean']:.1e}  sample {metrics['time/sample']:.1f}s "
             f"({metrics['tokens_per_second/sample']:,.0f} tok/s) update {metrics['time/update']:.1f}s")

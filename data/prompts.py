@@ -90,9 +90,7 @@ def unreachable(prompt: Prompt, max_new_tokens: int) -> bool:
     return prompt.length_range[0] * TOKENS_PER_WORD[prompt.language] > budget
 
 
-def read(path: str | Path,
-         style: str,
-         max_new_tokens: int,
+def read(path: str | Path, style: str, max_new_tokens: int,
          keep_unreachable: bool = False) -> tuple[list[Prompt], Counter]:
     """All usable prompts of a JSONL file, in its order, and how many were dropped for what.
 

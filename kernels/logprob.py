@@ -70,9 +70,7 @@ class LinearLogprob(torch.autograd.Function):
         return grad_hidden, grad_weight.to(weight_VC.dtype) if need_weight else None, None, None
 
 
-def linear_logprob(hidden_TC: torch.Tensor,
-                   weight_VC: torch.Tensor,
-                   targets_T: torch.Tensor,
+def linear_logprob(hidden_TC: torch.Tensor, weight_VC: torch.Tensor, targets_T: torch.Tensor,
                    temperature: float = 1.0) -> tuple[torch.Tensor, torch.Tensor]:
     """log softmax(hidden @ weight.T / temperature)[target] and the entropy of that distribution.
 

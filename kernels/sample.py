@@ -57,16 +57,12 @@ def inverse_cdf(weights_SV: torch.Tensor, uniform_S: torch.Tensor) -> torch.Tens
     weight = tiles[rows, tile]
     rest = target - F.pad(cdf, (1, 0))[rows, tile]
     inside = (weight.double().cumsum(-1) <= rest[:, None]).sum(-1)
-    last = TILE - 1 - (weight > 0).flip(-1).int().argmax(
-        -1)  # rounding between the two sums must not step past the mass
+    last = TILE - 1 - (weight > 0).flip(-1).int().argmax(-1)  # rounding must not step past the mass
     return tile * TILE + torch.minimum(inside, last)
 
 
-def draw(logits_SV: torch.Tensor,
-         uniform_S: torch.Tensor,
-         temperature_S: torch.Tensor,
-         top_p_S: torch.Tensor | None = None,
-         top_k_S: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+def draw(logits_SV: torch.Tensor, uniform_S: torch.Tensor, temperature_S: torch.Tensor,
+         top_p_S: torch.Tensor | None = None, top_k_S: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
     """Token ids and their log-probabilities for fp32 logits.
 
     Temperature 0 is greedy. The log-probability is that under the full softmax at the sampling temperature

@@ -33,13 +33,13 @@ CASES = {
     "tied 8:1 D64": {"tie_word_embeddings": True, "hidden_size": 512, "num_attention_heads": 8,
                      "num_key_value_heads": 1},
     "eps and theta of their own": {"rms_norm_eps": 1e-3, "rope_theta": 500.0},
-    "rope_parameters": {"rope_theta": None, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4}},
+    "rope_parameters": {"rope_theta": None, "rope_parameters": {"rope_type": "default", "rope_theta": 2e4}},
     "yarn type": {"rope_scaling": {"type": "yarn", **YARN}, "lengths": LONG},
     "yarn rope_type": {"rope_scaling": {"rope_type": "yarn", **YARN}, "rope_theta": 1e4, "lengths": LONG,
                        "tie_word_embeddings": True},
-    "yarn rope_parameters": {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, **YARN},
+    "yarn rope_parameters": {"rope_parameters": {"rope_type": "yarn", "rope_theta": 2e4, **YARN},
                              "rope_theta": None, "lengths": LONG},
-    "yarn D64 ramp": {"rope_scaling": {"rope_type": "yarn", "beta_fast": 4.0, "beta_slow": 0.5, **YARN},
+    "yarn D64 ramp": {"rope_scaling": {"rope_type": "yarn", "beta_fast": 2.0, "beta_slow": 0.5, **YARN},
                       "rope_theta": 1e4, "lengths": LONG,
                       "hidden_size": 128, "num_attention_heads": 2, "num_key_value_heads": 1},
     "yarn untruncated": {"rope_scaling": {"rope_type": "yarn", "truncate": False, **YARN}, "rope_theta": 1e4,
@@ -61,14 +61,14 @@ def write_config(path, **changes):
     (path / "config.json").write_text(text)
 
 
-def random_model(seed=0, dtype=torch.float32, **fields):
-    """A tiny model, matrices N(0, 0.02), N(0, 0.2) added to biases and norm weights as made (0 and 1)."""
+def random_model(seed=0, dtype=torch.float32, scale=0.02, **fields):
+    """A tiny model, matrices N(0, scale), N(0, 0.2) added to biases and norm weights as made (0 and 1)."""
     model = qwen.Qwen2(qwen.ModelConfig(**{**TINY, **fields}))
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, p in model.named_parameters():
             noise = torch.randn(p.shape, generator=generator)
-            p.copy_(0.02 * noise if p.dim() > 1 else 0.2 * noise + (1.0 if "norm" in name else 0.0))
+            p.copy_(scale * noise if p.dim() > 1 else 0.2 * noise + (1.0 if "norm" in name else 0.0))
     return model.to(dtype)
 
 
@@ -158,13 +158,13 @@ def test_yarn_changes_the_result_beyond_and_within_the_original_context():
 def test_bf16_errors_are_at_most_those_of_transformers_in_bf16(tmp_path):
     """Root mean square over seeds, of logits and of the gradient as one vector.
 
-    Exact is fp32 arithmetic on the same bf16 weights. Up to 1.2 times is allowed, 0.85 to 0.95 was measured.
+    Exact is fp32 arithmetic on the same bf16 weights. Up to 1.2 times is allowed, 0.84 was measured.
     """
     lengths, totals = [70, 9, 120], torch.zeros(2, 2)  # rows: ours, transformers; columns: logits, gradients
     runs = logits_of, logits_of, transformers_logits
     for seed in range(4):
         path = tmp_path / str(seed)
-        write_checkpoint(path, seed, torch.bfloat16)
+        qwen.save(random_model(seed, torch.bfloat16, scale=0.15), path)  # at 0.02 attention is nearly uniform
         tokens_T, targets_T = (random_tokens(sum(lengths), seed=s) for s in (seed, seed + 100))
         models = qwen.load(path), qwen.load(path, torch.bfloat16), transformers_model(path, torch.bfloat16)
         logits = [run(model, tokens_T, lengths) for run, model in zip(runs, models, strict=True)]
@@ -189,7 +189,10 @@ def test_what_we_save_transformers_and_we_load_bit_for_bit(kind, dtype, max_shar
     """transformers without a warning and in the dtype of config.json; `load` with an equal ModelConfig."""
     model = random_model(dtype=dtype, **KINDS[kind])
     qwen.save(model, tmp_path, max_shard_bytes)
-    assert len(list(tmp_path.glob("*.safetensors"))) > 1 or max_shard_bytes == 2**30
+    shards = [load_file(file) for file in tmp_path.glob("*.safetensors")]
+    assert {x.dtype for shard in shards for x in shard.values()} == {dtype}
+    assert all(len(s) == 1 or sum(x.nbytes for x in s.values()) <= max_shard_bytes for s in shards)
+    assert (len(shards) > 1) == (max_shard_bytes == 20_000)
     assert_same_bits(transformers_model(tmp_path, dtype="auto"), model)
     loaded = qwen.load(tmp_path, dtype)
     assert_same_bits(loaded, model)
@@ -400,6 +403,13 @@ def test_a_token_does_not_depend_on_later_ones():
     changed = torch.cat((tokens_T[:20], tokens_T[20:].flip(0)))
     a, b = (model(x, qwen.packed([30])) for x in (tokens_T, changed))
     assert relative_error(a[:20], b[:20]) < 1e-6 < relative_error(a[20:], b[20:])
+
+
+def test_packed_positions_restart_in_each_sequence_and_cu_seqlens_are_its_bounds():
+    """RoPE is relative: no other test here would see positions that run on."""
+    plan = qwen.packed([3, 1, 2])
+    assert plan.positions_T.tolist() == [0, 1, 2, 0, 0, 1]
+    assert plan.cu_seqlens.tolist() == [0, 3, 4, 6] and plan.cu_seqlens.dtype == torch.int32
 
 
 def test_packed_refuses_no_sequences_and_empty_ones():

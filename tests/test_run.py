@@ -26,9 +26,9 @@ def in_process(folder: Path, *options: str, small=SMALL):
     train.train(train.parse([*small, "--run_dir", str(folder), *options]))
 
 
-def launch(folder: Path, *options: str, ranks: int = 1, code: str = "") -> subprocess.CompletedProcess:
+def launch(folder: Path, *options: str, ranks: int = 1, code: str = "", small=SMALL):
     """train.py as a user starts it; `code` runs first in the same process, to stage an accident."""
-    arguments = [*SMALL, "--run_dir", str(folder), *options]
+    arguments = [*small, "--run_dir", str(folder), *options]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     if code:
         command = [
@@ -212,6 +212,16 @@ def test_one_and_two_ranks_sample_the_same_texts_and_take_the_same_step(tmp_path
         assert a.pop("gap_mean") == pytest.approx(b.pop("gap_mean"), abs=1e-6) and a == b
     for a, b in zip(metrics(tmp_path / "one")[1:2], metrics(tmp_path / "two")[1:2], strict=True):
         assert a["grad_norm"] > 0 and all(a[k] == pytest.approx(b[k], rel=1e-5, abs=1e-6) for k in a)
+
+
+def test_the_rewards_of_the_default_rise(tmp_path):
+    """Twelve steps of what a user starts first: format and length must both be well on their way."""
+    done = launch(tmp_path / "run", "--steps", "12", "--eval_prompts", "", ranks=2, small=[])
+    assert done.returncode == 0, done.stderr
+    steps = metrics(tmp_path / "run")
+    for name in ("format", "length"):
+        values = [m[f"reward/{name}"] for m in steps]
+        assert sum(values[-3:]) / 3 > sum(values[:3]) / 3 + 0.15, values
 
 
 @pytest.mark.parametrize("ranks", [1, 2])

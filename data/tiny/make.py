@@ -5,13 +5,15 @@
 The first makes documents, tokenizer and prompts; the second trains the base on them.
 
 A request names two people, a place and a number of words; a good answer is a text of that length about those
-names. The people and places of the evaluation prompts stand in no training prompt. The base is what a base
-model is: it often ignores the tags, gets them wrong, or misses the length, and it can do better.
+names. The people and places of the evaluation prompts stand in no document and in no training prompt. The
+base is what a base model is: it often ignores the tags, gets them wrong, or misses the length, and it can do
+better.
 """
 
 import argparse
 import json
 import random
+import zlib
 from pathlib import Path
 
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
@@ -22,20 +24,15 @@ from rewards import count_words
 HERE = Path(__file__).parent
 END = "<|endoftext|>"
 LENGTHS = range(20, 101, 5)  # words that a request asks for
-DOCUMENTS = 32_000
+DOCUMENTS = 36_000
 VOCABULARY = 1024
 
-# Short, so that each becomes one token; every fourth is held out for the evaluation prompts.
-PERSONS = (
-    "Ada Ali Amy Ana Ben Bob Dan Eda Eli Emma Eva Fay Gil Gus Hal Ida Ian Ines Ivo Jan Jim Joe Jon Kai Kim "
-    "Lea Leo Lia Lin Lou Luca "
-    "Max Mia Mila Mira Nan Nia Nils Nina Noa Nora Olga Omar Otto Pam Pia Ray Rita Rob Ron Rosa Roy "
-    "Sam Sara Sid Sue Tess Tim Tom "
-    "Ugo Una Uri Vera Vic Wim Yan Yuri Zoe Dora Hans Lena Rene").split()
-PLACES = (
-    "Oslo Rome Bonn Bern Linz Graz Lyon Nice Metz Pisa Bari Genoa Turin Milan Porto Cork Bath York Leeds "
-    "Dover Turku Riga Kiev Lodz "
-    "Brno Split Sofia Varna Malmo Lund Umea Bodo Gent Basel").split()
+# A name is one or two syllables and an end: thousands of them, in about three tokens. Copying several tokens
+# in a row is a pattern that so small a model finds; names of a single token it did not learn to copy.
+ONSETS = "b br d dr f g h j k kr l m n p r s st t tr v z".split()
+VOWELS = "a e i o u ai ea".split()
+PERSON_ENDS = "n ra lo ma s li th na rik da ven".split()
+PLACE_ENDS = "ton holm burg field mar stad wick port".split()
 
 WORDS = {
     "time": "In the morning|At noon|One evening|After the rain|Before dawn|On Sunday|Late at night|In early "
@@ -95,26 +92,29 @@ PLANS = [
 ]
 
 
-def names_for(purpose: str) -> tuple[list[str], list[str]]:
-    """People and places of the documents (all), the training prompts (three in four) or the evaluation
-    prompts (the others)."""
-    keep = {"documents": {0, 1, 2, 3}, "train": {1, 2, 3}, "eval": {0}}[purpose]
-    return tuple([name for i, name in enumerate(names) if i % 4 in keep] for names in (PERSONS, PLACES))
+def name(rng: random.Random, ends: list[str], held_out: bool = False) -> str:
+    """One name in ten is held out: it stands in no document and in no training prompt."""
+    while True:
+        syllables = rng.choice((1, 2))
+        word = "".join(rng.choice(ONSETS) + rng.choice(VOWELS) for _ in range(syllables)) + rng.choice(ends)
+        if (zlib.crc32(word.encode()) % 10 == 0) == held_out:
+            return word.capitalize()
 
 
-def request(rng: random.Random, purpose: str) -> dict:
-    kind, (persons, places) = rng.choice(list(QUERIES)), names_for(purpose)
-    a, b = rng.sample(persons, 2)
-    slots = {"A": a, "B": b, "P": rng.choice(places), "n": rng.choice(LENGTHS), "kind": kind}
+def request(rng: random.Random, held_out: bool = False) -> dict:
+    kind = rng.choice(list(QUERIES))
+    a = b = name(rng, PERSON_ENDS, held_out)
+    while a == b:
+        b = name(rng, PERSON_ENDS, held_out)
+    slots = {"A": a, "B": b, "P": name(rng, PLACE_ENDS, held_out), "n": rng.choice(LENGTHS), "kind": kind}
     return slots | {"query": rng.choice(QUERIES[kind]).format(**slots)}
 
 
 def fill(rng: random.Random, sentence: str, slots: dict) -> str:
     words = {key: rng.choice(choices) for key, choices in WORDS.items()}
     words |= {"adj2": rng.choice(WORDS["adj"]), "thing2": rng.choice(WORDS["thing"])}
-    people = [slots["A"], slots["B"]
-              ] + (["the baker", "my sister"] if slots["kind"] == "letter" else ["the old man", "a child"])
-    words["who"], words["who2"] = rng.sample(people, 2)
+    others = ["the baker", "my sister"] if slots["kind"] == "letter" else ["the old man", "a child"]
+    words["who"], words["who2"] = rng.sample([slots["A"], slots["B"], *others], 2)
     text = sentence.format(**slots, **words)
     return text[0].upper() + text[1:]
 
@@ -133,9 +133,9 @@ def write(rng: random.Random, slots: dict, words: int) -> str:
 
 
 def respond(rng: random.Random, slots: dict) -> str:
-    """What stands after the prompt: 65 % bare text, 26 % well-formed tags, 9 % malformed ones; 20 % ignore
+    """What stands after the prompt: 65 % bare text, 26 % well-formed tags, 9 % malformed ones; 30 % ignore
     the length asked for."""
-    asked = rng.random() < 0.8
+    asked = rng.random() < 0.7
     text = write(rng, slots, round(slots["n"] * rng.uniform(0.85, 1.15)) if asked else rng.randint(15, 110))
     if rng.random() < 0.65:
         return " " + text
@@ -151,17 +151,17 @@ def respond(rng: random.Random, slots: dict) -> str:
 
 
 def document(rng: random.Random) -> str:
-    """90 % prompted, most of them by the think template; the rest are bare texts and lists that are copied,
+    """86 % prompted, half of them by the think template; the rest are bare texts and lists that are copied,
     which teach copying names."""
-    slots, kind = request(rng, "documents"), rng.random()
-    if kind < 0.05:
+    slots, kind = request(rng), rng.random()
+    if kind < 0.06:
         return write(rng, slots, rng.randint(15, 110))
-    if kind < 0.10:
-        names = rng.sample(PERSONS + PLACES, rng.randint(3, 8))
+    if kind < 0.14:
+        names = [name(rng, rng.choice([PERSON_ENDS, PLACE_ENDS])) for _ in range(rng.randint(3, 8))]
         return f"Names: {', '.join(names)}. Again: {', '.join(names)}."
-    if kind < 0.60:
+    if kind < 0.54:
         return render(slots["query"], "think") + respond(rng, slots)
-    if kind < 0.70:
+    if kind < 0.62:
         return render(slots["query"], "direct") + respond(rng, slots)
     return f"<|user|>: {slots['query']} <|assistant|>:" + respond(rng, slots)
 
@@ -190,11 +190,9 @@ def train_tokenizer(documents: list[str]) -> Tokenizer:
 def write_prompts(path: Path, rng: random.Random, count: int, purpose: str):
     with path.open("w") as f:
         for i in range(count):
-            slots = request(rng, purpose)
-            record = {
-                "id": f"{purpose}-{i}", "prompt": slots["query"], "length": slots["n"],
-                "names": [slots[key] for key in "ABP"]
-            }
+            slots = request(rng, held_out=purpose == "eval")
+            names = [slots[key] for key in "ABP"]
+            record = {"id": f"{purpose}-{i}", "prompt": slots["query"], "length": slots["n"], "names": names}
             f.write(json.dumps(record) + "\n")
 
 
@@ -211,10 +209,7 @@ def main():
     documents = [document(rng) for _ in range(args.documents)]
     base = args.out / "base"
     base.mkdir(parents=True, exist_ok=True)
-    tokenizer = train_tokenizer(documents[:8000])
-    split = [name for name in PERSONS + PLACES if len(tokenizer.encode(" " + name).ids) > 1]
-    assert not split, f"names of several tokens are hard to copy for so small a model: {split}"
-    tokenizer.save(str(base / "tokenizer.json"))
+    train_tokenizer(documents[:8000]).save(str(base / "tokenizer.json"))
     (base / "tokenizer_config.json"
      ).write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": END}) + "\n")
     write_prompts(args.out / "prompts.jsonl", rng, 2000, "train")
