@@ -62,7 +62,8 @@ def inverse_cdf(weights_SV: torch.Tensor, uniform_S: torch.Tensor) -> torch.Tens
 
 
 def draw(logits_SV: torch.Tensor, uniform_S: torch.Tensor, temperature_S: torch.Tensor,
-         top_p_S: torch.Tensor | None = None, top_k_S: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+         top_p_S: torch.Tensor | None = None,
+         top_k_S: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
     """Token ids and their log-probabilities for fp32 logits.
 
     Temperature 0 is greedy. The log-probability is that under the full softmax at the sampling temperature

@@ -300,13 +300,13 @@ def test_the_denominator_is_the_one_that_is_given():
 
 
 def test_mismatch_by_hand():
-    """Differences log 2, 0, -log 2: r is 2, 1, 1/2 and r - 1 - log r is 1 - log 2, 0, log 2 - 1/2."""
+    """Differences log 2, 0, -log 4: r is 2, 1, 1/4 and r - 1 - log r is 1 - log 2, 0, log 4 - 3/4."""
     rollout = torch.tensor([-1.0, -2.0, -3.0])
-    logp = rollout + torch.tensor([math.log(2), 0.0, -math.log(2)])
+    logp = rollout + torch.tensor([math.log(2), 0.0, -math.log(4)])
     metrics = mismatch(logp.requires_grad_(), rollout, 4)
-    assert metrics["gap/mean"].item() == pytest.approx(2 * math.log(2) / 4)
-    assert metrics["gap/k3"].item() == pytest.approx(0.5 / 4)
-    assert metrics["gap/max"].item() == pytest.approx(math.log(2))
+    assert metrics["gap/mean"].item() == pytest.approx(3 * math.log(2) / 4)
+    assert metrics["gap/k3"].item() == pytest.approx((0.25 + math.log(2)) / 4)
+    assert metrics["gap/max"].item() == pytest.approx(math.log(4))
     assert not any(value.requires_grad for value in metrics.values())
 
 
