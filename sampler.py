@@ -110,7 +110,7 @@ class PagePool:
     rows write there."""
     def __init__(self, model: Qwen2, num_pages: int, page_size: int):
         config, head = model.config, model.head_weight
-        self.page_size, self.num_pages = page_size, num_pages
+        self.page_size, self.num_pages, self.dtype = page_size, num_pages, head.dtype
         shape = (num_pages, page_size, config.num_key_value_heads, config.head_dim)
         # A tensor per layer; zeros, because masked slots are read too and NaN would pass the mask.
         self.keys, self.values = ([torch.zeros(shape, dtype=head.dtype, device=head.device)
@@ -169,13 +169,15 @@ class DecodePlan:
         page = table_SP.gather(1, (positions_S // pool.page_size)[:, None])[:, 0]
         self.slots_T = page * pool.page_size + positions_S % pool.page_size
         slot = torch.arange(table_SP.shape[1] * pool.page_size, device=table_SP.device)
-        self.seen_S11L = (slot <= positions_S[:, None])[:, None, None]
+        dtype = pool.dtype  # an additive mask: a boolean one would be converted in each layer
+        self.mask_S11L = torch.zeros(len(table_SP), 1, 1, len(slot), dtype=dtype, device=table_SP.device)
+        self.mask_S11L.masked_fill_((slot > positions_S[:, None])[:, None, None], -torch.inf)
 
     def __call__(self, layer, q_SHD, k_SKD, v_SKD):
         self.pool.write_(layer, self.slots_T, k_SKD, v_SKD)
         k, v = (self.gather(x[layer]) for x in (self.pool.keys, self.pool.values))
         q = q_SHD.unflatten(1, (k.shape[1], -1))  # the query heads of a KV head are rows: (S, K, H/K, D)
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=self.seen_S11L).flatten(1, 2)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=self.mask_S11L).flatten(1, 2)
 
     def gather(self, cache: torch.Tensor) -> torch.Tensor:
         """(S, K, L, D): the pages of each row end to end; index_select is far faster than indexing."""
@@ -245,7 +247,7 @@ class Sampler:
         unit = max(1, MIN_CONTEXT // self.page_size)
         return -(-pages // unit) * unit
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def run(self, requests: list[Request]) -> Iterator[Completion]:
         if not requests:
             return
