@@ -50,7 +50,7 @@ class Config:
     clip_grad: float = 1.0  # largest global gradient norm (not specified by the paper)
     eps_low: float = 0.2  # clip of the ratio below (paper: 0.2); with one update per batch it never acts
     eps_high: float = 0.2  # clip of the ratio above (paper: 0.2)
-    std_floor: float = 0.1  # added to a group's std: small spreads are mostly noise (not specified by the paper)
+    std_floor: float = 0.1  # added to a group's std: small spreads are noise (not specified by the paper)
     micro_batch_tokens: int = 4096  # tokens of a packed micro-batch on each rank
     recompute: bool = False  # recompute each layer's activations in backward: less memory, a third more time
     max_sequences: int = 64  # sequences that each rank decodes at a time
