@@ -68,6 +68,8 @@ def advantages(rewards_BGR: torch.Tensor, weights_R: torch.Tensor, mode: str = "
     """
     if mode != "per_reward":
         raise ValueError(f"advantages: mode {mode!r} is unknown, only 'per_reward' is there")
+    if rewards_BGR.isinf().any() or not weights_R.sum() > 0:
+        raise ValueError(f"advantages: rewards must be finite and weights sum above 0, not {weights_R}")
     rewards_BGR = rewards_BGR.double()
     mean, std, dead = group_spread(rewards_BGR)
     normal = (rewards_BGR - mean[:, None]) / (std + std_floor)[:, None]
@@ -108,6 +110,8 @@ def collate(samples: list[Sample], device="cpu") -> Batch:
     collectives in step."""
     rows = []
     for s in samples:
+        if not s.prompt_ids or len(s.rollout_logp) != len(s.token_ids):
+            raise ValueError("collate: a sample needs a prompt and one rollout logprob for each token")
         ahead = len(s.prompt_ids) - 1
         rows.append((s.prompt_ids + s.token_ids, [0] * ahead + s.token_ids + [0],
                      [0] * ahead + [1] * len(s.token_ids) + [0], [0.0] * ahead + s.rollout_logp + [0.0],

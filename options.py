@@ -37,7 +37,7 @@ def convert(config: type, name: str, value, source: str):
         if type(value) is not kind:
             raise ValueError
         return value
-    except (KeyError, ValueError):
+    except (KeyError, ValueError, OverflowError):
         expected = {bool: "true or false", int: "a whole number", float: "a number", str: "a string"}[kind]
         raise ConfigError(f"{source}: {name} must be {expected}, not {value!r}") from None
 
@@ -63,7 +63,7 @@ def parse(config: type, arguments: list[str], about: str):
         if name == "config":
             try:
                 loaded = json.loads(Path(value).read_text())
-            except (OSError, json.JSONDecodeError) as e:
+            except (OSError, ValueError) as e:
                 raise ConfigError(
                     f"--config {value} cannot be read ({e}): give a JSON object of options") from None
             if not isinstance(loaded, dict):

@@ -80,12 +80,11 @@ def fold(text: str) -> str:
 
 
 def repetition(text: str) -> float:
-    """The share of the folded text's characters that lie in a shingle which occurred earlier in it; in [0,
-    1], linear in length.
+    """The share of the folded text's characters that lie in a shingle which occurred earlier, in [0, 1].
 
-    A text given twice has 0.5. A shingle is SHINGLE wide: 24 Latin characters, 10 of CJK. Shingles are
-    compared by 64-bit polynomial hashes over random character codes, computed for all positions at once from
-    prefix sums (unsigned arithmetic wraps).
+    A text given twice has 0.5 (mixed scripts: to within two characters). A shingle is SHINGLE wide: 24 Latin
+    characters, 10 of CJK. Shingles are compared by 64-bit polynomial hashes over mixed character codes, for
+    all positions at once from prefix sums (unsigned arithmetic wraps): linear in length but for one sort.
     """
     codes = np.array([ord(c) for c in fold(text)], dtype=np.uint64)
     n = len(codes)

@@ -7,6 +7,7 @@ field of Config.
 """
 
 import hashlib
+import math
 import os
 import sys
 import time
@@ -37,14 +38,14 @@ class Config:
     reward: str = ""  # comma-separated names out of rewards.REWARDS; empty: all with non-zero weight
     run_dir: str = ""  # folder of the run; empty: a new one under runs/
     resume: str = "auto"  # auto: go on with an unfinished run of this config; true: insist; false: refuse
-    steps: int = 80  # GRPO steps (paper: 150)
+    steps: int = 90  # GRPO steps (paper: 150)
     prompts_per_step: int = 8  # over all ranks (not specified by the paper)
     group_size: int = 8  # samples of each prompt (paper: 32)
     max_new_tokens: int = 256  # thinking and answer together (paper: 14000)
     temperature: float = 0.8  # of sampling, and of the logprobs that are trained (paper: 0.8)
     top_p: float = 1.0  # must be 1 in training, or the policy that samples is not the one that is trained
     stop: str = "</answer>,<|user|>"  # comma-separated strings that end a sample; they stay in it
-    lr: float = 2.5e-4  # AdamW, constant after warm-up (not specified by the paper; try 1e-6 from 7B up)
+    lr: float = 1.75e-4  # AdamW, constant after warm-up (not specified by the paper; try 1e-6 from 7B up)
     warmup: int = 5  # steps of linear warm-up (not specified by the paper)
     weight_decay: float = 0.0  # not specified by the paper
     clip_grad: float = 1.0  # largest global gradient norm (not specified by the paper)
@@ -57,8 +58,8 @@ class Config:
     page_size: int = 16  # tokens of a KV page
     sampler_dtype: str = "auto"  # auto: bfloat16 on CUDA, float32 on CPU; or either by name
     eval_prompts: str = "data/tiny/eval_prompts.jsonl"  # empty: no evaluation
-    eval_every: int = 20  # steps between evaluations, the first before training
-    save_every: int = 20  # steps between checkpoints; the last step is always saved
+    eval_every: int = 30  # steps between evaluations, the first before training
+    save_every: int = 30  # steps between checkpoints; the last step is always saved
     keep_checkpoints: int = 2  # newest checkpoints that are kept
     seed: int = 0  # of prompt order and sampling
     device: str = "auto"  # auto, cpu or cuda
@@ -95,8 +96,8 @@ def check(config: Config, world: parallel.World):
         if not getattr(config, name) > 0:
             raise ConfigError(f"{name} must be positive, not {getattr(config, name)}")
     for name in ("lr", "warmup", "weight_decay", "eps_low", "eps_high", "std_floor"):
-        if not getattr(config, name) >= 0:
-            raise ConfigError(f"{name} must not be negative, is {getattr(config, name)}")
+        if not 0 <= getattr(config, name) < math.inf:
+            raise ConfigError(f"{name} must not be negative or infinite, is {getattr(config, name)}")
     for name, choices in (("prompt_style", prompt_data.STYLES), ("unreachable", ("drop", "keep")),
                           ("resume", ("auto", "true", "false")), ("device", ("auto", "cpu", "cuda")),
                           ("sampler_dtype", ("auto", "float32", "bfloat16"))):
@@ -117,6 +118,8 @@ def check(config: Config, world: parallel.World):
             f"prompts_per_step {config.prompts_per_step} does not divide by {world.size} ranks: groups stay "
             "whole on a rank"
         )
+    if len(set(config.reward_names)) < len(config.reward_names):
+        raise ConfigError(f"reward names one twice: {config.reward}; weigh it in rewards.REWARDS instead")
     for name in config.reward_names:
         if name not in REWARDS:
             raise ConfigError(f"reward {name!r} is not in rewards.REWARDS, which has {', '.join(REWARDS)}")

@@ -35,7 +35,7 @@ COLOURS = ("#1f5fa8", "#c2571a", "#3b8a3b")
 def measure(rollouts: Path, asked: dict[str, dict]) -> dict[str, float]:
     """All figures of one evaluation file."""
     rows, given, words, wanted, grams, names = [], [], [], [], [], []
-    for line in rollouts.read_text().splitlines():
+    for line in rollouts.read_text().strip().split("\n"):
         record = json.loads(line)
         prompt = asked[record["prompt_id"]]
         answer = structure(record["text"])[2]

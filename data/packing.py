@@ -10,6 +10,8 @@ def pack_documents(documents: list[list[int]], row_tokens: int, seed: int) -> li
     A document that crosses a row's end is continued in the next row as a piece of its own. The last,
     incomplete row is dropped.
     """
+    if row_tokens < 1:
+        raise ValueError(f"row_tokens must be at least 1, not {row_tokens}")
     shuffled = list(documents)
     random.Random(seed).shuffle(shuffled)
     rows, row, room = [], [], row_tokens

@@ -77,7 +77,7 @@ def parse_range(record: dict) -> tuple[int, int] | None:
             return value[0], value[1]
     if (length := record.get("length")) is None:
         return None
-    if type(length) not in (int, float) or not 0 < length < 1e7:
+    if type(length) not in (int, float) or not 1 <= length < 1e7:
         raise ValueError(f"`length` must be a positive number of words, not {length!r}")
     return round(0.9 * length), round(1.1 * length)
 
@@ -98,7 +98,7 @@ def read(path: str | Path, style: str, max_new_tokens: int,
     file or a malformed line.
     """
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        lines = Path(path).read_text(encoding="utf-8").split("\n")  # JSON allows other line separators
     except (OSError, UnicodeDecodeError) as e:
         raise PromptError(
             f"prompts file {path} cannot be read ({e}): give a JSONL file, one object a line") from None
@@ -117,12 +117,13 @@ def read(path: str | Path, style: str, max_new_tokens: int,
                 raise ValueError(f"no text under any of {', '.join(QUERY_FIELDS)}")
             length_range = parse_range(record)
             ident = str(next((record[f] for f in ID_FIELDS if record.get(f) is not None), number))
+            query.encode()  # a lone surrogate would fail in the tokenizer, far from here
             if ident in seen:
                 raise ValueError(
                     f"id {ident!r} stands already on line {seen[ident]}; ids seed the sampling and must "
                     "differ"
                 )
-        except ValueError as e:
+        except (ValueError, RecursionError) as e:
             raise PromptError(f"{path}, line {number}: {e}") from None
         seen[ident] = number
         prompt = Prompt(ident, render(query, style), query, length_range, language(query), style)
@@ -146,6 +147,8 @@ def order(n: int, batch: int, seed: int, cursor: int) -> list[int]:
     if not 0 < batch <= n:
         raise ValueError(f"a step needs {batch} prompts, but only {n} are usable")
     epoch, start = divmod(cursor, n // batch * batch)
+    if start + batch > n // batch * batch:
+        raise ValueError(f"cursor {cursor} lies less than a batch of {batch} before the end of its epoch")
     permutation = list(range(n))
     random.Random(f"{seed}/{epoch}").shuffle(permutation)
     return permutation[start:start + batch]

@@ -160,7 +160,6 @@ def test_a_config_file_that_is_absent_is_an_error_that_names_it(tmp_path):
         assert str(file) in str(e.value)
 
 
-@pytest.mark.xfail(strict=True, raises=UnicodeDecodeError, reason="parse() catches JSONDecodeError alone")
 def test_a_config_file_that_is_not_text_is_an_error_that_names_it(tmp_path):
     file = tmp_path / "model.safetensors"
     file.write_bytes(b"\xff\xfe\x00\x81")

@@ -177,7 +177,6 @@ def test_blank_lines_are_skipped_and_an_empty_file_has_no_prompts(tmp_path):
     assert len(read(written(tmp_path, "", {"query": "a"}, "\t", {"query": "b"}, ""), "think", 100)[0]) == 2
 
 
-@pytest.mark.xfail(strict=True, reason="read() also splits at U+2028, U+2029, U+0085, legal in a JSON string")
 @pytest.mark.parametrize("separator", ["\u2028", "\u2029", "\u0085"])
 def test_only_newlines_end_a_line(separator, tmp_path):
     (prompt,), _ = read(written(tmp_path, {"query": f"one{separator}two"}), "think", 100)

@@ -88,7 +88,7 @@ def test_the_folder_of_a_run_holds_what_the_readme_says(undisturbed):
         }
         assert expected == {k for k in m if not k.startswith("eval/")}
         assert all(v == v and abs(v) != float("inf") for v in m.values())
-        assert m["clip_share"] == 0 and m["lr"] == pytest.approx(2.5e-4 * min(1, m["step"] / 5))
+        assert m["clip_share"] == 0 and m["lr"] == pytest.approx(1.75e-4 * min(1, m["step"] / 5))
     record = json.loads((undisturbed / "rollouts" / "step_000003.jsonl").read_text().splitlines()[0])
     assert set(record) == {
         "prompt_id", "sample", "prompt", "text", "tokens", "finish_reason", "rewards", "advantages",
@@ -168,7 +168,7 @@ def test_a_finished_run_stays_as_it_is_and_another_config_is_refused(undisturbed
     before = {f: f.read_bytes() for f in undisturbed.rglob("*") if f.is_file()}
     in_process(undisturbed, "--steps", "6")
     assert "has finished its 6 steps" in capfd.readouterr().out
-    with pytest.raises(train.ConfigError, match=r"another config: lr \(0.00025 there, 0.001 now\)"):
+    with pytest.raises(train.ConfigError, match=r"another config: lr \(0.000175 there, 0.001 now\)"):
         in_process(undisturbed, "--steps", "8", "--lr", "1e-3")
     with pytest.raises(train.ConfigError, match="resume is false"):
         in_process(undisturbed, "--steps", "8", "--resume", "false")
