@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -305,6 +305,11 @@ def read_config(path: str | Path) -> ModelConfig:
                               f"num_key_value_heads {kv_heads} do not divide each other")
     if rope_type == "yarn" and "factor" not in config.rope_scaling:
         raise CheckpointError(f"{file}: YaRN needs a `factor`")
+    known = {"rope_type", "factor", "original_max_position_embeddings", "attention_factor", "beta_fast",
+             "beta_slow", "truncate"}
+    given = {k for k, v in (config.rope_scaling or {}).items() if v is not None}
+    if unknown := sorted(given - known):
+        raise CheckpointError(f"{file}: YaRN's {', '.join(unknown)} is not supported")
     return config
 
 
@@ -324,34 +329,36 @@ def config_json(config: ModelConfig, dtype: torch.dtype) -> dict:
 # ---------------------------------------------------------------------- weights
 
 
+def open_weights(file: Path):
+    """A safetensors file opened to read; raises CheckpointError, naming the file, if it is cut short."""
+    try:
+        return safe_open(file, framework="pt")
+    except SafetensorError as e:
+        raise CheckpointError(f"{file} cannot be read ({e}): copy it again") from None
+
+
 def weight_files(path: str | Path) -> dict[str, Path]:
-    """Tensor name -> safetensors file of a checkpoint folder; raises CheckpointError if files are missing or
-    cut short."""
+    """Tensor name -> safetensors file of a checkpoint folder. CheckpointError names a missing or cut file."""
     path = Path(path)
     index, single = path / "model.safetensors.index.json", path / "model.safetensors"
-    try:
-        if index.exists():
-            files = {name: path / file for name, file in json.loads(index.read_text())["weight_map"].items()}
-        elif single.exists():
-            with safe_open(single, framework="pt") as f:
-                files = dict.fromkeys(f.keys(), single)
-        else:
-            raise CheckpointError(
-                f"{path} has neither model.safetensors nor model.safetensors.index.json: is the download "
-                "complete?"
-            )
-        if missing := sorted({f.name for f in files.values() if not f.exists()}):
-            raise CheckpointError(
-                f"{path} lacks {', '.join(missing)}, which its index names: is the download complete?")
-        for file in set(files.values()):
-            with safe_open(file, framework="pt"):
-                pass
-    except (json.JSONDecodeError, KeyError) as e:
-        raise CheckpointError(f"{index} is not a safetensors index ({e}): copy it again") from None
-    except CheckpointError:
-        raise
-    except Exception as e:  # safetensors raises its own, unrelated types
-        raise CheckpointError(f"{path}: a weight file cannot be read ({e}): copy it again") from None
+    if index.exists():
+        try:
+            names = json.loads(index.read_text())["weight_map"]
+            files = {name: path / file for name, file in names.items()}
+        except (ValueError, KeyError, AttributeError) as e:
+            raise CheckpointError(f"{index} is not a safetensors index ({e}): copy it again") from None
+    elif single.exists():
+        with open_weights(single) as f:
+            files = dict.fromkeys(f.keys(), single)
+    else:
+        raise CheckpointError(f"{path} has neither model.safetensors nor model.safetensors.index.json: is "
+                              "the download complete?")
+    if missing := sorted({f.name for f in files.values() if not f.exists()}):
+        raise CheckpointError(f"{path} lacks {', '.join(missing)}, which its index names: is the download "
+                              "complete?")
+    for file in sorted(set(files.values())):
+        with open_weights(file):
+            pass
     return files
 
 
@@ -365,9 +372,13 @@ def check_tensors(config: ModelConfig, path: str | Path) -> dict[str, Path]:
     for file in sorted(set(files.values())):
         with safe_open(file, framework="pt") as f:
             found |= {name: tuple(f.get_slice(name).get_shape()) for name in f.keys()}
-    if config.tie_word_embeddings and "lm_head.weight" in found:  # some exporters write the tied matrix twice
-        found.pop("lm_head.weight")
-        files.pop("lm_head.weight", None)
+    tied = ("lm_head.weight", "model.embed_tokens.weight")
+    if config.tie_word_embeddings and all(name in found for name in tied):  # some write it twice
+        del found["lm_head.weight"]
+        if not torch.equal(*(open_weights(files[name]).get_tensor(name) for name in tied)):
+            raise CheckpointError(f"{path} says tie_word_embeddings, but its lm_head.weight differs from the "
+                                  "embedding: set tie_word_embeddings to false in config.json")
+        del files["lm_head.weight"]
     problems = [f"missing {n}" for n in sorted(expected.keys() - found.keys())]
     problems += [f"unexpected {n}" for n in sorted(found.keys() - expected.keys())]
     problems += [
