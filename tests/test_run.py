@@ -204,10 +204,10 @@ def test_one_and_two_ranks_sample_the_same_texts_and_take_the_same_step(tmp_path
     """Also for other numbers of micro-batches and of concurrent sequences."""
     for name, ranks, options in (("one", 1, []), ("two", 2,
                                                   ["--micro_batch_tokens", "300", "--max_sequences", "3"])):
-        done = launch(tmp_path / name, "--steps", "2", *options, ranks=ranks)
+        done = launch(tmp_path / name, "--steps", "2", "--max_new_tokens", "150", "--group_size", "16", *options, ranks=ranks)
         assert done.returncode == 0, done.stderr
     one, two = (rollouts(tmp_path / name)["step_000001.jsonl"].splitlines() for name in ("one", "two"))
-    assert len(one) == 8
+    assert len(one) == 32
     for a, b in zip(map(json.loads, one), map(json.loads, two), strict=True):
         assert a.pop("gap_mean") == pytest.approx(b.pop("gap_mean"), abs=1e-6) and a == b
     for a, b in zip(metrics(tmp_path / "one")[1:2], metrics(tmp_path / "two")[1:2], strict=True):
