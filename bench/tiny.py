@@ -27,7 +27,8 @@ ROOT = Path(__file__).parent.parent
 EVAL = ROOT / "data" / "tiny" / "eval_prompts.jsonl"
 PANELS = {
     "format": "format reward", "length": "length reward", "length_given_answer": "length, given an answer",
-    "correlation": "asked / written words", "distinct_5grams": "distinct 5-grams", "names_used": "names used"
+    "correlation": "correlation asked, written", "distinct_5grams": "distinct 5-grams",
+    "names_used": "names used"
 }
 COLOURS = ("#1f5fa8", "#c2571a", "#3b8a3b")
 

@@ -202,9 +202,10 @@ def test_a_reward_that_fails_is_missing_and_training_goes_on(tmp_path, monkeypat
 
 def test_one_and_two_ranks_sample_the_same_texts_and_take_the_same_step(tmp_path):
     """Also for other numbers of micro-batches and of concurrent sequences."""
-    for name, ranks, options in (("one", 1, []), ("two", 2,
-                                                  ["--micro_batch_tokens", "300", "--max_sequences", "3"])):
-        done = launch(tmp_path / name, "--steps", "2", "--max_new_tokens", "150", "--group_size", "16", *options, ranks=ranks)
+    alike = ["--steps", "2", "--max_new_tokens", "150", "--group_size", "16"]
+    other = ["--micro_batch_tokens", "300", "--max_sequences", "3"]
+    for name, ranks, options in (("one", 1, []), ("two", 2, other)):
+        done = launch(tmp_path / name, *alike, *options, ranks=ranks)
         assert done.returncode == 0, done.stderr
     one, two = (rollouts(tmp_path / name)["step_000001.jsonl"].splitlines() for name in ("one", "two"))
     assert len(one) == 32
