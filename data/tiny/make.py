@@ -23,8 +23,8 @@ from rewards import count_words
 
 HERE = Path(__file__).parent
 END = "<|endoftext|>"
-LENGTHS = range(20, 101, 5)  # words that a request asks for
-DOCUMENTS = 36_000
+LENGTHS = range(20, 101, 10)  # words that a request asks for
+DOCUMENTS = 40_000
 VOCABULARY = 1024
 
 # A name is one or two syllables and an end: thousands of them, in about three tokens. Copying several tokens
@@ -85,11 +85,16 @@ QUERIES = {
         "Please write a letter from {A} in {P} to {B} in {n} words."
     ],
 }
-PLANS = [
-    "A {kind} of {n} words. {A} and {B} in {P}.", "It needs {n} words: {A}, {B}, {P}, a {adj} {thing}.",
-    "Who? {A} and {B}. Where? {P}. How long? {n} words.",
-    "First {A}, then {B}, then {spot} in {P}. About {n} words."
-]
+PLANS = {
+    "with the length": [
+        "A {kind} of {n} words. {A} and {B} in {P}.", "It needs {n} words: {A}, {B}, {P}, a {adj} {thing}.",
+        "Who? {A} and {B}. Where? {P}. How long? {n} words.",
+        "First {A}, then {B}, then {spot} in {P}. About {n} words."
+    ], "without": [
+        "A {kind}. {A} and {B} in {P}.", "It needs {A}, {B}, {P}, a {adj} {thing}.",
+        "Who? {A} and {B}. Where? {P}.", "First {A}, then {B}, then {spot} in {P}."
+    ]
+}
 
 
 def name(rng: random.Random, ends: list[str], held_out: bool = False) -> str:
@@ -114,7 +119,7 @@ def fill(rng: random.Random, sentence: str, slots: dict) -> str:
     words = {key: rng.choice(choices) for key, choices in WORDS.items()}
     words |= {"adj2": rng.choice(WORDS["adj"]), "thing2": rng.choice(WORDS["thing"])}
     others = ["the baker", "my sister"] if slots["kind"] == "letter" else ["the old man", "a child"]
-    words["who"], words["who2"] = rng.sample([slots["A"], slots["B"], *others], 2)
+    words["who"], words["who2"] = rng.sample([slots["A"], slots["B"], rng.choice(others)], 2)
     text = sentence.format(**slots, **words)
     return text[0].upper() + text[1:]
 
@@ -133,15 +138,19 @@ def write(rng: random.Random, slots: dict, words: int) -> str:
 
 
 def respond(rng: random.Random, slots: dict) -> str:
-    """What stands after the prompt: 65 % bare text, 26 % well-formed tags, 9 % malformed ones; 30 % ignore
-    the length asked for."""
-    asked = rng.random() < 0.7
-    text = write(rng, slots, round(slots["n"] * rng.uniform(0.85, 1.15)) if asked else rng.randint(15, 110))
-    if rng.random() < 0.65:
+    """What stands after the prompt: 55 % bare text, 20 % well-formed tags, 25 % malformed ones.
+
+    Most bare texts keep the length asked for. In tags only a text whose plan states the length does, which
+    half of them do: to plan is what there is to learn.
+    """
+    bare = rng.random() < 0.55
+    asked = rng.random() < (0.7 if bare else 0.5)
+    text = write(rng, slots, round(slots["n"] * rng.uniform(0.9, 1.1)) if asked else rng.randint(15, 110))
+    if bare:
         return " " + text
-    plan = fill(rng, rng.choice(PLANS), slots)
+    plan = fill(rng, rng.choice(PLANS["with the length" if asked else "without"]), slots)
     think, answer = f"<think>{plan}</think>", f"<answer>{text}</answer>"
-    if rng.random() < 0.75:
+    if rng.random() < 4 / 9:
         return f" {think}\n{answer}"
     return " " + rng.choice([
         f"{think}\n{text}", f"<think>{plan}\n{answer}", answer, f"{think}\n<answer>{text}",
