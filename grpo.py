@@ -14,6 +14,9 @@ import torch
 
 from model import Packed, packed
 
+ADVANTAGES = ("per_reward", "sum", "gdpo")
+LOSSES = ("token", "sequence", "constant")
+IS_RATIOS = ("token", "sequence", "cispo")
 DEAD = 1e-6  # a group whose rewards spread no more than this has no signal, only rounding
 
 
@@ -30,7 +33,7 @@ class Sample:
 @dataclass(frozen=True)
 class Batch:
     """A micro-batch of samples end to end. targets_T[t] is the token after t; mask_T is true where that token
-    is trained."""
+    is trained; lengths are the trained tokens of each sample."""
 
     tokens_T: torch.Tensor
     attention: Packed
@@ -38,6 +41,7 @@ class Batch:
     mask_T: torch.Tensor
     rollout_logp_T: torch.Tensor
     advantage_T: torch.Tensor
+    lengths: list[int]
 
 
 # ---------------------------------------------------------------------- advantages
@@ -58,24 +62,37 @@ def group_spread(rewards_BGR: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor,
 
 
 def advantages(rewards_BGR: torch.Tensor, weights_R: torch.Tensor, mode: str = "per_reward",
-               std_floor: float = 1e-4) -> tuple[torch.Tensor, torch.Tensor]:
+               std_floor: float = 1e-4, normalise_std: bool = True) -> tuple[torch.Tensor, torch.Tensor]:
     """Advantage of each sample, and of each of its rewards: (advantage_BG, per_reward_BGR).
 
     per_reward (the paper, section 3.1): A_k = (r_k - mean) / (std + floor) in the group for each reward, then
     the mean over rewards with the given weights. Raw rewards are never summed: the one of largest scale would
-    win. A reward that is missing (NaN) leaves mean and std alone and has A_k = 0; so has a group without
-    spread, where rounding divided by a tiny std would make noise.
+    win. gdpo (arXiv 2601.05242): that, then whitened over the whole batch; pass the rewards of all ranks.
+    sum (plain GRPO): the weighted mean of raw rewards, normalised once; per_reward_BGR holds the parts that
+    add up to it. Without normalise_std no group is divided by its standard deviation (Dr. GRPO, arXiv
+    2503.20783).
+
+    A reward that is missing (NaN) leaves mean and std alone and has A_k = 0; so has a group without spread,
+    where rounding divided by a tiny std would make noise.
     """
-    if mode != "per_reward":
-        raise ValueError(f"advantages: mode {mode!r} is unknown, only 'per_reward' is there")
+    if mode not in ADVANTAGES:
+        raise ValueError(f"advantages: mode must be one of {', '.join(ADVANTAGES)}, not {mode!r}")
     if rewards_BGR.isinf().any() or not weights_R.sum() > 0:
         raise ValueError(f"advantages: rewards must be finite and weights sum above 0, not {weights_R}")
-    rewards_BGR = rewards_BGR.double()
-    mean, std, dead = group_spread(rewards_BGR)
-    normal = (rewards_BGR - mean[:, None]) / (std + std_floor)[:, None]
-    per_reward = normal.nan_to_num(0).masked_fill(dead[:, None], 0)
-    weights_R = weights_R.double()
-    return (per_reward @ (weights_R / weights_R.sum())).float(), per_reward.float()
+    shares_R = weights_R.double() / weights_R.double().sum()
+    mean, std, dead = group_spread(rewards_BGR.double())
+    centred = (rewards_BGR.double() - mean[:, None]).nan_to_num(0).masked_fill(dead[:, None], 0)
+    if mode == "sum":
+        centred *= shares_R
+        _, std, dead = group_spread(centred.sum(-1, keepdim=True))
+        centred = centred.masked_fill(dead[:, None], 0)
+    scale = (std + std_floor).masked_fill(dead, 1) if normalise_std else torch.ones_like(std)
+    per_reward = centred / scale[:, None]
+    advantage = per_reward.sum(-1) if mode == "sum" else per_reward @ shares_R
+    if mode == "gdpo":
+        spread = advantage.std(correction=0)
+        advantage = (advantage - advantage.mean()) / (spread + std_floor) if spread > DEAD else advantage * 0
+    return advantage.float(), per_reward.float()
 
 
 # ---------------------------------------------------------------------- packing
@@ -121,40 +138,88 @@ def collate(samples: list[Sample], device="cpu") -> Batch:
     return Batch(torch.tensor(tokens, device=device), packed([len(row[0]) for row in rows], device),
                  torch.tensor(targets, device=device),
                  torch.tensor(mask, device=device).bool(), torch.tensor(logp, device=device),
-                 torch.tensor(advantage, device=device))
+                 torch.tensor(advantage, device=device), [len(s.token_ids) for s in samples])
 
 
 # ---------------------------------------------------------------------- loss
 
 
-def policy_loss(logp_N: torch.Tensor, old_logp_N: torch.Tensor, advantage_N: torch.Tensor, denominator: float,
-                eps_low: float = 0.2, eps_high: float = 0.2) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """The clipped surrogate (PPO; paper, eq. 1), as this micro-batch's share of the whole batch's loss.
+def denominators(lengths: list[int], loss: str, samples: int, tokens: int, max_tokens: int,
+                 device="cpu") -> torch.Tensor:
+    """denominator_N: what each token's loss is divided by, for samples of the given lengths end to end.
 
-    Aggregation `token` (DAPO, arXiv 2503.14476): the sum over tokens divided by `denominator`, the number of
-    trained tokens of the whole batch over all micro-batches and ranks. Losses and metrics of all shares add
-    up to those of the batch. old_logp_N is detached; passing logp_N.detach() says that the batch is
-    on-policy.
+    `samples` and `tokens` count what is trained in the whole batch, over all micro-batches and ranks, so that
+    the shares of micro-batches add up.
+
+    token      tokens of the batch              every token alike (DAPO, arXiv 2503.14476)
+    sequence   samples x the sample's tokens    every sample alike (GRPO, arXiv 2402.03300)
+    constant   samples x max_tokens             every token alike, whatever was sampled (Dr. GRPO, 2503.20783)
     """
-    ratio = (logp_N - old_logp_N).exp()
-    unclipped = ratio * advantage_N
-    clipped = ratio.clamp(1 - eps_low, 1 + eps_high) * advantage_N
-    loss = -torch.minimum(unclipped, clipped).sum() / denominator
-    share = (clipped < unclipped).sum() / denominator
-    return loss, {"loss": loss.detach(), "clip_share": share}
+    if loss not in LOSSES:
+        raise ValueError(f"denominators: loss must be one of {', '.join(LOSSES)}, not {loss!r}")
+    each = {"token": [tokens] * len(lengths), "sequence": [samples * n for n in lengths],
+            "constant": [samples * max_tokens] * len(lengths)}[loss]
+    lengths_S = torch.tensor(lengths, dtype=torch.int64, device=device)
+    return torch.tensor(each, dtype=torch.float32, device=device).repeat_interleave(lengths_S)
 
 
-def mismatch(logp_N: torch.Tensor, rollout_logp_N: torch.Tensor,
-             denominator: float) -> dict[str, torch.Tensor]:
-    """How far trainer and sampler disagree on the sampled tokens, as shares of sums like the loss; `gap/max`
-    is a maximum.
+def policy_loss(logp_N: torch.Tensor, old_logp_N: torch.Tensor, advantage_N: torch.Tensor,
+                denominator_N: torch.Tensor | float, eps_low: float = 0.2, eps_high: float = 0.2,
+                is_ratio: str = "token", lengths: list[int] | None = None,
+                correction_N: torch.Tensor | float = 1.0, reference_logp_N: torch.Tensor | None = None,
+                beta: float = 0.0) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """The surrogate loss of a micro-batch, its share of the whole batch's: (loss, sums over its tokens).
 
-    gap/k3 estimates KL(sampler || trainer) by r - 1 - log r with r = p_trainer / p_sampler (Schulman, 2020);
-    it is never negative.
+    is_ratio says how rho = p / p_old enters:
+    token      -min(rho A, clip(rho) A)                                    (PPO; paper, eq. 1)
+    sequence   the same with rho's geometric mean over the sample          (GSPO, arXiv 2507.18071)
+    cispo      -clip(rho) A log p, clip(rho) detached: no token is muted   (arXiv 2506.13585)
+    The clip is [1 - eps_low, 1 + eps_high]. While on-policy (old_logp_N = logp_N.detach()) rho is 1, the clip
+    never acts and all three have the gradient of -A log p, `sequence` averaged over the sample.
+
+    lengths: tokens of each sample, needed by `sequence`. correction_N: weight of each token, see
+    `truncated_ratio`. beta: of the KL to a reference policy, k3 = rho - 1 - log rho with rho = p_ref / p
+    (Schulman, 2020), whose gradient flows.
+    Sums: `clipped` tokens, those whose gradient the clip mutes (cispo: whose weight it changes), and `kl`.
+    """
+    if is_ratio not in IS_RATIOS:
+        raise ValueError(f"policy_loss: is_ratio must be one of {', '.join(IS_RATIOS)}, not {is_ratio!r}")
+    log_ratio = logp_N - old_logp_N
+    if is_ratio == "sequence" and lengths:
+        log_ratio = torch.cat([x.mean().expand(len(x)) for x in log_ratio.split(lengths)])
+    ratio = log_ratio.exp()
+    inside = ratio.clamp(1 - eps_low, 1 + eps_high)
+    if is_ratio == "cispo":
+        objective = inside.detach() * advantage_N * logp_N
+        clipped = (inside != ratio) & (advantage_N != 0)
+    else:
+        objective = torch.minimum(ratio * advantage_N, inside * advantage_N)
+        clipped = inside * advantage_N < ratio * advantage_N
+    loss_N = -correction_N * objective
+    sums = {"clipped": clipped.sum()}
+    if reference_logp_N is not None:
+        difference = reference_logp_N - logp_N
+        k3 = difference.expm1() - difference
+        loss_N = loss_N + beta * k3
+        sums["kl"] = k3.detach().sum()
+    return (loss_N / denominator_N).sum(), sums
+
+
+def truncated_ratio(old_logp_N: torch.Tensor, rollout_logp_N: torch.Tensor, cap: float) -> torch.Tensor:
+    """min(p_trainer / p_sampler, cap) of each token: corrects for a sampler that computes a little otherwise
+    (truncated importance sampling; Yao et al., 2025). Per token: a product over 14,000 tokens is noise."""
+    return (old_logp_N - rollout_logp_N).exp().clamp(max=cap).detach()
+
+
+def mismatch(logp_N: torch.Tensor, rollout_logp_N: torch.Tensor) -> dict[str, torch.Tensor]:
+    """How far trainer and sampler disagree on the sampled tokens: sums of |difference| (`gap/mean` once it is
+    divided by a number of tokens) and of k3 (`gap/k3`), and the largest |difference| (`gap/max`).
+
+    k3 estimates KL(sampler || trainer) by r - 1 - log r with r = p_trainer / p_sampler (Schulman, 2020); it
+    is never negative.
     """
     difference = logp_N.detach() - rollout_logp_N
     return {
-        "gap/mean": difference.abs().sum() / denominator,
-        "gap/k3": (difference.expm1() - difference).sum() / denominator,
+        "gap/mean": difference.abs().sum(), "gap/k3": (difference.expm1() - difference).sum(),
         "gap/max": difference.abs().max() if len(difference) else difference.sum()
     }

@@ -68,6 +68,7 @@ def parse(config: type, arguments: list[str], about: str):
                     f"--config {value} cannot be read ({e}): give a JSON object of options") from None
             if not isinstance(loaded, dict):
                 raise ConfigError(f"--config {value} is not a JSON object of options")
+            loaded = {k: v for k, v in loaded.items() if not k.startswith("//")}  # a comment
             values |= {k: convert(config, k, v, value) for k, v in loaded.items()}
         else:
             values[name] = convert(config, name, value, "command line")

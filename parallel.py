@@ -10,6 +10,8 @@ import hashlib
 import json
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,27 +36,42 @@ class World:
         return self.rank == 0
 
 
+class SetupError(ValueError):
+    """Processes or devices that torchrun was asked for and that are not there."""
+
+
 def setup(device: str = "auto") -> World:
     """Joins the process group that torchrun describes in the environment, or makes one of a single rank.
 
-    device: "cpu", "cuda", or "auto" for CUDA where there is one. NCCL on CUDA, gloo on CPU.
+    device: "cpu", "cuda", or "auto" for CUDA where there is one. NCCL on CUDA, gloo on CPU. Raises
+    SetupError.
     """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "cuda" and not torch.cuda.is_available():
-        raise ValueError(
-            "device is 'cuda', but torch sees no GPU: pass --device cpu, or install a CUDA build of torch")
     if device == "cuda":
-        local = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        index, gpus = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+        if not torch.cuda.is_available():
+            raise SetupError(
+                "device is cuda, but torch sees no GPU: pass --device cpu, or install a CUDA build of torch")
+        if index >= gpus:
+            raise SetupError(
+                f"this node has {gpus} GPUs, but torchrun started a process for GPU {index}: lower "
+                "--nproc_per_node")
+        local = torch.device("cuda", index)
         torch.cuda.set_device(local)
     else:
         local = torch.device("cpu")
     if not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
-        if "RANK" in os.environ:
-            dist.init_process_group(backend)
-        else:
-            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        try:
+            if "RANK" in os.environ:
+                dist.init_process_group(backend)
+            else:
+                dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        except (dist.DistError, ValueError) as e:
+            address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+            raise SetupError(f"cannot join the process group at {address} ({str(e).splitlines()[0]}): choose "
+                             "another --master_port, or let torchrun do it with --standalone") from None
     return World(dist.get_rank(), dist.get_world_size(), local)
 
 
@@ -101,6 +118,19 @@ def broadcast(value, world: World):
     box = [value]
     dist.broadcast_object_list(box, src=0)
     return box[0]
+
+
+@contextmanager
+def agreed(kind: type[Exception], world: World) -> Iterator[None]:
+    """An exception of this kind that the body raises on some rank is raised on all, so that none waits for
+    another."""
+    error = None
+    try:
+        yield
+    except kind as e:
+        error = e
+    if first := next((e for e in gather(error, world) if e), None):
+        raise first
 
 
 def clip_grad_(model: Qwen2, max_norm: float) -> float:

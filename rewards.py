@@ -3,11 +3,14 @@
 A reward is called as `reward(completion, prompt) -> float | None` with the sampler's Completion and the
 Prompt it answers. None means that it could not be computed: the reward is then missing for this sample, which
 is not the same as 0. Each reward is normalised within its group on its own (grpo.advantages), so its scale
-does not matter; its weight does.
+does not matter; its weight does. A reward marked `@batched`, a model, is called with lists, once a step.
 """
 
+import math
 import re
+import traceback
 import unicodedata
+from pathlib import Path
 
 import numpy as np
 
@@ -16,6 +19,18 @@ CJK_WIDTH = 2.4  # a CJK character counts as so many: 10 of them make a shingle
 CJK = re.compile("[\u4e00-\u9fff]")
 LATIN_WORD = re.compile(r"\b[a-zA-Z]+\b")
 TAG = re.compile(r"</?(?:think|answer)>")
+OVERLONG_CACHE = 0.2  # share of max_new_tokens over which `overlong` falls (DAPO: 4,096 of 20,480)
+
+
+class RewardError(ValueError):
+    """A reward that raised, or returned what is no reward; the message names it, the prompt and the line."""
+
+
+def batched(reward):
+    """Marks a reward as called with a list of completions and a list of their prompts: it returns a list."""
+    reward.batched = True
+    return reward
+
 
 # ---------------------------------------------------------------------- structure
 
@@ -117,11 +132,47 @@ def format_reward(completion, prompt) -> float | None:
     return 1.0 - repetition(answer) if ok else 0.0
 
 
-# ---------------------------------------------------------------------- what is
-# trained
+# ---------------------------------------------------------------------- what is trained
+
+
+def overlong(completion, prompt) -> float | None:
+    """DAPO's soft penalty (arXiv 2503.14476, eq. 13): 0 up to Lmax - Lc tokens, then falling to -1 at Lmax,
+    where Lmax is max_new_tokens and Lc is OVERLONG_CACHE of it."""
+    if not completion.max_new_tokens:
+        return None
+    cache = OVERLONG_CACHE * completion.max_new_tokens
+    return max(-1.0, min(0.0, (completion.max_new_tokens - cache - len(completion.token_ids)) / cache))
 
 
 REWARDS = {  # name: (function, weight); advantages are averaged with weights w / sum w
     "length": (length, 1.0),
     "format": (format_reward, 1.0),
+    "overlong": (overlong, 0.0),
 }
+
+# ---------------------------------------------------------------------- calling
+
+
+def is_batched(name: str) -> bool:
+    return getattr(REWARDS[name][0], "batched", False)
+
+
+def score(name: str, completions: list, prompts: list) -> list[float]:
+    """One reward of each completion, NaN where it is missing. Raises RewardError."""
+    function = REWARDS[name][0]
+    try:
+        values = function(completions, prompts) if is_batched(name) else map(function, completions, prompts)
+        values = list(values)
+    except Exception as e:  # whatever a user's function raises
+        at = traceback.extract_tb(e.__traceback__)[-1]
+        raise RewardError(f"reward {name!r} raised {type(e).__name__} ({e}) in {Path(at.filename).name}, "
+                          f"line {at.lineno}, on an answer to prompt {prompts[0].id!r}: repair it, or leave "
+                          "it out with --reward") from e
+    if len(values) != len(completions):
+        raise RewardError(f"reward {name!r} returned {len(values)} values for {len(completions)} "
+                          "completions: it must return one for each, None where it cannot be computed")
+    for value, prompt in zip(values, prompts):
+        if value is not None and not (np.isscalar(value) and np.isreal(value) and math.isfinite(value)):
+            raise RewardError(f"reward {name!r} returned {value!r} for an answer to prompt {prompt.id!r}: it "
+                              "must be a finite number, or None where it cannot be computed")
+    return [math.nan if value is None else float(value) for value in values]

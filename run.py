@@ -46,10 +46,10 @@ def choose_folder(config) -> Path:
     return Path("runs") / (f"{name}-{len(taken) + 1}" if taken else name)
 
 
-def open_folder(config) -> tuple[Path, Path | None]:
-    """Prepares the folder and picks the checkpoint to go on from. Main rank only. Raises ConfigError
-    before anything is changed."""
-    folder, checkpoint = choose_folder(config), None
+def open_folder(config) -> tuple[Path, Path | None, int]:
+    """Prepares the folder: (folder, checkpoint to go on from, steps that it has done). Main rank only. Raises
+    ConfigError before anything is changed."""
+    folder, checkpoint, step = choose_folder(config), None, -1
     record = folder / "config.json"
     if record.exists():
         if config.resume == "false":
@@ -65,8 +65,7 @@ def open_folder(config) -> tuple[Path, Path | None]:
             )
         for path in parallel.checkpoints(folder / "checkpoints"):
             try:
-                parallel.verify_checkpoint(path)
-                checkpoint = path
+                checkpoint, step = path, parallel.verify_checkpoint(path)["step"]
                 break
             except parallel.BadCheckpoint as e:
                 print(f"warning: {e}; trying the checkpoint before it", file=sys.stderr, flush=True)
@@ -77,10 +76,9 @@ def open_folder(config) -> tuple[Path, Path | None]:
         replace(record, json.dumps(dataclasses.asdict(config), indent=2) + "\n")
     except OSError as e:
         raise ConfigError(f"run_dir {folder} cannot be written ({e}): choose another") from None
-    step = int(checkpoint.name.removeprefix("step_")) if checkpoint else -1
     keep_source(folder, step)
     cut_back(folder, step)
-    return folder, checkpoint
+    return folder, checkpoint, max(0, step)
 
 
 def replace(file: Path, text: str):

@@ -49,6 +49,7 @@ class Completion:
     logprobs: list[float]  # of the full softmax at the sampling temperature (greedy: at 1)
     text: str  # without the end-of-text token
     finish_reason: str  # "stop" | "length"
+    max_new_tokens: int = 0  # of its request
 
 
 @dataclass
@@ -451,4 +452,5 @@ class Sampler:
         ids = sequence.token_ids
         shown = ids[:-1] if ids[-1] in self.eos_ids else ids
         text = self.tokenizer.decode(shown) if self.tokenizer else ""
-        return Completion(sequence.index, sequence.sample, ids, sequence.logprobs, text, reason)
+        return Completion(sequence.index, sequence.sample, ids, sequence.logprobs, text, reason,
+                          sequence.request.max_new_tokens)

@@ -24,7 +24,7 @@ import run
 from data import prompts as prompt_data
 from kernels import linear_logprob
 from options import ConfigError
-from rewards import REWARDS, count_words, structure
+from rewards import REWARDS, RewardError, count_words, is_batched, score, structure
 from sampler import Completion, Request, Sampler
 from tokenizer import Tokenizer, TokenizerError
 
@@ -38,7 +38,7 @@ class Config:
     reward: str = ""  # comma-separated names out of rewards.REWARDS; empty: all with non-zero weight
     run_dir: str = ""  # folder of the run; empty: a new one under runs/
     resume: str = "auto"  # auto: go on with an unfinished run of this config; true: insist; false: refuse
-    steps: int = 90  # GRPO steps (paper: 150)
+    steps: int = 70  # GRPO steps (paper: 150)
     prompts_per_step: int = 8  # over all ranks (not specified by the paper)
     group_size: int = 8  # samples of each prompt (paper: 32)
     max_new_tokens: int = 256  # thinking and answer together (paper: 14000)
@@ -49,17 +49,26 @@ class Config:
     warmup: int = 5  # steps of linear warm-up (not specified by the paper)
     weight_decay: float = 0.0  # not specified by the paper
     clip_grad: float = 1.0  # largest global gradient norm (not specified by the paper)
-    eps_low: float = 0.2  # clip of the ratio below (paper: 0.2); with one update per batch it never acts
-    eps_high: float = 0.2  # clip of the ratio above (paper: 0.2)
+    advantage: str = "per_reward"  # per_reward: each normalised in its group, then averaged; or sum, gdpo
+    normalise_std: bool = True  # false: advantages are not divided by the group's std (Dr. GRPO)
     std_floor: float = 0.1  # added to a group's std: small spreads are noise (not specified by the paper)
+    loss: str = "token"  # mean over all tokens; or sequence, constant (not specified by the paper)
+    is_ratio: str = "token"  # PPO's ratio; or sequence (GSPO), cispo; with one update per batch all are 1
+    eps_low: float = 0.2  # clip of the ratio below (paper: 0.2); with one update per batch it never acts
+    eps_high: float = 0.2  # clip of the ratio above (paper: 0.2; DAPO: 0.28)
+    updates_per_batch: int = 1  # optimiser steps, each on its part of a step's groups; 1: strictly on-policy
+    tis_cap: float = 0.0  # largest trainer/sampler ratio that weighs a token (try 2); 0: no correction
+    beta: float = 0.0  # weight of the KL to a reference policy (paper: 0, and then there is none)
+    reference: str = ""  # its checkpoint folder; empty: `model`
+    overlong: str = "keep"  # samples cut at max_new_tokens: keep, or mask (not specified by the paper)
     micro_batch_tokens: int = 4096  # tokens of a packed micro-batch on each rank
     recompute: bool = False  # recompute each layer's activations in backward: less memory, a third more time
     max_sequences: int = 64  # sequences that each rank decodes at a time
     page_size: int = 16  # tokens of a KV page
     sampler_dtype: str = "auto"  # auto: bfloat16 on CUDA, float32 on CPU; or either by name
     eval_prompts: str = "data/tiny/eval_prompts.jsonl"  # empty: no evaluation
-    eval_every: int = 30  # steps between evaluations, the first before training
-    save_every: int = 30  # steps between checkpoints; the last step is always saved
+    eval_every: int = 10  # steps between evaluations, the first before training
+    save_every: int = 10  # steps between checkpoints; the last step is always saved
     keep_checkpoints: int = 2  # newest checkpoints that are kept
     seed: int = 0  # of prompt order and sampling
     device: str = "auto"  # auto, cpu or cuda
@@ -90,15 +99,17 @@ def locate(path: str) -> str:
 def check(config: Config, world: parallel.World):
     """Everything that can be known without reading a file. Raises ConfigError."""
     positive = ("steps", "prompts_per_step", "max_new_tokens", "temperature", "clip_grad",
-                "micro_batch_tokens", "max_sequences", "page_size", "eval_every", "save_every",
-                "keep_checkpoints")
+                "updates_per_batch", "micro_batch_tokens", "max_sequences", "page_size", "eval_every",
+                "save_every", "keep_checkpoints")
     for name in positive:
         if not getattr(config, name) > 0:
             raise ConfigError(f"{name} must be positive, not {getattr(config, name)}")
-    for name in ("lr", "warmup", "weight_decay", "eps_low", "eps_high", "std_floor"):
+    for name in ("lr", "warmup", "weight_decay", "eps_low", "eps_high", "std_floor", "tis_cap", "beta"):
         if not 0 <= getattr(config, name) < math.inf:
             raise ConfigError(f"{name} must not be negative or infinite, is {getattr(config, name)}")
     for name, choices in (("prompt_style", prompt_data.STYLES), ("unreachable", ("drop", "keep")),
+                          ("advantage", grpo.ADVANTAGES), ("loss", grpo.LOSSES), ("is_ratio", grpo.IS_RATIOS),
+                          ("overlong", ("keep", "mask")),
                           ("resume", ("auto", "true", "false")), ("device", ("auto", "cpu", "cuda")),
                           ("sampler_dtype", ("auto", "float32", "bfloat16"))):
         if getattr(config, name) not in choices:
@@ -118,6 +129,14 @@ def check(config: Config, world: parallel.World):
             f"prompts_per_step {config.prompts_per_step} does not divide by {world.size} ranks: groups stay "
             "whole on a rank"
         )
+    if config.prompts_per_step % config.updates_per_batch:
+        raise ConfigError(
+            f"prompts_per_step {config.prompts_per_step} does not divide by updates_per_batch "
+            f"{config.updates_per_batch}: groups stay whole in an update"
+        )
+    if config.reference and not config.beta:
+        raise ConfigError(
+            f"reference {config.reference} is given, but beta is 0 and it would not be used: set beta too")
     if len(set(config.reward_names)) < len(config.reward_names):
         raise ConfigError(f"reward names one twice: {config.reward}; weigh it in rewards.REWARDS instead")
     for name in config.reward_names:
@@ -141,20 +160,33 @@ def request_seed(*key) -> int:
 
 
 def sample_and_score(sampler: Sampler, prompts: list, n: int, seeds: list[int], config: Config,
-                     clock: run.Clock, progress: run.Progress) -> tuple[list[list[Completion]], torch.Tensor]:
-    """n completions of each of this rank's prompts, scored as they finish: completions[b][g], rewards_BGR."""
+                     clock: run.Clock, progress: run.Progress,
+                     world) -> tuple[list[list[Completion]], torch.Tensor]:
+    """n completions of each of this rank's prompts, scored as they finish: completions[b][g], rewards_BGR.
+
+    Rewards marked `batched` see all of them at the end. Raises RewardError on all ranks if one has it.
+    """
     requests = [Request(sampler.tokenizer.encode(p.text), n, config.max_new_tokens, config.temperature,
                         stop=config.stop_strings, seed=seed) for p, seed in zip(prompts, seeds)]
     completions: list[list] = [[None] * n for _ in prompts]
     rewards_BGR = torch.full((len(prompts), n, len(config.reward_names)), torch.nan)
-    for c in sampler.generate(requests):
-        completions[c.prompt_index][c.sample_index] = c
+    inline = [(r, name) for r, name in enumerate(config.reward_names) if not is_batched(name)]
+    at_the_end = [(r, name) for r, name in enumerate(config.reward_names) if is_batched(name)]
+    with parallel.agreed(RewardError, world):
+        try:
+            for c in sampler.generate(requests):
+                completions[c.prompt_index][c.sample_index] = c
+                with clock("score"):
+                    for r, name in inline:
+                        (value,) = score(name, [c], [prompts[c.prompt_index]])
+                        rewards_BGR[c.prompt_index, c.sample_index, r] = value
+                progress.update(sampler.stats)
+        finally:
+            progress.close()
         with clock("score"):
-            for r, name in enumerate(config.reward_names):
-                value = REWARDS[name][0](c, prompts[c.prompt_index])
-                rewards_BGR[c.prompt_index, c.sample_index, r] = torch.nan if value is None else value
-        progress.update(sampler.stats)
-    progress.close()
+            for r, name in at_the_end:
+                values = score(name, sum(completions, []), [prompt for prompt in prompts for _ in range(n)])
+                rewards_BGR[..., r] = torch.tensor(values).view(len(prompts), n)
     return completions, rewards_BGR
 
 
@@ -205,40 +237,105 @@ def costs(samples: list[grpo.Sample], seconds: dict[str, float], world) -> dict[
             "tokens_per_second/update": (tokens["new"] + tokens["prompt"]) / slowest["update"]}
 
 
-def update(model, optimizer, samples: list[grpo.Sample], config: Config, n_valid: int,
-           world) -> tuple[dict[str, float], list[float]]:
-    """One optimiser step on this rank's share of the batch: (metrics of the whole batch, mean |logprob gap|
-    of each sample)."""
-    tokens = int(parallel.total({"tokens": sum(len(s.token_ids) for s in samples)}, world)["tokens"])
-    lengths = [len(s.prompt_ids) + len(s.token_ids) for s in samples]
-    count = int(
-        parallel.largest({"count": len(grpo.pack(lengths, config.micro_batch_tokens))}, world)["count"])
-    sums = dict.fromkeys(("loss", "clip_share", "gap/mean", "gap/k3", "entropy"), 0.0)
-    gap_max, gaps = 0.0, [0.0] * len(samples)
-    for chosen in grpo.pack(lengths, config.micro_batch_tokens, count):
-        batch = grpo.collate([samples[i] for i in chosen], world.device)
-        hidden_TC = model(batch.tokens_T, batch.attention)
-        keep = batch.mask_T
-        logp, entropy = linear_logprob(hidden_TC[keep], model.head_weight[:n_valid], batch.targets_T[keep],
-                                       config.temperature)
-        loss, metrics = grpo.policy_loss(logp, logp.detach(), batch.advantage_T[keep], tokens, config.eps_low,
-                                         config.eps_high)
-        loss.backward()
-        metrics |= grpo.mismatch(logp, batch.rollout_logp_T[keep],
-                                 tokens) | {"entropy": entropy.detach().sum() / tokens}
-        gap_max = max(gap_max, metrics.pop("gap/max").item())
-        sums = {name: sums[name] + metrics[name].item() for name in sums}
-        each = (logp.detach() - batch.rollout_logp_T[keep]).abs().split(
-            [len(samples[i].token_ids) for i in chosen])
-        for i, gap in zip(chosen, each):
-            gaps[i] = gap.mean().item()
-    norm = parallel.clip_grad_(model, config.clip_grad)
-    if norm != norm:
-        raise FloatingPointError("the gradient is NaN: lower lr, or look at this step's samples and rewards")
-    optimizer.step()
-    optimizer.zero_grad()
-    return parallel.total(sums, world) | parallel.largest({"gap/max": gap_max}, world) | {"grad_norm": norm
-                                                                                          }, gaps
+def minibatches(completions: list[list[Completion]], config: Config, world) -> list[list[int]]:
+    """Indices of this rank's samples, group after group, for each optimiser step. Groups are split by their
+    place in the whole batch, so that an update is the same on any number of ranks; `overlong` mask leaves
+    samples out."""
+    out = [[] for _ in range(config.updates_per_batch)]
+    groups = config.prompts_per_step // config.updates_per_batch
+    for i, c in enumerate(sum(completions, [])):
+        place = i // config.group_size * world.size + world.rank
+        if config.overlong == "keep" or c.finish_reason != "length":
+            out[place // groups].append(i)
+    return out
+
+
+def logprobs(model, batch: grpo.Batch, config: Config, n_valid: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """logp_N and entropy_N of a micro-batch's trained tokens, at the sampling temperature."""
+    hidden_TC = model(batch.tokens_T, batch.attention)
+    return linear_logprob(hidden_TC[batch.mask_T], model.head_weight[:n_valid], batch.targets_T[batch.mask_T],
+                          config.temperature)
+
+
+def backward(model, reference, batch: grpo.Batch, old_N: torch.Tensor | None, count: dict[str, int],
+             config: Config, n_valid: int) -> tuple[dict[str, float], torch.Tensor]:
+    """Adds the gradient of one micro-batch: (sums over its tokens, |logprob gap| of each token).
+
+    old_N: logprobs of the policy that sampled, by the trainer; None while it is the one that is trained.
+    count: samples and tokens that are trained in the whole batch.
+    """
+    logp_N, entropy_N = logprobs(model, batch, config, n_valid)
+    old_N, rollout_N = logp_N.detach() if old_N is None else old_N, batch.rollout_logp_T[batch.mask_T]
+    denominator_N = grpo.denominators(batch.lengths, config.loss, count["samples"], count["tokens"],
+                                      config.max_new_tokens, logp_N.device)
+    options, sums = {}, {}
+    if config.tis_cap:
+        options["correction_N"] = grpo.truncated_ratio(old_N, rollout_N, config.tis_cap)
+        sums["capped"] = (options["correction_N"] == config.tis_cap).sum()
+    if reference:
+        with torch.no_grad():
+            options["reference_logp_N"] = logprobs(reference, batch, config, n_valid)[0]
+        options["beta"] = config.beta
+    loss, seen = grpo.policy_loss(logp_N, old_N, batch.advantage_T[batch.mask_T], denominator_N,
+                                  config.eps_low, config.eps_high, config.is_ratio, batch.lengths, **options)
+    loss.backward()
+    sums |= seen | grpo.mismatch(old_N, rollout_N)
+    sums |= {"loss": loss.detach(), "entropy": entropy_N.detach().sum()}
+    return {name: value.item() for name, value in sums.items()}, (old_N - rollout_N).abs()
+
+
+def update(model, reference, optimizer, samples: list[grpo.Sample], minibatches: list[list[int]],
+           config: Config, n_valid: int, world) -> tuple[dict[str, float], list[float | None]]:
+    """One optimiser step for each minibatch, indices of this rank's samples: (metrics over all of them and
+    all ranks, mean |logprob gap| of each sample, None if it is in no minibatch).
+
+    A minibatch without samples on any rank, because all are masked, is skipped and counted.
+    """
+    plans, counts, budget = [], [], config.micro_batch_tokens
+    for chosen in minibatches:
+        lengths = [len(samples[i].prompt_ids) + len(samples[i].token_ids) for i in chosen]
+        most = int(parallel.largest({"needed": len(grpo.pack(lengths, budget))}, world)["needed"])
+        plans.append([[chosen[j] for j in part] for part in grpo.pack(lengths, budget, most)])
+        counts.append(parallel.total({"samples": len(chosen),
+                                      "tokens": sum(len(samples[i].token_ids) for i in chosen)}, world))
+    old = {}  # each sample's logprobs before the first update, where there is a second
+    for part in (part for plan in plans for part in plan if len(plans) > 1):
+        batch = grpo.collate([samples[i] for i in part], world.device)
+        with torch.no_grad():
+            old |= zip(part, logprobs(model, batch, config, n_valid)[0].split(batch.lengths))
+
+    sums = dict.fromkeys(("loss", "clipped", "entropy", "gap/mean", "gap/k3", "kl", "capped"), 0.0)
+    gap_max, gaps, norms = 0.0, [None] * len(samples), []
+    for plan, count in zip(plans, counts):
+        if not count["tokens"]:
+            continue
+        for part in plan:
+            batch = grpo.collate([samples[i] for i in part], world.device)
+            old_N = torch.cat([old[i] for i in part]) if old and part else None
+            seen, gap_N = backward(model, reference, batch, old_N, count, config, n_valid)
+            gap_max = max(gap_max, seen.pop("gap/max"))
+            sums |= {name: sums[name] + value for name, value in seen.items()}
+            for i, gap in zip(part, gap_N.split(batch.lengths)):
+                gaps[i] = gap.mean().item()
+        norms.append(parallel.clip_grad_(model, config.clip_grad))
+        if norms[-1] != norms[-1]:
+            raise FloatingPointError(
+                "the gradient is NaN: lower lr, or look at this step's samples and rewards")
+        optimizer.step()
+        optimizer.zero_grad()
+    sums, tokens = parallel.total(sums, world), max(1, sum(count["tokens"] for count in counts))
+    metrics = {"loss": sums["loss"] / max(1, len(norms)), "grad_norm": sum(norms) / max(1, len(norms)),
+               "clip_share": sums["clipped"] / tokens, "entropy": sums["entropy"] / tokens,
+               "gap/mean": sums["gap/mean"] / tokens, "gap/k3": sums["gap/k3"] / tokens,
+               **parallel.largest({"gap/max": gap_max}, world)}
+    if reference:
+        reference.reshard()  # its embedding and head, which FSDP keeps whole after a forward
+        metrics["kl"] = sums["kl"] / tokens
+    if config.tis_cap:
+        metrics["tis_capped"] = sums["capped"] / tokens
+    if config.overlong == "mask":
+        metrics["skipped_updates"] = len(plans) - len(norms)
+    return metrics, gaps
 
 
 def records(prompts: list, completions: list[list[Completion]], rewards_BGR: torch.Tensor, names: list[str],
@@ -260,26 +357,67 @@ def records(prompts: list, completions: list[list[Completion]], rewards_BGR: tor
 # ---------------------------------------------------------------------- the run
 
 
-def read_prompts(config: Config, path: str, option: str, need: int, why: str) -> tuple[list, dict[str, int]]:
-    """The usable prompts of a file and what was dropped; raises ConfigError if fewer than `need` are left."""
+@dataclass(frozen=True)
+class Inputs:
+    """What a run reads besides weights."""
+
+    model: str  # folders
+    reference: str
+    tokenizer: Tokenizer
+    prompts: list
+    eval_prompts: list
+    dropped: dict[str, int]  # training prompts, by reason
+
+
+def read_inputs(config: Config, world) -> Inputs:
+    """Reads and checks all that can be known before weights load: options, checkpoints' headers, prompts,
+    rewards. Raises an error of one sentence."""
+    check(config, world)
+    model, reference = locate(config.model), locate(config.reference or config.model)
+    shapes, tokenizer = {path: qwen.read_config(path) for path in (model, reference)}, Tokenizer(model)
+    for path, shape in shapes.items():
+        qwen.check_tensors(shape, path)
+        if tokenizer.n_valid > shape.vocab_size:
+            raise ConfigError(f"{model}/tokenizer.json has {tokenizer.n_valid} ids, but the model in {path} "
+                              f"has only {shape.vocab_size} rows: they do not belong together")
+    context = min(shape.max_position_embeddings for shape in shapes.values())
+    prompts, dropped = read_prompts(config, "prompts", config.prompts_per_step, "a step", tokenizer, context)
+    eval_prompts = []
+    if config.eval_prompts:
+        eval_prompts, _ = read_prompts(config, "eval_prompts", world.size, "every rank", tokenizer, context)
+    for name in config.reward_names:  # a dry run: a reward that raises should do so now
+        for text in ("<think>A plan.</think><answer>A text.</answer>", ""):
+            if not is_batched(name):
+                ids = tokenizer.encode(text)
+                made_up = Completion(0, 0, ids, [0.0] * len(ids), text, "stop", config.max_new_tokens)
+                score(name, [made_up], prompts[:1])
+    return Inputs(model, reference, tokenizer, prompts, eval_prompts, dropped)
+
+
+def read_prompts(config: Config, option: str, need: int, why: str, tokenizer: Tokenizer,
+                 context: int) -> tuple[list, dict[str, int]]:
+    """The usable prompts of the file that an option names, and what was dropped; raises ConfigError if fewer
+    than `need` are left, or if one does not fit into the model's context with its answer."""
+    path = getattr(config, option)
     prompts, dropped = prompt_data.read(locate(path), config.prompt_style, config.max_new_tokens,
                                         config.unreachable == "keep")
     if len(prompts) < need:
         raise ConfigError(f"{option} {path} has {len(prompts)} usable prompts (dropped: "
                           f"{dict(dropped) or 'none'}), but {why} needs {need}")
+    for prompt in prompts:
+        if (tokens := len(tokenizer.encode(prompt.text))) + config.max_new_tokens > context:
+            raise ConfigError(f"{option} {path}: prompt {prompt.id!r} has {tokens} tokens, and with "
+                              f"max_new_tokens {config.max_new_tokens} it exceeds the model's context of "
+                              f"{context}: shorten it, or lower max_new_tokens")
     return prompts, dict(dropped)
 
 
-def open_run(config: Config, world) -> tuple[Path, Path | None]:
-    """The run's folder and the checkpoint to go on from. Only the main rank touches the folder."""
-    try:
+def open_run(config: Config, world) -> tuple[Path, Path | None, int]:
+    """run.open_folder by the main rank, its answer or its error on all."""
+    opened = None
+    with parallel.agreed(ConfigError, world):
         opened = run.open_folder(config) if world.main else None
-    except ConfigError as e:
-        opened = e
-    opened = parallel.broadcast(opened, world)
-    if isinstance(opened, ConfigError):
-        raise opened
-    return opened
+    return parallel.broadcast(opened, world)
 
 
 def make_sampler(model, tokenizer: Tokenizer, config: Config, world) -> Sampler:
@@ -296,7 +434,8 @@ def evaluate(step: int, prompts: list, sampler: Sampler, config: Config, folder:
     mine = prompts[world.rank::world.size]
     seeds = [request_seed(config.seed, "eval", p.id) for p in mine]
     progress = run.Progress(f"evaluation after step {step}", len(mine), world.main)
-    completions, rewards_BGR = sample_and_score(sampler, mine, 1, seeds, config, run.Clock(), progress)
+    completions, rewards_BGR = sample_and_score(sampler, mine, 1, seeds, config, run.Clock(), progress,
+                                                world)
     metrics = summarise(mine, completions, rewards_BGR, config.reward_names, world)
     texts = records(mine, completions, rewards_BGR, config.reward_names, world)
     if world.main:
@@ -309,27 +448,20 @@ def evaluate(step: int, prompts: list, sampler: Sampler, config: Config, folder:
 
 
 def train(config: Config):
-    # Everything that can be known is checked before weights load.
     world = parallel.setup(config.device)
-    check(config, world)
+    inputs = read_inputs(config, world)
+    prompts, eval_prompts, tokenizer = inputs.prompts, inputs.eval_prompts, inputs.tokenizer
     names = config.reward_names
     weights_R = torch.tensor([REWARDS[name][1] for name in names])
-    model_path = locate(config.model)
-    qwen.check_tensors(qwen.read_config(model_path), model_path)
-    tokenizer = Tokenizer(model_path)
-    prompts, dropped = read_prompts(config, config.prompts, "prompts", config.prompts_per_step, "a step")
-    eval_prompts = []
-    if config.eval_prompts:
-        eval_prompts, _ = read_prompts(config, config.eval_prompts, "eval_prompts", world.size, "every rank")
-    folder, checkpoint = open_run(config, world)
-    start = int(checkpoint.name.removeprefix("step_")) if checkpoint else 0
+    folder, checkpoint, start = open_run(config, world)
     if start >= config.steps:
         if world.main:
             print(f"{folder} has finished its {start} steps; raise --steps, or choose another run_dir")
         return
 
-    model = parallel.shard(qwen.load(model_path), world)
+    model = parallel.shard(qwen.load(inputs.model), world)
     model.recompute = config.recompute
+    reference = parallel.shard(qwen.load(inputs.reference), world) if config.beta else None
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, betas=(0.9, 0.95),
                                   weight_decay=config.weight_decay, fused=True)
     state = parallel.load_checkpoint(checkpoint, model, optimizer) if checkpoint else {"step": 0, "cursor": 0}
@@ -338,7 +470,7 @@ def train(config: Config):
     log = run.open_wandb(config, folder) if config.wandb and world.main else run.NoLog()
     if world.main:
         notes = [f"{model.config.num_parameters:,} parameters", f"{len(prompts)} prompts"]
-        notes += [f"{n} {why} dropped" for why, n in dropped.items()]
+        notes += [f"{n} {why} dropped" for why, n in inputs.dropped.items()]
         notes += [f"{world.size} x {world.device.type}"] + [f"resumed after step {start}"] * (start > 0)
         print(f"{folder}: {', '.join(notes)}", flush=True)
     if start == 0 and eval_prompts:
@@ -346,6 +478,10 @@ def train(config: Config):
         if world.main:
             run.append_metrics(folder, metrics)
             log.log(metrics, step=0)
+
+    def save():
+        parallel.save_checkpoint(folder / "checkpoints", model, optimizer, state, world,
+                                 config.keep_checkpoints)
 
     save_seconds = 0.0
     for step in range(start + 1, config.steps + 1):
@@ -355,13 +491,20 @@ def train(config: Config):
         mine = [prompts[i] for i in order[world.rank::world.size]]
         seeds = [request_seed(config.seed, step, p.id) for p in mine]
         progress = run.Progress(f"step {step}", len(mine) * config.group_size, world.main)
-        with clock("sample"):
-            completions, rewards_BGR = sample_and_score(sampler, mine, config.group_size, seeds, config,
-                                                        clock, progress)
+        try:
+            with clock("sample"):
+                completions, rewards_BGR = sample_and_score(sampler, mine, config.group_size, seeds, config,
+                                                            clock, progress, world)
+        except RewardError:  # the steps so far are kept for when it is repaired
+            if state["step"] % config.save_every:
+                save()
+            raise
         clock.seconds["sample"] -= clock.seconds["score"]
 
-        # Advantages: each reward on its own within its group, then averaged.
-        advantage_BG, per_reward_BGR = grpo.advantages(rewards_BGR, weights_R, "per_reward", config.std_floor)
+        # Advantages, of all ranks' groups: each reward on its own within its group, then averaged.
+        everyone_BGR = torch.stack(parallel.gather(rewards_BGR, world), 1).flatten(0, 1)  # in prompt order
+        advantage_BG, per_reward_BGR = (x[world.rank::world.size] for x in grpo.advantages(
+            everyone_BGR, weights_R, config.advantage, config.std_floor, config.normalise_std))
 
         # Update: logprobs of the packed samples, the clipped loss, one step of AdamW.
         lr = config.lr * min(1.0, step / max(1, config.warmup))
@@ -371,7 +514,8 @@ def train(config: Config):
         samples = [grpo.Sample(ids[b], c.token_ids, c.logprobs, advantage_BG[b, g].item())
                    for b, group in enumerate(completions) for g, c in enumerate(group)]
         with clock("update"):
-            trained, gaps = update(model, optimizer, samples, config, tokenizer.n_valid, world)
+            trained, gaps = update(model, reference, optimizer, samples,
+                                   minibatches(completions, config, world), config, tokenizer.n_valid, world)
         with clock("publish"):
             parallel.publish(model, sampler.model)
         state = {"step": step, "cursor": state["cursor"] + config.prompts_per_step}
@@ -398,8 +542,7 @@ def train(config: Config):
         # Save: after the log, so that a resumed run cuts back lines and never lacks one.
         if step % config.save_every == 0 or step == config.steps:
             before = time.perf_counter()
-            parallel.save_checkpoint(folder / "checkpoints", model, optimizer, state, world,
-                                     config.keep_checkpoints)
+            save()
             save_seconds = time.perf_counter() - before
     log.finish()
     if world.main:
@@ -409,7 +552,8 @@ def train(config: Config):
 def main():
     try:
         train(parse(sys.argv[1:]))
-    except (ConfigError, qwen.CheckpointError, prompt_data.PromptError, TokenizerError) as e:
+    except (ConfigError, parallel.SetupError, qwen.CheckpointError, prompt_data.PromptError, TokenizerError,
+            RewardError) as e:
         if int(os.environ.get("RANK", 0)) == 0:
             print(f"error: {e}", file=sys.stderr, flush=True)
         raise SystemExit(2) from None

@@ -1,0 +1,18 @@
+"""Measurements: each file is a command that prints hardware, settings and figures, then one JSON line."""
+
+import os
+import platform
+from pathlib import Path
+
+import torch
+
+
+def hardware() -> dict:
+    """What a figure was measured on."""
+    cpu = platform.processor() or platform.machine()
+    if (info := Path("/proc/cpuinfo")).exists():
+        lines = (line for line in info.read_text().splitlines() if line.startswith("model name"))
+        cpu = next((line.split(":", 1)[1].strip() for line in lines), cpu)
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    return {"cpu": cpu, "cores": os.cpu_count(), "threads": torch.get_num_threads(), "gpu": gpu,
+            "torch": torch.__version__}

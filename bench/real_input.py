@@ -3,8 +3,9 @@
     python -m bench.real_input --tokenizer FOLDER --prompts FILE.jsonl [--shape small] [--ranks 2]
 
 Runs the step twice, with the streamed LM head and with materialised T x V logits in its place, and prints the
-peak of resident memory of each. Checks that no id beyond the tokenizer's last was sampled. Ends with one JSON
-line.
+peak of resident memory of each; then the same for the head alone. A random checkpoint never writes a tag, so
+a reward with spread, the share of distinct tokens, joins length and format. Checks that no id beyond the
+tokenizer's last was sampled. Writes bench/results/real_input.json and ends with the same as one JSON line.
 """
 
 import argparse
@@ -24,14 +25,17 @@ SHAPES = {
     "0.5b": qwen.ModelConfig(151936, 896, 4864, 24, 14, 2, tie_word_embeddings=True),
     "small": qwen.ModelConfig(151936, 64, 128, 2, 4, 2, tie_word_embeddings=True)
 }
-# Replaces the streamed head by what one would write first, and keeps the largest sampled id.
-DRIVER = """
-import sys, torch, train
+MATERIALISED = """
 def materialised(hidden, weight, targets, temperature=1.0):
     logp = ((hidden.float() @ weight.float().T) / temperature).log_softmax(-1)
     return logp.gather(-1, targets[:, None])[:, 0], -(logp.exp() * logp).sum(-1)
+"""
+# Replaces the streamed head by what one would write first, and keeps the largest sampled id.
+DRIVER = MATERIALISED + """
+import sys, train
 if sys.argv.pop(1) == "materialised":
     train.linear_logprob = materialised
+train.REWARDS["distinct"] = (lambda c, prompt: len(set(c.token_ids)) / len(c.token_ids), 1.0)
 collate, largest = train.grpo.collate, [0]
 def watched(samples, device):
     largest[0] = max([largest[0]] + [t for s in samples for t in s.token_ids])
@@ -39,6 +43,20 @@ def watched(samples, device):
 train.grpo.collate = watched
 train.main()
 print(f"largest sampled id {largest[0]}", flush=True)
+"""
+HEAD = MATERIALISED + """
+import resource, sys, torch
+from kernels import linear_logprob
+rows, vocabulary, width = map(int, sys.argv[2:])
+hidden = torch.randn(rows, width, requires_grad=True)
+weight = torch.randn(vocabulary, width, requires_grad=True)
+targets = torch.randint(0, vocabulary, (rows,))
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+before = peak()
+head = materialised if sys.argv[1] == "materialised" else linear_logprob
+logp, entropy = head(hidden, weight, targets, 0.8)
+logp.sum().backward()
+print(peak() - before)
 """
 
 
@@ -74,8 +92,16 @@ def step(folder: Path, args, head: str) -> dict:
     ]
     return {
         "peak_gb": last["memory/peak_gb"], "update_s": last["time/update"], "sample_s": last["time/sample"],
-        "gap_mean": last["gap/mean"], "largest_id": max(ids)
+        "gap_mean": last["gap/mean"], "grad_norm": last["grad_norm"],
+        "largest_id": max(ids)
     }
+
+
+def head_alone(head: str, rows: int, shape: qwen.ModelConfig) -> float:
+    """GB that forward and backward of the head add to resident memory, the weight's gradient included."""
+    command = [sys.executable, "-c", HEAD, head, *map(str, (rows, shape.vocab_size, shape.hidden_size))]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    return float(subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout)
 
 
 def main():
@@ -84,10 +110,12 @@ def main():
     parser.add_argument("--prompts", type=Path, required=True)
     parser.add_argument("--shape", choices=SHAPES, default="0.5b")
     parser.add_argument("--ranks", type=int, default=2)
-    parser.add_argument("--new_tokens", type=int, default=64)
+    parser.add_argument("--new_tokens", type=int, default=128)
+    parser.add_argument("--head_rows", type=int, default=1024, help="tokens of the head alone")
     args = parser.parse_args()
     last_id = Tokenizer(args.tokenizer).n_valid - 1
-    result = {"bench": "real_input", "shape": args.shape, "ranks": args.ranks, "new_tokens": args.new_tokens}
+    result = {"bench": "real_input", "shape": args.shape, "ranks": args.ranks, "new_tokens": args.new_tokens,
+              "head_rows": args.head_rows}
     with tempfile.TemporaryDirectory() as folder:
         checkpoint(Path(folder), args.shape, args.tokenizer)
         for head in ("streamed", "materialised"):
@@ -95,6 +123,12 @@ def main():
             assert result[head]["largest_id"] <= last_id, "an id was sampled that the tokenizer does not have"
     print(f"peak of resident memory per rank: streamed {result['streamed']['peak_gb']:.2f} GB, "
           f"materialised {result['materialised']['peak_gb']:.2f} GB; tokenizer's last id {last_id}")
+    for head in ("streamed", "materialised"):
+        result[head]["head_alone_gb"] = head_alone(head, args.head_rows, SHAPES[args.shape])
+    print(f"head alone, {args.head_rows} tokens, forward and backward: streamed "
+          f"{result['streamed']['head_alone_gb']:.2f} GB, materialised "
+          f"{result['materialised']['head_alone_gb']:.2f} GB")
+    (ROOT / "bench" / "results" / "real_input.json").write_text(json.dumps(result, indent=1) + "\n")
     print(json.dumps(result))
 
 

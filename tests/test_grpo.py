@@ -127,6 +127,55 @@ def test_the_scale_of_a_reward_does_not_matter_its_offset_neither():
     torch.testing.assert_close(advantages(scaled, torch.ones(3), std_floor=0.0)[0], a, rtol=1e-6, atol=1e-6)
 
 
+def test_sum_normalises_the_weighted_mean_of_raw_rewards():
+    """By hand: (r1 + 3 r2) / 4 is .25, .5, .75, 1.75 with mean 13/16; the parts add up to the advantage."""
+    r_BGR = torch.tensor([[[1, 0], [2, 0], [3, 0], [4, 1]]], dtype=torch.float64)
+    total, each = advantages(r_BGR, torch.tensor([1.0, 3.0]), "sum", 0.0)
+    raw = np.array([0.25, 0.5, 0.75, 1.75])
+    np.testing.assert_allclose(total[0], (raw - raw.mean()) / raw.std(), atol=1e-6)
+    np.testing.assert_allclose(each.sum(-1), total, atol=1e-6)
+    np.testing.assert_allclose(each[0, :, 0], 0.25 * (np.arange(4) - 1.5) / raw.std(), atol=1e-6)
+    floored = advantages(r_BGR, torch.tensor([1.0, 3.0]), "sum", 0.5)[0]
+    np.testing.assert_allclose(floored[0], (raw - raw.mean()) / (raw.std() + 0.5), atol=1e-6)
+
+
+def test_in_a_sum_the_reward_of_largest_scale_wins_and_opposite_ones_cancel():
+    r_BGR = torch.tensor([[[0.0, 100.0], [1.0, 0.0]]])
+    assert advantages(r_BGR, torch.ones(2), "sum", 0.0)[0][0].tolist() == pytest.approx([1, -1])
+    assert advantages(r_BGR, torch.ones(2), "per_reward", 0.0)[0][0].tolist() == pytest.approx([0, 0])
+    opposite = torch.tensor([[[0.1, 0.7], [0.7, 0.1], [0.3, 0.5]]], dtype=torch.float64)
+    total, each = advantages(opposite, torch.ones(2), "sum", 0.0)
+    assert torch.count_nonzero(total) == 0 == torch.count_nonzero(each)
+
+
+def test_a_missing_reward_in_a_sum_counts_as_its_groups_mean():
+    r_BGR = torch.tensor([[[0.0, NAN], [1.0, 4.0], [NAN, 6.0]]])
+    parts = np.array([[-0.25, 0], [0.25, -0.5], [0, 0.5]])
+    total = advantages(r_BGR, torch.ones(2), "sum", 0.0)[0]
+    np.testing.assert_allclose(total[0], parts.sum(1) / parts.sum(1).std(), atol=1e-6)
+
+
+def test_gdpo_whitens_the_averaged_advantages_over_the_batch():
+    r_BGR = torch.rand(3, 4, 2, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
+    r_BGR[1, :, 0] = 0.5
+    plain, each = advantages(r_BGR, torch.tensor([1.0, 2.0]), "per_reward", 0.01)
+    total, each_too = advantages(r_BGR, torch.tensor([1.0, 2.0]), "gdpo", 0.01)
+    a = plain.double().numpy()
+    np.testing.assert_allclose(total, (a - a.mean()) / (a.std() + 0.01), atol=1e-5)
+    assert torch.equal(each, each_too) and total.std(correction=0).item() == pytest.approx(1, abs=0.05)
+    assert torch.count_nonzero(advantages(torch.ones(3, 4, 2), torch.ones(2), "gdpo")[0]) == 0
+
+
+def test_without_the_standard_deviation_advantages_are_centred_rewards():
+    r_BGR = torch.tensor([[[1.0, 0.0], [2.0, 0.0], [6.0, 0.3]], [[5.0, 1.0], [5.0, 1.0], [5.0, 1.0]]])
+    total, each = advantages(r_BGR, torch.tensor([1.0, 3.0]), "per_reward", 0.1, normalise_std=False)
+    np.testing.assert_allclose(each[0], [[-2, -0.1], [-1, -0.1], [3, 0.2]], atol=1e-6)
+    np.testing.assert_allclose(total[0], [-0.575, -0.325, 0.9], atol=1e-6)
+    assert torch.count_nonzero(total[1]) == 0
+    summed = advantages(r_BGR, torch.tensor([1.0, 3.0]), "sum", 0.1, normalise_std=False)[0]
+    np.testing.assert_allclose(summed[0], [-0.575, -0.325, 0.9], atol=1e-6)
+
+
 def test_advantages_leave_their_arguments_alone():
     r_BGR, weights_R = torch.tensor([[[0.0, NAN], [1.0, 0.3], [0.2, 0.3]]]), torch.tensor([1.0, 2.0])
     before = r_BGR.clone(), weights_R.clone()
@@ -237,7 +286,7 @@ def test_a_batch_of_no_samples_trains_nothing_and_has_gradient_zero():
     model = tiny_model()
     batch = collate([])
     assert len(batch.tokens_T) == 1 and not batch.mask_T.any()
-    loss, metrics, grads = gradient(model, [[]], 10)
+    loss, metrics, grads = gradient(model, [[]])
     assert loss == 0 and all(g.abs().max() == 0 for g in grads)
     assert len(grads) == len(list(model.parameters()))
     assert all(value == 0 for value in metrics.values())
@@ -252,7 +301,7 @@ def reference(logp, old, advantage, denominator, low, high):
     clipped = np.clip(ratio, 1 - low, 1 + high)
     acts = np.where(advantage > 0, ratio > 1 + high, ratio < 1 - low)
     value = -np.where(acts, clipped, ratio) * advantage / denominator
-    return value.sum(), np.where(acts, 0.0, -ratio * advantage / denominator), acts.sum() / denominator
+    return value.sum(), np.where(acts, 0.0, -ratio * advantage / denominator), acts.sum()
 
 
 @pytest.mark.parametrize("low, high", [(0.2, 0.2), (0.2, 0.28), (0.1, 0.5)])
@@ -262,22 +311,21 @@ def test_the_loss_and_its_gradient_equal_numpy_in_every_branch(low, high):
     advantage = np.array([1.5] * 7 + [-0.5] * 7)
     old = np.log(np.linspace(0.1, 0.3, 14))
     logp = torch.tensor(old + np.log(ratio), requires_grad=True)
-    loss, metrics = policy_loss(logp, torch.tensor(old), torch.tensor(advantage), 20, low, high)
+    loss, sums = policy_loss(logp, torch.tensor(old), torch.tensor(advantage), 20, low, high)
     loss.backward()
-    value, grad, share = reference(logp.detach().numpy(), old, advantage, 20, low, high)
+    value, grad, clipped = reference(logp.detach().numpy(), old, advantage, 20, low, high)
     np.testing.assert_allclose(loss.item(), value, rtol=1e-12)
     np.testing.assert_allclose(logp.grad, grad, rtol=1e-12, atol=1e-15)
-    np.testing.assert_allclose(metrics["clip_share"], share, rtol=1e-6)
-    assert metrics["loss"] == loss.detach() and not metrics["loss"].requires_grad
+    assert sums["clipped"] == clipped and not sums["clipped"].requires_grad
 
 
 def test_the_four_clipped_and_unclipped_corners_by_hand():
     """A > 0 stops at ratio 1.28 and is free below; A < 0 stops at ratio 0.8 and is free above."""
     logp = torch.tensor([2.0, 2.0, 0.5, 0.5]).log().requires_grad_()
-    loss, metrics = policy_loss(logp, torch.zeros(4), torch.tensor([1.0, -1.0, 1.0, -1.0]), 4, 0.2, 0.28)
+    loss, sums = policy_loss(logp, torch.zeros(4), torch.tensor([1.0, -1.0, 1.0, -1.0]), 4, 0.2, 0.28)
     loss.backward()
     assert loss.item() == pytest.approx(-(1.28 - 2 + 0.5 - 0.8) / 4)
-    assert logp.grad.tolist() == pytest.approx([0, 0.5, -0.125, 0]) and metrics["clip_share"] == 0.5
+    assert logp.grad.tolist() == pytest.approx([0, 0.5, -0.125, 0]) and sums["clipped"] == 2
 
 
 def test_on_policy_the_gradient_is_minus_the_advantage_over_the_denominator():
@@ -285,10 +333,105 @@ def test_on_policy_the_gradient_is_minus_the_advantage_over_the_denominator():
     advantage = torch.tensor([2.0, -1.0, 0.0, 0.5])
     for eps in (0.0, 0.2):
         logp = torch.tensor([-0.3, -2.0, -5.0, -40.0], requires_grad=True)
-        loss, metrics = policy_loss(logp, logp.detach(), advantage, 10, eps, eps)
+        loss, sums = policy_loss(logp, logp.detach(), advantage, 10, eps, eps)
         loss.backward()
         assert logp.grad.tolist() == pytest.approx((-advantage / 10).tolist())
-        assert loss.item() == pytest.approx(-0.15) and metrics["clip_share"] == 0
+        assert loss.item() == pytest.approx(-0.15) and sums["clipped"] == 0
+
+
+LENGTHS = [3, 1, 4]
+
+
+def numpy_loss(logp, old, advantage, divisor, is_ratio, low, high, correction, ref, beta):
+    """Every variant, by samples, in fp64."""
+    loss, start = 0.0, 0
+    for n in LENGTHS:
+        rows = slice(start, start + n)
+        lp, d, a = logp[rows], (logp - old)[rows], advantage[rows]
+        ratio = np.exp(np.full(n, d.mean()) if is_ratio == "sequence" else d)
+        inside = np.clip(ratio, 1 - low, 1 + high)
+        surrogate = inside * a * lp if is_ratio == "cispo" else np.minimum(ratio * a, inside * a)
+        rho = np.exp(ref[rows] - lp)
+        loss += ((-correction[rows] * surrogate + beta * (rho - 1 - np.log(rho))) / divisor[rows]).sum()
+        start += n
+    return loss
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.3])
+@pytest.mark.parametrize("is_ratio", grpo.IS_RATIOS)
+@pytest.mark.parametrize("loss", grpo.LOSSES)
+def test_every_variant_equals_numpy_and_its_gradient_finite_differences(loss, is_ratio, beta):
+    rng = np.random.default_rng(7)
+    old = np.log(rng.uniform(0.1, 0.6, 8))
+    logp = old + rng.uniform(-0.6, 0.6, 8)
+    advantage = np.repeat([1.3, -0.7, -1.1], LENGTHS)
+    ref, correction = old + rng.uniform(-0.5, 0.5, 8), rng.uniform(0.5, 2, 8)
+    divisor = {"token": np.full(8, 20.0), "sequence": np.repeat([5 * 3.0, 5 * 1.0, 5 * 4.0], LENGTHS),
+               "constant": np.full(8, 5 * 30.0)}[loss]
+    given = grpo.denominators(LENGTHS, loss, samples=5, tokens=20, max_tokens=30)
+    assert given.tolist() == divisor.tolist()
+    x = torch.tensor(logp, requires_grad=True)
+    options = {"reference_logp_N": torch.tensor(ref), "beta": beta} if beta else {}
+    value, sums = policy_loss(x, torch.tensor(old), torch.tensor(advantage), given.double(), 0.2, 0.28,
+                              is_ratio, LENGTHS, torch.tensor(correction), **options)
+    value.backward()
+    settings = (divisor, is_ratio, 0.2, 0.28, correction, ref, beta)
+    assert value.item() == pytest.approx(numpy_loss(logp, old, advantage, *settings), rel=1e-10)
+    for i in range(8):
+        step = np.eye(8)[i] * 1e-6
+        if is_ratio == "cispo":  # the clipped weight is detached: it stays while log p moves
+            weight = np.clip(np.exp(logp - old), 0.8, 1.28)
+            k3 = beta * (1 - np.exp(ref - logp))
+            slope = ((-correction * weight * advantage + k3) / divisor)[i]
+        else:
+            up, down = (numpy_loss(logp + h, old, advantage, *settings) for h in (step, -step))
+            slope = (up - down) / 2e-6
+        assert x.grad[i].item() == pytest.approx(slope, rel=1e-5, abs=1e-8)
+    if beta:
+        rho = np.exp(ref - logp)
+        assert sums["kl"].item() == pytest.approx((rho - 1 - np.log(rho)).sum(), rel=1e-6)
+
+
+def test_clipped_tokens_by_hand_for_each_ratio():
+    """Ratios 2, .5, 1.1, 2 with advantages +, +, -, 0. Token: only 2 with + is muted. Cispo: 2 and .5 get
+    another weight. Sequence: the mean ratio is 1 for the first two and 1.48 for the others, free if A < 0."""
+    logp = torch.tensor([2.0, 0.5, 1.1, 2.0]).log()
+    advantage = torch.tensor([1.0, 1.0, -1.0, 0.0])
+    counts = {r: policy_loss(logp, torch.zeros(4), advantage, 4, 0.2, 0.2, r, [2, 2])[1]["clipped"].item()
+              for r in grpo.IS_RATIOS}
+    assert counts == {"token": 1, "cispo": 2, "sequence": 0}
+    flipped = policy_loss(logp, torch.zeros(4), -advantage, 4, 0.2, 0.2, "sequence", [2, 2])[1]["clipped"]
+    assert flipped == 1, "the sample of ratio 1.48 is muted; its token without advantage has nothing to mute"
+
+
+@pytest.mark.parametrize("is_ratio", grpo.IS_RATIOS)
+def test_on_policy_every_ratio_gives_the_same_gradient_of_a_sample(is_ratio):
+    """-A log p, averaged over the sample by `sequence`: with `sequence` aggregation all are equal."""
+    weight = torch.randn(8, 3, generator=torch.Generator().manual_seed(8), requires_grad=True)
+    logp = (weight @ torch.tensor([0.3, -0.2, 0.9])).tanh() - 2
+    divisor = grpo.denominators(LENGTHS, "sequence", 3, 8, 30)
+    advantage = torch.tensor([1.0, -2.0, 0.5]).repeat_interleave(torch.tensor(LENGTHS))
+    loss, sums = policy_loss(logp, logp.detach(), advantage, divisor, is_ratio=is_ratio, lengths=LENGTHS)
+    grad = torch.autograd.grad(loss, weight, retain_graph=True)[0]
+    plain = torch.autograd.grad((-advantage * logp / divisor).sum(), weight)[0]
+    if is_ratio == "sequence":  # per sample, not per token
+        torch.testing.assert_close(grad.sum(0), plain.sum(0))
+    else:
+        torch.testing.assert_close(grad, plain)
+    assert sums["clipped"] == 0
+
+
+def test_the_correction_for_the_sampler_is_capped_and_detached():
+    old = torch.tensor([-1.0, -1.0, -1.0], requires_grad=True)
+    weight = grpo.truncated_ratio(old, torch.tensor([-1.0, -3.0, -0.5]), 2.0)
+    assert weight.tolist() == pytest.approx([1.0, 2.0, math.exp(-0.5)]) and not weight.requires_grad
+
+
+def test_unknown_variants_are_errors_that_name_them():
+    with pytest.raises(ValueError, match="'sentence'"):
+        grpo.denominators([1], "sentence", 1, 1, 1)
+    with pytest.raises(ValueError, match="'gspo'"):
+        policy_loss(torch.zeros(1), torch.zeros(1), torch.zeros(1), 1, is_ratio="gspo")
 
 
 def test_the_denominator_is_the_one_that_is_given():
@@ -303,19 +446,19 @@ def test_mismatch_by_hand():
     """Differences log 2, 0, -log 4: r is 2, 1, 1/4 and r - 1 - log r is 1 - log 2, 0, log 4 - 3/4."""
     rollout = torch.tensor([-1.0, -2.0, -3.0])
     logp = rollout + torch.tensor([math.log(2), 0.0, -math.log(4)])
-    metrics = mismatch(logp.requires_grad_(), rollout, 4)
-    assert metrics["gap/mean"].item() == pytest.approx(3 * math.log(2) / 4)
-    assert metrics["gap/k3"].item() == pytest.approx((0.25 + math.log(2)) / 4)
-    assert metrics["gap/max"].item() == pytest.approx(math.log(4))
-    assert not any(value.requires_grad for value in metrics.values())
+    sums = mismatch(logp.requires_grad_(), rollout)
+    assert sums["gap/mean"].item() == pytest.approx(3 * math.log(2))
+    assert sums["gap/k3"].item() == pytest.approx(0.25 + math.log(2))
+    assert sums["gap/max"].item() == pytest.approx(math.log(4))
+    assert not any(value.requires_grad for value in sums.values())
 
 
 def test_mismatch_is_zero_without_tokens_and_never_negative():
-    assert all(value == 0 for value in mismatch(torch.empty(0), torch.empty(0), 3).values())
+    assert all(value == 0 for value in mismatch(torch.empty(0), torch.empty(0)).values())
     generator = torch.Generator().manual_seed(3)
     a, b = torch.randn(1000, generator=generator), torch.randn(1000, generator=generator)
     for scale in (1.0, 1e-3, 1e-6):
-        assert mismatch(a, a + scale * b, 1000)["gap/k3"] >= 0
+        assert mismatch(a, a + scale * b)["gap/k3"] >= 0
 
 
 # ------------------------------------------------------------------------------------------ micro-batches
@@ -328,21 +471,28 @@ def tiny_model():
     return Qwen2(config).init_weights_(0)
 
 
-def gradient(model, parts, denominator):
-    """Loss, metrics and gradients of all parameters, summed over micro-batches as in the training loop."""
+def gradient(model, parts, loss="token", **options):
+    """Loss, sums and gradients of all parameters, added up over micro-batches as in the training loop."""
     model = copy.deepcopy(model)
-    sums = {}
+    samples = [s for part in parts for s in part]
+    count = len(samples), sum(len(s.token_ids) for s in samples)
+    total = {}
     for part in parts:
         batch = collate(part)
         hidden_TC, keep = model(batch.tokens_T, batch.attention), batch.mask_T
         logp, _ = linear_logprob(hidden_TC[keep], model.head_weight[:53], batch.targets_T[keep], 0.8)
         old = batch.rollout_logp_T[keep]
-        loss, metrics = policy_loss(logp, old, batch.advantage_T[keep], denominator, 0.2, 0.28)
-        loss.backward()
-        metrics |= mismatch(logp, old, denominator)
-        metrics.pop("gap/max")
-        sums = {name: sums.get(name, 0.0) + metrics[name].item() for name in metrics}
-    return sums["loss"], sums, [p.grad for p in model.parameters()]
+        divisor = grpo.denominators(batch.lengths, loss, *count, 16)
+        if "beta" in options:
+            options["reference_logp_N"] = old - 0.3
+        value, sums = policy_loss(logp, old, batch.advantage_T[keep], divisor, 0.2, 0.28,
+                                  lengths=batch.lengths, correction_N=grpo.truncated_ratio(logp, old, 1.1),
+                                  **options)
+        value.backward()
+        sums |= mismatch(logp, old) | {"loss": value.detach()}
+        sums.pop("gap/max")
+        total = {name: total.get(name, 0.0) + sums[name].item() for name in sums}
+    return total["loss"], total, [p.grad for p in model.parameters()]
 
 
 def off_policy(model, samples):
@@ -358,17 +508,19 @@ def off_policy(model, samples):
     return out
 
 
-def test_a_batch_split_into_micro_batches_has_the_same_loss_and_gradient():
+@pytest.mark.parametrize("options", [{}, {"is_ratio": "sequence"}, {"is_ratio": "cispo"}, {"beta": 0.1}],
+                         ids=str)
+@pytest.mark.parametrize("loss", grpo.LOSSES)
+def test_a_batch_split_into_micro_batches_has_the_same_loss_and_gradient(loss, options):
     """1, 2 and 5 micro-batches, permuted samples, a split by budget, empty ones: one global denominator.
 
     It does not exercise several ranks, whose gradients are summed the same way.
     """
     model = tiny_model()
     samples = off_policy(model, samples_of(1, 14))
-    tokens = sum(len(s.token_ids) for s in samples)
-    loss, metrics, grads = gradient(model, [samples], tokens)
+    value, sums, grads = gradient(model, [samples], loss, **options)
     norm = math.sqrt(sum(g.square().sum().item() for g in grads))
-    assert norm > 0.01 and 0.1 < metrics["clip_share"] < 0.6 and abs(loss) > 1e-3
+    assert norm > 0.01 and sums["clipped"] > 0 and abs(value) > 1e-3 and ("kl" in sums) == ("beta" in options)
     shuffled = random.Random(6).sample(samples, len(samples))
     lengths = [len(s.prompt_ids) + len(s.token_ids) for s in samples]
     splits = {
@@ -382,9 +534,9 @@ def test_a_batch_split_into_micro_batches_has_the_same_loss_and_gradient():
     }
     assert len(splits["budget"]) > 2 and [] in splits["budget and empty ones"]
     for name, parts in splits.items():
-        other_loss, other_metrics, other_grads = gradient(model, parts, tokens)
-        assert other_loss == pytest.approx(loss, rel=1e-5), name
-        assert other_metrics == pytest.approx(metrics, rel=1e-5), name
+        other_value, other_sums, other_grads = gradient(model, parts, loss, **options)
+        assert other_value == pytest.approx(value, rel=1e-5), name
+        assert other_sums == pytest.approx(sums, rel=1e-5), name
         pairs = zip(grads, other_grads, strict=True)
         difference = math.sqrt(sum((a - b).square().sum().item() for a, b in pairs))
         assert difference <= 1e-5 * norm, name

@@ -6,6 +6,7 @@ import inspect
 import json
 import re
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from parallel import World
 from rewards import REWARDS
 from train import Config, ConfigError, check, parse
 
+ROOT = Path(__file__).parent.parent
 FIELDS = {f.name: f for f in dataclasses.fields(Config)}
 OTHER = {str: "elsewhere", int: 7919, float: 0.125}  # a value that is no field's default
 
@@ -289,3 +291,24 @@ def test_some_reward_needs_a_weight(monkeypatch):
     allowed(reward="length,format")
     assert "length" not in Config().reward_names and "format" in Config().reward_names
     assert Config(reward="length, format").reward_names == ["length", "format"], "if named, it is logged"
+
+
+# ------------------------------------------------------------------------------------------ configs/
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "configs").glob("*.json")), ids=lambda f: f.name)
+def test_every_config_is_one(file):
+    """Its names and types; and that check() finds nothing wrong, on the number of GPUs that it is for."""
+    config = parse(["--config", str(file)])
+    ranks = {"tiny": 2, "qwen2.5-7b": 8, "qwen2.5-32b": 64}[file.stem]
+    check(config, World(0, ranks, None))
+
+
+def test_tiny_json_is_the_default_written_out():
+    assert parse(["--config", str(ROOT / "configs" / "tiny.json")]) == Config()
+
+
+def test_keys_that_begin_with_slashes_are_comments(tmp_path):
+    file = tmp_path / "c.json"
+    file.write_text('{"//": "note", "//lr": "not specified by the paper", "lr": 0.5}')
+    assert parse(["--config", str(file)]) == Config(lr=0.5)

@@ -30,18 +30,12 @@ def launch(folder: Path, *options: str, ranks: int = 1, code: str = "", small=SM
     """train.py as a user starts it; `code` runs first in the same process, to stage an accident."""
     arguments = [*small, "--run_dir", str(folder), *options]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    script = ROOT / "train.py"
     if code:
-        command = [
-            sys.executable, "-c",
-            f"import sys; sys.argv[1:] = {arguments!r}\n{code}\nimport train; train.main()"
-        ]
-    elif ranks == 1:
-        command = [sys.executable, str(ROOT / "train.py"), *arguments]
-    else:
-        command = [
-            sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}",
-            str(ROOT / "train.py"), *arguments
-        ]
+        script = folder.with_name(f"driver_of_{folder.name}.py")
+        script.write_text(f"{code}\nimport train; train.main()\n")
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] * (ranks > 1)
+    command = [sys.executable, *torchrun, str(script), *arguments]
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
 
 
@@ -176,9 +170,9 @@ def test_a_finished_run_stays_as_it_is_and_another_config_is_refused(undisturbed
 
 
 def test_constant_rewards_leave_the_weights_bit_identical(tmp_path, monkeypatch):
-    monkeypatch.setattr(train, "REWARDS", {"constant": (lambda completion, prompt: 0.1, 1.0)})
+    monkeypatch.setitem(rewards.REWARDS, "constant", (lambda completion, prompt: 0.1, 1.0))
     in_process(tmp_path / "run", "--steps", "20", "--save_every", "1", "--keep_checkpoints", "20",
-               "--eval_prompts", "", "--max_new_tokens", "8")
+               "--eval_prompts", "", "--max_new_tokens", "8", "--reward", "constant")
     first = {k: v for k, v in tensors(tmp_path / "run", 1).items() if k.startswith("weights")}
     last = {k: v for k, v in tensors(tmp_path / "run", 20).items() if k.startswith("weights")}
     base = load_file(ROOT / "data" / "tiny" / "base" / "model.safetensors")
@@ -187,13 +181,10 @@ def test_constant_rewards_leave_the_weights_bit_identical(tmp_path, monkeypatch)
 
 
 def test_a_reward_that_fails_is_missing_and_training_goes_on(tmp_path, monkeypatch):
-    sometimes = {"calls": 0}
-
     def moody(completion, prompt):
-        sometimes["calls"] += 1
-        return None if sometimes["calls"] % 3 == 0 else 0.5
+        return None if completion.sample_index == 2 else 0.5
 
-    monkeypatch.setattr(train, "REWARDS", {**rewards.REWARDS, "moody": (moody, 1.0)})
+    monkeypatch.setitem(rewards.REWARDS, "moody", (moody, 1.0))
     in_process(tmp_path / "run", "--steps", "1", "--eval_prompts", "")
     assert metrics(tmp_path / "run")[0]["missing/moody"] == 2
     records = [json.loads(line) for line in rollouts(tmp_path / "run")["step_000001.jsonl"].splitlines()]

@@ -1,0 +1,94 @@
+"""From a run to a Hugging Face folder that transformers and vLLM serve.
+
+    python -m scripts.export RUN_OR_CHECKPOINT OUT [--dtype bfloat16] [--model FOLDER]
+
+RUN_OR_CHECKPOINT is runs/NAME (its newest complete checkpoint) or runs/NAME/checkpoints/step_NNNNNN, written
+by any number of ranks. config.json, tokenizer and generation_config.json come from the checkpoint that the
+run started from, which its config.json names and --model can replace. Weights are cast to the dtype of that
+checkpoint, or to --dtype.
+"""
+
+import argparse
+import json
+import shutil
+import sys
+import warnings
+from pathlib import Path
+
+import torch
+import torch.distributed.checkpoint as dcp
+
+import model as qwen
+import parallel
+from tokenizer import Tokenizer, TokenizerError
+from train import locate
+
+
+class ExportError(ValueError):
+    """A run that cannot be exported; the message names the path and what to do."""
+
+
+def find_checkpoint(path: Path) -> tuple[Path, Path]:
+    """(run folder, newest complete checkpoint in it, or the one that is named)."""
+    if not path.is_dir():
+        raise ExportError(f"{path} is no folder: give a run, or one of its checkpoints")
+    run = path if (path / "checkpoints").is_dir() else path.parent.parent
+    if not (run / "config.json").is_file():
+        raise ExportError(
+            f"{path} is neither a run nor a checkpoint of one: {run / 'config.json'} does not exist")
+    candidates = parallel.checkpoints(run / "checkpoints") if run == path else [path]
+    for checkpoint in candidates:
+        try:
+            parallel.verify_checkpoint(checkpoint)
+            return run, checkpoint
+        except parallel.BadCheckpoint as e:
+            if run != path:
+                raise
+            print(f"warning: {e}; trying the checkpoint before it", file=sys.stderr)
+    raise ExportError(f"{path} has no complete checkpoint yet: export it after its first save")
+
+
+def export(source: Path, out: Path, dtype: str = "", model_path: str = "") -> Path:
+    """Writes the folder; returns the checkpoint that it holds."""
+    run, checkpoint = find_checkpoint(source)
+    start = Path(locate(model_path or json.loads((run / "config.json").read_text())["model"]))
+    config, tokenizer = qwen.read_config(start), Tokenizer(start)
+    if out.exists() and any(out.iterdir()):
+        raise ExportError(f"{out} is not empty: choose another folder")
+    original = json.loads((start / "config.json").read_text())
+    dtype = getattr(torch, dtype or original.get("torch_dtype") or original.get("dtype") or "float32")
+    model = qwen.Qwen2(config)
+    weights = dict(model.named_parameters())
+    with warnings.catch_warnings(action="ignore"):  # that it reads without a process group, as it should
+        dcp.load({name: p.detach() for name, p in weights.items()},
+                 storage_reader=dcp.HuggingFaceStorageReader(str(checkpoint / "weights")), no_dist=True)
+    qwen.save(model.to(dtype), out)
+    ours = ("config.json", "generation_config.json", "model.safetensors.index.json")
+    for file in start.iterdir():  # the tokenizer's files, and whatever else stands beside the weights
+        if file.suffix in (".json", ".txt", ".jinja") and file.name not in ours:
+            shutil.copyfile(file, out / file.name)
+    generation = {"eos_token_id": tokenizer.eos_ids, "pad_token_id": tokenizer.eos_ids[0]}
+    if (start / "generation_config.json").exists():
+        generation |= json.loads((start / "generation_config.json").read_text())
+    (out / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
+    return checkpoint
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("source", type=Path, metavar="RUN_OR_CHECKPOINT")
+    parser.add_argument("out", type=Path, metavar="OUT")
+    parser.add_argument("--dtype", default="", choices=("", "bfloat16", "float16", "float32"))
+    parser.add_argument("--model", default="", help="folder with config.json and tokenizer")
+    args = parser.parse_args()
+    try:
+        checkpoint = export(args.source, args.out, args.dtype, args.model)
+    except (ExportError, parallel.BadCheckpoint, qwen.CheckpointError, TokenizerError) as e:
+        print(f"error: {e}", file=sys.stderr)
+        raise SystemExit(2) from None
+    print(f"{args.out}: the weights of {checkpoint}")
+
+
+if __name__ == "__main__":
+    main()

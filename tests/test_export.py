@@ -1,0 +1,70 @@
+"""A run as a Hugging Face folder: what transformers makes of it."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+import transformers
+
+import model as qwen
+from sampler import Request, Sampler
+from scripts import export
+from tests.test_run import ROOT, in_process
+from tokenizer import Tokenizer
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs") / "run"
+    in_process(folder, "--steps", "4", "--eval_prompts", "", "--lr", "1e-3")
+    return folder
+
+
+def test_transformers_writes_the_same_hundred_tokens_as_our_sampler(run, tmp_path):
+    command = [sys.executable, "-m", "scripts.export", str(run), str(tmp_path / "hf")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and str(run / "checkpoints" / "step_000004") in done.stdout, done.stderr
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf", dtype="auto").eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
+    ours = Sampler(qwen.load(tmp_path / "hf"))  # without a tokenizer only length ends a sample
+    for line in (ROOT / "data/tiny/eval_prompts.jsonl").read_text().splitlines()[:5]:
+        prompt = f"<|user|>: {json.loads(line)['prompt']} <|assistant|>:"
+        ids = Tokenizer(tmp_path / "hf").encode(prompt)
+        assert tokenizer(prompt)["input_ids"] == ids
+        (mine,) = ours.generate([Request(ids, max_new_tokens=100, temperature=0)])
+        out = theirs.generate(torch.tensor([ids]), do_sample=False, max_new_tokens=100, eos_token_id=None,
+                              pad_token_id=0)
+        assert out[0, len(ids):].tolist() == mine.token_ids
+    base = qwen.load(ROOT / "data/tiny/base").state_dict()
+    assert any(not torch.equal(p, base[name]) for name, p in theirs.state_dict().items() if name in base)
+    assert theirs.generation_config.eos_token_id == Tokenizer(ROOT / "data/tiny/base").eos_ids
+
+
+def test_an_older_checkpoint_and_another_dtype(run, tmp_path):
+    export.export(run / "checkpoints" / "step_000002", tmp_path / "two", "bfloat16")
+    export.export(run, tmp_path / "four")
+    two, four = (qwen.load(tmp_path / name).state_dict() for name in ("two", "four"))
+    assert json.loads((tmp_path / "two" / "config.json").read_text())["torch_dtype"] == "bfloat16"
+    assert any(not torch.equal(two[name], four[name].bfloat16().float()) for name in two)
+
+
+def test_what_cannot_be_exported(run, tmp_path, capsys, monkeypatch):
+    def says(*arguments) -> str:
+        monkeypatch.setattr(sys, "argv", ["export", *map(str, arguments)])
+        with pytest.raises(SystemExit, match="2"):
+            export.main()
+        return capsys.readouterr().err
+
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "notes").touch()
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "young" / "checkpoints").mkdir(parents=True)
+    (tmp_path / "young" / "config.json").write_text('{"model": "data/tiny/base"}')
+    assert "nowhere is no folder" in says(tmp_path / "nowhere", tmp_path / "out")
+    assert "neither a run nor a checkpoint" in says(tmp_path / "empty", tmp_path / "out")
+    assert "no complete checkpoint" in says(tmp_path / "young", tmp_path / "out")
+    assert "full is not empty" in says(run, tmp_path / "full")
+    assert "elsewhere/config.json does not exist" in says(run, tmp_path / "out", "--model", "elsewhere")
+    assert not (tmp_path / "out").exists() and [f.name for f in (tmp_path / "full").iterdir()] == ["notes"]
