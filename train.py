@@ -388,7 +388,7 @@ def read_inputs(config: Config, world) -> Inputs:
     for name in config.reward_names:  # a dry run: a reward that raises should do so now
         for text in ("<think>A plan.</think><answer>A text.</answer>", ""):
             if not is_batched(name):
-                ids = tokenizer.encode(text)
+                ids = tokenizer.encode(text) + tokenizer.eos_ids[:1]  # no sample is without a token
                 made_up = Completion(0, 0, ids, [0.0] * len(ids), text, "stop", config.max_new_tokens)
                 score(name, [made_up], prompts[:1])
     return Inputs(model, reference, tokenizer, prompts, eval_prompts, dropped)
