@@ -22,15 +22,15 @@ MATRIX = [
     ["--overlong", "mask"], ["--reward", "length,format,overlong"], ["--reward", "format"],
     ["--prompt_style", "direct"], ["--recompute", "true"], ["--sampler_dtype", "bfloat16", "--tis_cap", "2"],
     ["--weight_decay", "0.1"], ["--max_sequences", "3"], ["--page_size", "64"], ["--stop", "</answer>"],
-    ["--micro_batch_tokens", "300"], ["--eval_prompts", ""], ["--clip_grad", "0.01"],
+    ["--micro_batch_tokens", "300"], ["--clip_grad", "0.01"],
+    ["--eval_prompts", str(ROOT / "tests" / "eval_small.jsonl"), "--eval_every", "2"],
 ]  # fmt: skip
 # An lr at which two updates on one batch move ratios out of the clip.
 SMALL = ["--prompts_per_step", "2", "--group_size", "4", "--max_new_tokens", "64", "--unreachable", "keep",
-         "--eval_prompts", str(ROOT / "tests" / "eval_small.jsonl"), "--eval_every", "5", "--lr", "2e-3",
-         "--warmup", "0", "--save_every", "100"]
+         "--eval_prompts", "", "--lr", "2e-3", "--warmup", "0", "--save_every", "100"]
 
 
-@pytest.mark.parametrize("options", MATRIX, ids=" ".join)
+@pytest.mark.parametrize("options", MATRIX, ids=lambda options: " ".join(options[:4]).replace(str(ROOT), ""))
 def test_five_steps_under_each_option(options, tmp_path):
     train.train(train.parse([*SMALL, "--run_dir", str(tmp_path / "run"), "--steps", "5", *options]))
     lines = metrics(tmp_path / "run")
@@ -56,7 +56,7 @@ def test_five_steps_under_each_option(options, tmp_path):
 
 def test_a_batch_that_is_masked_whole_is_skipped_and_counted(tmp_path):
     options = ["--overlong", "mask", "--max_new_tokens", "4", "--steps", "2", "--updates_per_batch", "2"]
-    train.train(train.parse([*SMALL, *options, "--eval_prompts", "", "--run_dir", str(tmp_path / "run")]))
+    train.train(train.parse([*SMALL, *options, "--run_dir", str(tmp_path / "run")]))
     for m in metrics(tmp_path / "run"):
         assert m["skipped_updates"] == 2 and m["truncated"] == 1 and m["grad_norm"] == 0 == m["entropy"]
     saved, base = tensors(tmp_path / "run", 2), train.qwen.load(ROOT / "data/tiny/base").state_dict()
@@ -79,7 +79,7 @@ def test_a_batched_reward_is_called_once_with_all_samples_of_a_rank(tmp_path, mo
         return lists(completions, prompts)
 
     monkeypatch.setitem(rewards.REWARDS, "model", (model, 1.0))
-    options = ["--steps", "1", "--eval_prompts", "", "--run_dir", str(tmp_path / "run")]
+    options = ["--steps", "1", "--run_dir", str(tmp_path / "run")]
     train.train(train.parse([*SMALL, *options]))
     (call,) = calls
     assert [key[1:] for key in call] == [(b, g) for b in range(2) for g in range(4)]
@@ -91,43 +91,53 @@ def test_a_batched_reward_is_called_once_with_all_samples_of_a_rank(tmp_path, mo
     assert m["missing/model"] == sum(r["rewards"]["model"] is None for r in records) > 0
 
 
-RANKS = """
-import torch, rewards
-def patchy(completion, prompt):  # missing for some, and with spread for the others
+def patchy(completion, prompt):
+    """Missing for some, and with spread for the others."""
     return None if len(completion.token_ids) % 5 == 0 else float(len(completion.token_ids) % 7)
-rewards.REWARDS["patchy"] = (patchy, 1.0)
-"""
+
+
+PATCHY = "import rewards, tests.test_variants as t; rewards.REWARDS['patchy'] = (t.patchy, 1.0)"
 
 
 @pytest.mark.parametrize("loss, advantage, updates", [
-    ("token", "per_reward", 2), ("sequence", "gdpo", 4), ("constant", "sum", 2)])
-def test_an_update_is_the_same_on_two_ranks_and_in_any_micro_batches(loss, advantage, updates, tmp_path):
-    """Masked, truncated and missing-reward samples among them, several updates per batch (with 4 a rank has
-    none of the samples of some), a KL."""
+    ("token", "per_reward", 1), ("sequence", "gdpo", 1), ("constant", "sum", 1), ("token", "gdpo", 4)])
+def test_an_update_is_the_same_on_two_ranks_and_in_any_micro_batches(loss, advantage, updates, tmp_path,
+                                                                     monkeypatch):
+    """Masked, truncated and missing-reward samples among them, a KL, a correction for the sampler. With 4
+    updates a rank has none of the samples of some."""
     options = ["--steps", "1", "--prompts_per_step", "4", "--loss", loss, "--advantage", advantage,
                "--overlong", "mask", "--updates_per_batch", str(updates), "--beta", "0.1", "--tis_cap", "2",
-               "--eval_prompts", "", "--reward", "length,format,patchy"]
-    weights = {}
-    for ranks, budget in ((1, 4096), (1, 600), (2, 4096)):
-        folder = tmp_path / f"{ranks}_{budget}"
-        done = launch(folder, *options, "--micro_batch_tokens", str(budget), ranks=ranks, code=RANKS,
-                      small=SMALL)
-        assert done.returncode == 0, done.stderr
-        weights[ranks, budget] = merged(folder), metrics(folder)[0]
-    base = train.qwen.load(ROOT / "data/tiny/base").state_dict()
-    one, numbers = weights[1, 4096]
-    moved = torch.cat([(one[k] - base[k]).flatten() for k in base])
+               "--reward", "length,format,patchy"]
+    monkeypatch.setitem(rewards.REWARDS, "patchy", (patchy, 1.0))
+    base, seen = train.qwen.load(ROOT / "data/tiny/base").state_dict(), []
+    for ranks, budget in ((1, 4096), (1, 500), (1, 200), (2, 4096)):
+        folder, given = tmp_path / f"{ranks}_{budget}", [*options, "--micro_batch_tokens", str(budget)]
+        if ranks == 1:
+            train.train(train.parse([*SMALL, "--run_dir", str(folder), *given]))
+        else:
+            done = launch(folder, *given, ranks=ranks, code=PATCHY, small=SMALL)
+            assert done.returncode == 0, done.stderr
+        weights, moments = (merged(folder, part, base, suffix)
+                            for part, suffix in (("weights", ""), ("optimizer", ".exp_avg")))
+        seen.append((metrics(folder)[0], weights - flat(base), moments))
+    numbers, moved, moments = seen[0]
     assert moved.norm() > 0.1 and 0 < numbers["truncated"] < 1 and numbers["missing/patchy"] > 0
-    for other, values in weights.values():
-        assert values == pytest.approx(numbers, rel=1e-4, abs=1e-5)
-        # Adam's first steps divide a gradient by its own size: where it is rounding, the sign may differ.
-        difference = torch.cat([(other[k] - one[k]).flatten() for k in base])
-        assert difference.norm() <= 1e-3 * moved.norm()
+    for other_numbers, other_moved, other_moments in seen[1:]:
+        # AdamW's first step divides a gradient by its own size: rounding counts where it is near 0, and more
+        # so after further steps.
+        looser = 1 if updates == 1 else 100
+        assert other_numbers == pytest.approx(numbers, rel=1e-5 * looser, abs=1e-7 * looser)
+        assert (other_moments - moments).norm() <= 1e-6 * looser * moments.norm(), "the gradient"
+        assert (other_moved - moved).norm() <= 5e-5 * looser * moved.norm()
 
 
-def merged(folder: Path) -> dict[str, torch.Tensor]:
-    """The weights of a checkpoint after step 1, whole."""
-    full = {k: torch.empty_like(v) for k, v in train.qwen.load(ROOT / "data/tiny/base").state_dict().items()}
-    reader = dcp.HuggingFaceStorageReader(str(folder / "checkpoints/step_000001/weights"))
+def flat(tensors: dict[str, torch.Tensor]) -> torch.Tensor:
+    return torch.cat([tensors[name].flatten() for name in sorted(tensors)])
+
+
+def merged(folder: Path, part: str, base: dict[str, torch.Tensor], suffix: str) -> torch.Tensor:
+    """The weights or first moments after step 1, from the files of all ranks."""
+    full = {name + suffix: torch.empty_like(tensor) for name, tensor in base.items()}
+    reader = dcp.HuggingFaceStorageReader(str(folder / "checkpoints/step_000001" / part))
     dcp.load(full, storage_reader=reader, no_dist=True)
-    return full
+    return flat(full)
