@@ -54,6 +54,16 @@ def test_five_steps_under_each_option(options, tmp_path):
     assert len(records) == 8 and all(math.isfinite(r["advantage"]) for r in records)
 
 
+def test_the_kl_enters_the_loss_with_its_weight(tmp_path):
+    """On-policy the loss is minus the mean advantage over tokens, plus beta times the KL."""
+    train.train(train.parse([*SMALL, "--run_dir", str(tmp_path / "run"), "--steps", "3", "--beta", "3"]))
+    m = metrics(tmp_path / "run")[2]
+    records = [json.loads(line) for line in (tmp_path / "run/rollouts/step_000003.jsonl").open()]
+    tokens = sum(r["tokens"] for r in records)
+    surrogate = -sum(r["advantage"] * r["tokens"] for r in records) / tokens
+    assert m["kl"] > 1e-4 and m["loss"] == pytest.approx(surrogate + 3 * m["kl"], abs=1e-5)
+
+
 def test_a_batch_that_is_masked_whole_is_skipped_and_counted(tmp_path):
     options = ["--overlong", "mask", "--max_new_tokens", "4", "--steps", "2", "--updates_per_batch", "2"]
     train.train(train.parse([*SMALL, *options, "--run_dir", str(tmp_path / "run")]))
