@@ -327,3 +327,17 @@ def test_length_and_format_stay_in_0_to_1_or_are_missing_on_any_text():
     for reward in (length, format_reward):
         values = [v for t in texts for p in prompts if (v := reward(said(t), p)) is not None]
         assert min(values) == 0 and max(values) == 1
+
+
+# ------------------------------------------------------------------------------------------ overlong
+
+
+@pytest.mark.parametrize("tokens, expected", [(1, 0), (80, 0), (81, -0.05), (90, -0.5), (100, -1)])
+def test_overlong_falls_over_the_last_fifth_of_the_budget(tokens, expected):
+    """DAPO: Lmax 100, Lc 20: 0 up to 80 tokens, then (80 - L) / 20."""
+    completion = SimpleNamespace(token_ids=[5] * tokens, max_new_tokens=100)
+    assert rewards.overlong(completion, None) == pytest.approx(expected)
+
+
+def test_overlong_is_missing_without_a_budget():
+    assert rewards.overlong(SimpleNamespace(token_ids=[5], max_new_tokens=0), None) is None
