@@ -163,6 +163,12 @@ def denominators(lengths: list[int], loss: str, samples: int, tokens: int, max_t
     return torch.tensor(each, dtype=torch.float32, device=device).repeat_interleave(lengths_S)
 
 
+def k3(log_ratio: torch.Tensor) -> torch.Tensor:
+    """rho - 1 - log rho: an estimate of KL(p || q) on tokens of p with rho = q / p, never negative (Schulman,
+    2020)."""
+    return log_ratio.expm1() - log_ratio
+
+
 def policy_loss(logp_N: torch.Tensor, old_logp_N: torch.Tensor, advantage_N: torch.Tensor,
                 denominator_N: torch.Tensor | float, eps_low: float = 0.2, eps_high: float = 0.2,
                 is_ratio: str = "token", lengths: list[int] | None = None,
@@ -178,8 +184,7 @@ def policy_loss(logp_N: torch.Tensor, old_logp_N: torch.Tensor, advantage_N: tor
     never acts and all three have the gradient of -A log p, `sequence` averaged over the sample.
 
     lengths: tokens of each sample, needed by `sequence`. correction_N: weight of each token, see
-    `truncated_ratio`. beta: of the KL to a reference policy, k3 = rho - 1 - log rho with rho = p_ref / p
-    (Schulman, 2020), whose gradient flows.
+    `truncated_ratio`. beta: of the KL to a reference policy, `k3` of p_ref / p, whose gradient flows.
     Sums: `clipped` tokens, those whose gradient the clip mutes (cispo: whose weight it changes), and `kl`.
     """
     if is_ratio not in IS_RATIOS:
@@ -198,10 +203,9 @@ def policy_loss(logp_N: torch.Tensor, old_logp_N: torch.Tensor, advantage_N: tor
     loss_N = -correction_N * objective
     sums = {"clipped": clipped.sum()}
     if reference_logp_N is not None:
-        difference = reference_logp_N - logp_N
-        k3 = difference.expm1() - difference
-        loss_N = loss_N + beta * k3
-        sums["kl"] = k3.detach().sum()
+        kl_N = k3(reference_logp_N - logp_N)
+        loss_N = loss_N + beta * kl_N
+        sums["kl"] = kl_N.detach().sum()
     return (loss_N / denominator_N).sum(), sums
 
 
@@ -213,13 +217,10 @@ def truncated_ratio(old_logp_N: torch.Tensor, rollout_logp_N: torch.Tensor, cap:
 
 def mismatch(logp_N: torch.Tensor, rollout_logp_N: torch.Tensor) -> dict[str, torch.Tensor]:
     """How far trainer and sampler disagree on the sampled tokens: sums of |difference| (`gap/mean` once it is
-    divided by a number of tokens) and of k3 (`gap/k3`), and the largest |difference| (`gap/max`).
-
-    k3 estimates KL(sampler || trainer) by r - 1 - log r with r = p_trainer / p_sampler (Schulman, 2020); it
-    is never negative.
-    """
+    divided by a number of tokens) and of `k3` of p_trainer / p_sampler (`gap/k3`, KL(sampler || trainer)),
+    and the largest |difference| (`gap/max`)."""
     difference = logp_N.detach() - rollout_logp_N
     return {
-        "gap/mean": difference.abs().sum(), "gap/k3": (difference.expm1() - difference).sum(),
+        "gap/mean": difference.abs().sum(), "gap/k3": k3(difference).sum(),
         "gap/max": difference.abs().max() if len(difference) else difference.sum()
     }

@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import shutil
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -236,6 +237,16 @@ def verify_checkpoint(path: Path) -> dict:
         return json.loads((path / "state.json").read_text())
     except (OSError, json.JSONDecodeError) as e:
         raise BadCheckpoint(f"{path} is incomplete ({e})") from None
+
+
+def newest_checkpoint(folder: Path) -> tuple[Path, dict] | None:
+    """The newest checkpoint that is whole, and its state; warns of each newer one that is not."""
+    for path in checkpoints(folder):
+        try:
+            return path, verify_checkpoint(path)
+        except BadCheckpoint as e:
+            print(f"warning: {e}; trying the checkpoint before it", file=sys.stderr, flush=True)
+    return None
 
 
 def load_checkpoint(path: Path, model: Qwen2, optimizer: torch.optim.Optimizer) -> dict:

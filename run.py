@@ -63,12 +63,8 @@ def open_folder(config) -> tuple[Path, Path | None, int]:
                 f"{folder} holds a run of another config: {'; '.join(changed)}; choose another run_dir, or "
                 "the same options"
             )
-        for path in parallel.checkpoints(folder / "checkpoints"):
-            try:
-                checkpoint, step = path, parallel.verify_checkpoint(path)["step"]
-                break
-            except parallel.BadCheckpoint as e:
-                print(f"warning: {e}; trying the checkpoint before it", file=sys.stderr, flush=True)
+        if newest := parallel.newest_checkpoint(folder / "checkpoints"):
+            checkpoint, step = newest[0], newest[1]["step"]
     if config.resume == "true" and checkpoint is None:
         raise ConfigError(f"resume is true, but {folder} has no checkpoint to go on from")
     try:
@@ -185,6 +181,10 @@ def peak_memory_gb(device: torch.device) -> float:
     """Peak of allocated GPU memory, or of this process's resident memory on CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated() / 2**30
+    if (status := Path("/proc/self/status")).exists():  # getrusage counts what the parent had when it forked
+        for line in status.read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) / 2**20
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 

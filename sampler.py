@@ -119,9 +119,6 @@ class PagePool:
         self.references = [0] * num_pages
         self.free = deque(range(1, num_pages))
 
-    def pages_for(self, tokens: int) -> int:
-        return -(-tokens // self.page_size)
-
     def take(self) -> int:
         page = self.free.popleft()
         self.references[page] = 1
@@ -239,8 +236,11 @@ class Sampler:
                     f"pool has {self.num_pages}"
                 )
 
+    def pages_for(self, tokens: int) -> int:
+        return -(-tokens // self.page_size)
+
     def worst_pages(self, r: Request) -> int:
-        return -(-(len(r.prompt_ids) + r.max_new_tokens) // self.page_size)
+        return self.pages_for(len(r.prompt_ids) + r.max_new_tokens)
 
     def wide(self, pages: int) -> int:
         """A number of table columns whose tokens are a multiple of MIN_CONTEXT; columns without a page name
@@ -286,7 +286,7 @@ class Sampler:
         rows = len(self.free_rows) - sum(g.request.n - g.started for g in self.ready)
         while self.waiting and rows > 0:
             item = self.waiting[0]
-            need = self.pool.pages_for(len(item.prefix))
+            need = self.pages_for(len(item.prefix))
             if need + len(self.running) + len(batch) >= len(self.pool.free):
                 break
             if batch and tokens + len(item.prefix) > self.prefill_tokens:

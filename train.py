@@ -159,15 +159,20 @@ def request_seed(*key) -> int:
         hashlib.blake2b("/".join(map(str, key)).encode(), digest_size=8).digest(), "little") >> 1
 
 
-def sample_and_score(sampler: Sampler, prompts: list, n: int, seeds: list[int], config: Config,
+def make_requests(tokenizer: Tokenizer, prompts: list, n: int, when, config: Config) -> list[Request]:
+    """n samples of each prompt. Their seeds come from the run's, `when` (the step) and the prompt's id."""
+    return [Request(tokenizer.encode(p.text), n, config.max_new_tokens, config.temperature,
+                    stop=config.stop_strings, seed=request_seed(config.seed, when, p.id)) for p in prompts]
+
+
+def sample_and_score(sampler: Sampler, prompts: list, requests: list[Request], config: Config,
                      clock: run.Clock, progress: run.Progress,
                      world) -> tuple[list[list[Completion]], torch.Tensor]:
-    """n completions of each of this rank's prompts, scored as they finish: completions[b][g], rewards_BGR.
+    """Completions of this rank's prompts, scored as they finish: completions[b][g], rewards_BGR.
 
     Rewards marked `batched` see all of them at the end. Raises RewardError on all ranks if one has it.
     """
-    requests = [Request(sampler.tokenizer.encode(p.text), n, config.max_new_tokens, config.temperature,
-                        stop=config.stop_strings, seed=seed) for p, seed in zip(prompts, seeds)]
+    n = requests[0].n
     completions: list[list] = [[None] * n for _ in prompts]
     rewards_BGR = torch.full((len(prompts), n, len(config.reward_names)), torch.nan)
     inline = [(r, name) for r, name in enumerate(config.reward_names) if not is_batched(name)]
@@ -432,10 +437,9 @@ def make_sampler(model, tokenizer: Tokenizer, config: Config, world) -> Sampler:
 def evaluate(step: int, prompts: list, sampler: Sampler, config: Config, folder: Path, world) -> dict:
     """One sample of each evaluation prompt, the same seeds every time: metrics, and texts in rollouts/."""
     mine = prompts[world.rank::world.size]
-    seeds = [request_seed(config.seed, "eval", p.id) for p in mine]
+    requests = make_requests(sampler.tokenizer, mine, 1, "eval", config)
     progress = run.Progress(f"evaluation after step {step}", len(mine), world.main)
-    completions, rewards_BGR = sample_and_score(sampler, mine, 1, seeds, config, run.Clock(), progress,
-                                                world)
+    completions, rewards_BGR = sample_and_score(sampler, mine, requests, config, run.Clock(), progress, world)
     metrics = summarise(mine, completions, rewards_BGR, config.reward_names, world)
     texts = records(mine, completions, rewards_BGR, config.reward_names, world)
     if world.main:
@@ -473,11 +477,14 @@ def train(config: Config):
         notes += [f"{n} {why} dropped" for why, n in inputs.dropped.items()]
         notes += [f"{world.size} x {world.device.type}"] + [f"resumed after step {start}"] * (start > 0)
         print(f"{folder}: {', '.join(notes)}", flush=True)
-    if start == 0 and eval_prompts:
-        metrics = {"step": 0, **evaluate(0, eval_prompts, sampler, config, folder, world)}
+
+    def record(metrics: dict):
         if world.main:
             run.append_metrics(folder, metrics)
-            log.log(metrics, step=0)
+            log.log(metrics, step=metrics["step"])
+
+    if start == 0 and eval_prompts:
+        record({"step": 0, **evaluate(0, eval_prompts, sampler, config, folder, world)})
 
     def save():
         parallel.save_checkpoint(folder / "checkpoints", model, optimizer, state, world,
@@ -489,12 +496,12 @@ def train(config: Config):
         # Sample: each rank its own groups. Score each sample as it finishes.
         order = prompt_data.order(len(prompts), config.prompts_per_step, config.seed, state["cursor"])
         mine = [prompts[i] for i in order[world.rank::world.size]]
-        seeds = [request_seed(config.seed, step, p.id) for p in mine]
+        requests = make_requests(tokenizer, mine, config.group_size, step, config)
         progress = run.Progress(f"step {step}", len(mine) * config.group_size, world.main)
         try:
             with clock("sample"):
-                completions, rewards_BGR = sample_and_score(sampler, mine, config.group_size, seeds, config,
-                                                            clock, progress, world)
+                completions, rewards_BGR = sample_and_score(sampler, mine, requests, config, clock, progress,
+                                                            world)
         except RewardError:  # the steps so far are kept for when it is repaired
             if state["step"] % config.save_every:
                 save()
@@ -510,8 +517,7 @@ def train(config: Config):
         lr = config.lr * min(1.0, step / max(1, config.warmup))
         for parameters in optimizer.param_groups:
             parameters["lr"] = lr
-        ids = [tokenizer.encode(p.text) for p in mine]
-        samples = [grpo.Sample(ids[b], c.token_ids, c.logprobs, advantage_BG[b, g].item())
+        samples = [grpo.Sample(requests[b].prompt_ids, c.token_ids, c.logprobs, advantage_BG[b, g].item())
                    for b, group in enumerate(completions) for g, c in enumerate(group)]
         with clock("update"):
             trained, gaps = update(model, reference, optimizer, samples,
@@ -535,9 +541,7 @@ def train(config: Config):
                       f"{config.max_new_tokens}", flush=True)
         if eval_prompts and step % config.eval_every == 0:
             metrics |= evaluate(step, eval_prompts, sampler, config, folder, world)
-        if world.main:
-            run.append_metrics(folder, metrics)
-            log.log(metrics, step=step)
+        record(metrics)
 
         # Save: after the log, so that a resumed run cuts back lines and never lacks one.
         if step % config.save_every == 0 or step == config.steps:

@@ -8,11 +8,13 @@ import torch
 
 
 def hardware() -> dict:
-    """What a figure was measured on."""
+    """What a figure is measured on, printed and returned."""
     cpu = platform.processor() or platform.machine()
     if (info := Path("/proc/cpuinfo")).exists():
         lines = (line for line in info.read_text().splitlines() if line.startswith("model name"))
         cpu = next((line.split(":", 1)[1].strip() for line in lines), cpu)
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    return {"cpu": cpu, "cores": os.cpu_count(), "threads": torch.get_num_threads(), "gpu": gpu,
-            "torch": torch.__version__}
+    machine = {"cpu": cpu, "cores": os.cpu_count(), "threads": torch.get_num_threads(), "gpu": gpu,
+               "torch": torch.__version__}
+    print("; ".join(f"{k} {v}" for k, v in machine.items()), flush=True)
+    return machine

@@ -6,7 +6,8 @@
 of an RL step, in which one long sample keeps a whole batch waiting. A sample ends at its length, nothing
 else ends it. transformers gets all 32 as one batch and stops when the longest ends; tokens after a row's own
 length do not count. Without --model a random checkpoint (hidden 512, 8 layers, 8/2 heads, vocabulary
-32,768). Both run alternately in this process; the figures are medians.
+32,768). Both run alternately in this process; the figures are medians. The peer comes with
+requirements-dev.txt.
 """
 
 import argparse
@@ -93,7 +94,6 @@ def main():
         requests = workload(model.config.vocab_size)
         lengths = [r.max_new_tokens for r in requests]
         machine = hardware()
-        print("; ".join(f"{k} {v}" for k, v in machine.items()))
         print(f"{model.config.num_parameters:,} parameters, {args.dtype}; 32 requests of 64 tokens, "
               f"{sum(lengths)} tokens to write, longest {max(lengths)}", flush=True)
         figures = {name: [] for name in runners}

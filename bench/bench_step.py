@@ -25,11 +25,10 @@ def main():
         base = ["--steps", "6", "--eval_prompts", "", "--save_every", "1000000", *sys.argv[1:]]
         config = train.parse([*base, "--run_dir", f"{folder}/run"])
         world = parallel.setup(config.device)
-        folders = parallel.gather(config.run_dir, world)
-        config.run_dir = folders[0]
+        config.run_dir = parallel.broadcast(config.run_dir, world)
         train.train(config)
         dist.barrier()
-        lines = [json.loads(line) for line in (Path(folders[0]) / "metrics.jsonl").open()]
+        lines = [json.loads(line) for line in (Path(config.run_dir) / "metrics.jsonl").open()]
         dist.barrier()  # nobody removes the folder before all have read it
         parallel.close()
     if not world.main:
@@ -41,7 +40,6 @@ def main():
     phases = ("sample", "score", "update", "publish")
     figures["time/step"] = sum(figures[f"time/{phase}"] for phase in phases)
     machine = hardware()
-    print("; ".join(f"{k} {v}" for k, v in machine.items()))
     print(f"{world.size} ranks; {config.prompts_per_step} x {config.group_size} samples a step, "
           f"max_new_tokens {config.max_new_tokens}")
     for name, value in figures.items():

@@ -18,6 +18,7 @@ import tempfile
 from pathlib import Path
 
 import model as qwen
+from bench import hardware
 from tokenizer import Tokenizer
 
 ROOT = Path(__file__).parent.parent
@@ -47,18 +48,16 @@ print(f"largest sampled id {largest[0]}", flush=True)
 HEAD = MATERIALISED + """
 import sys, torch
 from kernels import linear_logprob
+from run import peak_memory_gb
 rows, vocabulary, width = map(int, sys.argv[2:])
 hidden = torch.randn(rows, width, requires_grad=True)
 weight = torch.randn(vocabulary, width, requires_grad=True)
 targets = torch.randint(0, vocabulary, (rows,))
-def peak():  # getrusage would count the parent's memory too
-    lines = open("/proc/self/status").read().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 2**20
-before = peak()
+before = peak_memory_gb(torch.device("cpu"))
 head = materialised if sys.argv[1] == "materialised" else linear_logprob
 logp, entropy = head(hidden, weight, targets, 0.8)
 logp.sum().backward()
-print(peak() - before)
+print(peak_memory_gb(torch.device("cpu")) - before)
 """
 
 
@@ -94,8 +93,7 @@ def step(folder: Path, args, head: str) -> dict:
     ]
     return {
         "peak_gb": last["memory/peak_gb"], "update_s": last["time/update"], "sample_s": last["time/sample"],
-        "gap_mean": last["gap/mean"], "grad_norm": last["grad_norm"],
-        "largest_id": max(ids)
+        "gap_mean": last["gap/mean"], "grad_norm": last["grad_norm"], "largest_id": max(ids)
     }
 
 
@@ -116,8 +114,8 @@ def main():
     parser.add_argument("--head_rows", type=int, default=1024, help="tokens of the head alone")
     args = parser.parse_args()
     last_id = Tokenizer(args.tokenizer).n_valid - 1
-    result = {"bench": "real_input", "shape": args.shape, "ranks": args.ranks, "new_tokens": args.new_tokens,
-              "head_rows": args.head_rows}
+    result = {"bench": "real_input", **hardware(), "shape": args.shape, "ranks": args.ranks,
+              "new_tokens": args.new_tokens, "head_rows": args.head_rows}
     with tempfile.TemporaryDirectory() as folder:
         checkpoint(Path(folder), args.shape, args.tokenizer)
         for head in ("streamed", "materialised"):

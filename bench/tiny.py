@@ -12,7 +12,6 @@ with one JSON line.
 import argparse
 import json
 import os
-import platform
 import subprocess
 import sys
 import time
@@ -20,6 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
+from bench import hardware
 from data.prompts import parse_range
 from rewards import count_words, length_reward, structure
 
@@ -139,14 +139,14 @@ def main():
             "curve": {int(f.stem[5:]): measure(f, asked)
                       for f in files}
         })
-    print(f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, {args.ranks} ranks; "
-          f"best constant length {constant_words} words earns {constant:.3f}")
+    machine = hardware()
+    print(f"{args.ranks} ranks; best constant length {constant_words} words earns {constant:.3f}")
     for run in runs:
         first, last = (list(run["curve"].values())[i] for i in (0, -1))
         moves = "  ".join(f"{key} {first[key]:.3f} -> {last[key]:.3f}" for key in PANELS)
         print(f"seed {run['seed']} ({run['seconds']} s, {max(run['curve'])} steps): {moves}")
     result = {
-        "bench": "tiny", "cores": os.cpu_count(), "ranks": args.ranks, "options": options,
+        "bench": "tiny", **machine, "ranks": args.ranks, "options": options,
         "best_constant_length": round(constant, 4), "runs": [
             {**run, "curve": {s: {k: round(v, 4)
                                   for k, v in c.items()}

@@ -36,16 +36,12 @@ def find_checkpoint(path: Path) -> tuple[Path, Path]:
     if not (run / "config.json").is_file():
         raise ExportError(
             f"{path} is neither a run nor a checkpoint of one: {run / 'config.json'} does not exist")
-    candidates = parallel.checkpoints(run / "checkpoints") if run == path else [path]
-    for checkpoint in candidates:
-        try:
-            parallel.verify_checkpoint(checkpoint)
-            return run, checkpoint
-        except parallel.BadCheckpoint as e:
-            if run != path:
-                raise
-            print(f"warning: {e}; trying the checkpoint before it", file=sys.stderr)
-    raise ExportError(f"{path} has no complete checkpoint yet: export it after its first save")
+    if run != path:
+        parallel.verify_checkpoint(path)
+        return run, path
+    if not (newest := parallel.newest_checkpoint(run / "checkpoints")):
+        raise ExportError(f"{path} has no complete checkpoint yet: export it after its first save")
+    return run, newest[0]
 
 
 def export(source: Path, out: Path, dtype: str = "", model_path: str = "") -> Path:
