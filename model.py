@@ -4,8 +4,9 @@ Shapes: T packed tokens, H query heads, K key/value heads, D head dim, C hidden,
 
 `forward` sees only a flat row of tokens. How those tokens attend to each other is the business of the
 attention plan that is passed in: `packed(lengths)` for whole sequences laid end to end (training), or the
-sampler's paged plan. A plan has `positions_T` and is called as `plan(layer, q_THD, k_TKD, v_TKD) -> out_THD`;
-this is the interface that a kernel fills.
+sampler's paged plan. A plan has `positions_T` and is called as `plan(layer, q_THD, k_TKD, v_TKD, cos, sin)`,
+with q and k as they come out of their projections, and returns out_THD: to rotate them is the plan's business
+too, because the sampler does it while it writes its pages.
 
 Left out on purpose: dropout, sliding windows (no Qwen2.5 checkpoint uses them) and padding. The model returns
 hidden states, never logits: the LM head belongs to `kernels.linear_logprob` and to the sampler, which know
@@ -23,6 +24,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 from torch.utils.checkpoint import checkpoint
+
+from kernels.attention import packed_attention, rotate
 
 
 class CheckpointError(ValueError):
@@ -104,14 +107,6 @@ def rope_frequencies(config: ModelConfig) -> tuple[torch.Tensor, float]:
     return plain / factor * ramp + plain * (1 - ramp), float(magnitude)
 
 
-def rotate(x_TND: torch.Tensor, cos_T1D: torch.Tensor, sin_T1D: torch.Tensor) -> torch.Tensor:
-    """Rotates pairs (i, i + D/2) in fp32; the first half of sin carries the minus sign of the rotation
-    matrix."""
-    x = x_TND.float()
-    first, second = x.chunk(2, dim=-1)
-    return torch.addcmul(x * cos_T1D, torch.cat((second, first), dim=-1), sin_T1D).to(x_TND.dtype)
-
-
 # ---------------------------------------------------------------------- attention
 # plan
 
@@ -126,13 +121,9 @@ class Packed:
         self.cu_seqlens = F.pad(
             torch.tensor(lengths, device=device, dtype=torch.int32).cumsum(0, dtype=torch.int32), (1, 0))
 
-    def __call__(self, layer: int, q_THD, k_TKD, v_TKD):
-        rows = zip(*(x.transpose(0, 1).split(self.lengths, dim=1) for x in (q_THD, k_TKD, v_TKD)))
-        out = [
-            F.scaled_dot_product_attention(q[None], k[None], v[None], is_causal=True, enable_gqa=True)[0]
-            for q, k, v in rows
-        ]
-        return torch.cat(out, dim=1).transpose(0, 1)
+    def __call__(self, layer: int, q_THD, k_TKD, v_TKD, cos_T1D, sin_T1D):
+        q_THD, k_TKD = rotate(q_THD, k_TKD, cos_T1D, sin_T1D)
+        return packed_attention(q_THD, k_TKD, v_TKD, self.lengths, self.cu_seqlens)
 
 
 def packed(lengths: list[int], device="cpu") -> Packed:
@@ -166,8 +157,7 @@ class Attention(nn.Module):
     def forward(self, x_TC, cos, sin, attention):
         q, k, v = (proj(x_TC).unflatten(-1, (-1, self.head_dim))
                    for proj in (self.q_proj, self.k_proj, self.v_proj))
-        q, k = rotate(torch.cat((q, k), dim=1), cos, sin).split((q.shape[1], k.shape[1]), dim=1)
-        out_THD = attention(self.layer, q, k, v)
+        out_THD = attention(self.layer, q, k, v, cos, sin)
         return self.o_proj(out_THD.flatten(1))
 
 

@@ -19,9 +19,9 @@ from dataclasses import dataclass, field
 import torch
 import torch.nn.functional as F
 
-from kernels.logprob import matmul_fp32
-from kernels.sample import draw, streams, uniforms
-from model import Packed, Qwen2
+from kernels.attention import PagedDecode, PagedPrefill, write_kv
+from kernels.sample import head_draw, streams, uniforms
+from model import Qwen2
 
 # Thinner CPU matrix products take other code paths, whose rounding differs: padded, a row is the same in
 # any batch.
@@ -142,45 +142,18 @@ class PagePool:
         for x in (*self.keys, *self.values):
             x[target] = x[source]
 
-    def write_(self, layer: int, slots_T: torch.Tensor, k_TKD: torch.Tensor, v_TKD: torch.Tensor):
-        self.keys[layer].view(-1, *k_TKD.shape[1:])[slots_T] = k_TKD
-        self.values[layer].view(-1, *v_TKD.shape[1:])[slots_T] = v_TKD
 
+class PagedPlan:
+    """Attention plan of a forward whose new keys and values go into the pages' slots before `attend` reads
+    them."""
+    def __init__(self, pool: PagePool, attend: PagedDecode | PagedPrefill, slots_T: torch.Tensor,
+                 positions_T: torch.Tensor):
+        self.pool, self.attend, self.slots_T, self.positions_T = pool, attend, slots_T, positions_T
 
-class PrefillPlan(Packed):
-    """Whole prefixes, packed: attention among the new tokens themselves, whose keys and values also go into
-    pages."""
-    def __init__(self, pool: PagePool, lengths: list[int], slots_T: torch.Tensor):
-        super().__init__(lengths, slots_T.device)
-        self.pool, self.slots_T = pool, slots_T
-
-    def __call__(self, layer, q_THD, k_TKD, v_TKD):
-        self.pool.write_(layer, self.slots_T, k_TKD, v_TKD)
-        return super().__call__(layer, q_THD, k_TKD, v_TKD)
-
-
-class DecodePlan:
-    """One query a row over the pages of its sequence. The reference for a paged kernel: gather, then one
-    batched attention."""
-    def __init__(self, pool: PagePool, table_SP: torch.Tensor, positions_S: torch.Tensor):
-        self.pool, self.table_SP, self.positions_T = pool, table_SP, positions_S
-        page = table_SP.gather(1, (positions_S // pool.page_size)[:, None])[:, 0]
-        self.slots_T = page * pool.page_size + positions_S % pool.page_size
-        slot = torch.arange(table_SP.shape[1] * pool.page_size, device=table_SP.device)
-        dtype = pool.dtype  # an additive mask: a boolean one would be converted in each layer
-        self.mask_S11L = torch.zeros(len(table_SP), 1, 1, len(slot), dtype=dtype, device=table_SP.device)
-        self.mask_S11L.masked_fill_((slot > positions_S[:, None])[:, None, None], -torch.inf)
-
-    def __call__(self, layer, q_SHD, k_SKD, v_SKD):
-        self.pool.write_(layer, self.slots_T, k_SKD, v_SKD)
-        k, v = (self.gather(x[layer]) for x in (self.pool.keys, self.pool.values))
-        q = q_SHD.unflatten(1, (k.shape[1], -1))  # the query heads of a KV head are rows: (S, K, H/K, D)
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=self.mask_S11L).flatten(1, 2)
-
-    def gather(self, cache: torch.Tensor) -> torch.Tensor:
-        """(S, K, L, D): the pages of each row end to end; index_select is far faster than indexing."""
-        pages = cache.index_select(0, self.table_SP.flatten())
-        return pages.view(len(self.table_SP), -1, *cache.shape[2:]).transpose(1, 2)
+    def __call__(self, layer: int, q_THD, k_TKD, v_TKD, cos_T1D, sin_T1D):
+        keys, values = self.pool.keys[layer], self.pool.values[layer]
+        q_THD = write_kv(q_THD, k_TKD, v_TKD, cos_T1D, sin_T1D, self.slots_T, keys, values)
+        return self.attend(q_THD, keys, values)
 
 
 # ---------------------------------------------------------------------- engine
@@ -375,15 +348,19 @@ class Sampler:
     # ---- computing
 
     def prefill(self, batch: list[Group | Sequence]):
-        device = self.table.device
+        device, heads = self.table.device, self.model.config.num_attention_heads
         lengths = [len(item.prefix) for item in batch]
-        offsets = torch.arange(self.page_size)
-        slots = [(torch.tensor(item.pages)[:, None] * self.page_size + offsets).flatten()[:n]
-                 for item, n in zip(batch, lengths)]
-        plan = PrefillPlan(self.pool, lengths, torch.cat(slots).to(device))
+        table = torch.zeros(len(batch), max(len(item.pages) for item in batch), dtype=torch.int64)
+        for row, item in zip(table, batch):
+            row[:len(item.pages)] = torch.tensor(item.pages)
+        positions = [torch.arange(n) for n in lengths]
+        slots = [row[p // self.page_size] * self.page_size + p % self.page_size
+                 for row, p in zip(table, positions)]
+        attend = PagedPrefill(self.pool.keys[0], heads, table.to(device), lengths, lengths)
+        plan = PagedPlan(self.pool, attend, torch.cat(slots).to(device), torch.cat(positions).to(device))
         hidden = self.model(torch.tensor([t for item in batch for t in item.prefix], device=device), plan)
         self.stats.prefill_tokens += sum(lengths)
-        for item, last in zip(batch, (plan.cu_seqlens[1:] - 1).tolist()):
+        for item, last in zip(batch, (torch.tensor(lengths).cumsum(0) - 1).tolist()):
             if isinstance(item, Group):
                 item.hidden_C = hidden[last]
                 self.ready.append(item)
@@ -399,7 +376,10 @@ class Sampler:
             return
         rows = self.rows()
         pages = self.wide(max(len(s.pages) for s in self.running))
-        plan = DecodePlan(self.pool, self.table[rows, :pages], self.position[rows])
+        table, positions = self.table[rows, :pages], self.position[rows]
+        slots = table.gather(1, (positions // self.page_size)[:, None])[:, 0] * self.page_size
+        attend = PagedDecode(self.pool.keys[0], table, positions + 1)
+        plan = PagedPlan(self.pool, attend, slots + positions % self.page_size, positions)
         hidden = self.model(self.token[rows], plan)
         self.position[rows[:len(self.running)]] += 1  # padding rows stay at one token, in page 0
         self.stats.decode_steps += 1
@@ -409,26 +389,29 @@ class Sampler:
         yield from self.extend(list(self.running), hidden)
 
     def rows(self) -> torch.Tensor:
-        """Row numbers of the running sequences, padded to MIN_ROWS."""
+        """Row numbers of the running sequences, padded."""
         if self.active is None:
-            numbers = [s.row for s in self.running]
-            padding = range(len(self.table) - MIN_ROWS, len(self.table) - len(numbers))
-            self.active = torch.tensor(numbers + list(padding), device=self.table.device)
+            self.active = self.padded(self.running)
         return self.active
+
+    def padded(self, sequences: list[Sequence]) -> torch.Tensor:
+        """Their row numbers, with padding rows up to MIN_ROWS."""
+        numbers = [s.row for s in sequences]
+        padding = range(len(self.table) - MIN_ROWS, len(self.table) - len(numbers))
+        return torch.tensor(numbers + list(padding), device=self.table.device)
 
     def extend(self, sequences: list[Sequence], hidden_SC: torch.Tensor) -> Iterator[Completion]:
         """Draws the next token of each sequence from its hidden state; yields and retires those that end."""
-        count = len(sequences)
-        rows = torch.tensor([s.row for s in sequences], device=hidden_SC.device)
-        if len(hidden_SC) < MIN_ROWS:
-            hidden_SC = F.pad(hidden_SC, (0, 0, 0, MIN_ROWS - len(hidden_SC)))
-        logits = matmul_fp32(hidden_SC, self.model.head_weight[:self.n_valid])[:count]
+        rows, model = self.padded(sequences), self.model
+        hidden_SC = F.pad(hidden_SC, (0, 0, 0, len(rows) - len(hidden_SC)))
         filtered = any(s.request.top_p < 1 or s.request.top_k > 0 for s in sequences)
-        token, logp = draw(logits, uniforms(self.stream[rows], self.drawn[rows]), self.temperature[rows],
-                           *((self.top_p[rows], self.top_k[rows]) if filtered else ()))
+        filters = (self.top_p[rows], self.top_k[rows]) if filtered else ()
+        uniform = uniforms(self.stream[rows], self.drawn[rows])
+        token, logp = head_draw(hidden_SC, model.head_weight, self.n_valid, uniform, self.temperature[rows],
+                                *filters)
         self.token[rows] = token
         self.drawn[rows] += 1
-        self.stats.new_tokens += count
+        self.stats.new_tokens += len(sequences)
         for sequence, t, value in zip(sequences, token.tolist(), logp.tolist()):
             sequence.token_ids.append(t)
             sequence.logprobs.append(value)

@@ -3,14 +3,23 @@
 Shapes: T tokens, C hidden, V vocabulary.
 
 The T x V logits of a 14,000-token sample with Qwen2.5's head are 8.5 GB in fp32, and a naive backward holds
-several of them. Here both directions walk over chunks of tokens: forward keeps only the log-sum-exp and the
-mean logit of each row; backward recomputes the chunk's logits. Peak extra memory is one chunk (`CHUNK_BYTES`)
-and, in backward, the weight's gradient.
+several of them. Here both directions walk over chunks of the vocabulary (`CHUNK_BYTES` of logits): forward
+keeps an online log-sum-exp of each row, backward recomputes the chunk's logits and turns them into their
+gradient in place. Chunks of the vocabulary, not of tokens: the weight's gradient is then written once, a
+chunk's rows at a time, where it would be read and written as a whole for each chunk of tokens. The matrix
+products are cuBLAS's; two kernels do what lies between them, one pass over a chunk each. No atomics: the
+result is the same, bit for bit, every time.
 """
 
-import torch
+from __future__ import annotations
 
-CHUNK_BYTES = 64 * 2**20  # of fp32 logits at a time
+import torch
+import torch.distributed as dist
+
+from kernels import backend
+from kernels.backend import tl, triton
+
+CHUNK_BYTES = {"cpu": 64 * 2**20, "cuda": 512 * 2**20}  # of fp32 logits at a time
 
 
 def matmul_fp32(a_TC: torch.Tensor, weight_VC: torch.Tensor) -> torch.Tensor:
@@ -21,69 +30,204 @@ def matmul_fp32(a_TC: torch.Tensor, weight_VC: torch.Tensor) -> torch.Tensor:
     return a_TC.float() @ weight_VC.float().T
 
 
-def shifted_logits(hidden_TC: torch.Tensor, weight_VC: torch.Tensor, temperature: float) -> torch.Tensor:
-    """Logits over temperature, less each row's maximum: at 1e4 fp32 steps by 1e-3; exp would be off."""
-    z = matmul_fp32(hidden_TC, weight_VC).div_(temperature)
-    return z.sub_(z.amax(-1, keepdim=True))
+def chunks(rows: int, vocabulary: int, device: torch.device) -> list[slice]:
+    width = max(1, CHUNK_BYTES[device.type] // (4 * max(1, rows)))
+    width = width // 128 * 128 or width
+    return [slice(i, min(i + width, vocabulary)) for i in range(0, vocabulary, width)]
 
 
-def chunks(hidden_TC: torch.Tensor, vocabulary: int) -> list[slice]:
-    rows = max(1, CHUNK_BYTES // (4 * vocabulary))
-    return [slice(i, i + rows) for i in range(0, len(hidden_TC), rows)]
+# ---------------------------------------------------------------------- a chunk of logits
 
 
-class LinearLogprob(torch.autograd.Function):
-    """With z = hidden @ weight.T / temperature - max, p = softmax(z), E = sum p z and entropy h = lse - E:
+class RowStats:
+    """Online softmax statistics of each row over the chunks seen so far, of logits over temperature z:
+
+        peak = max z    total = sum exp(z - peak)    weighted = sum exp(z - peak) (z - peak)
+        target = z of the target, -inf until its chunk was seen
+
+    Relative to the peak, because fp32 steps by 1e-3 at 1e4.
+    """
+    def __init__(self, rows: int, device: torch.device):
+        self.peak_T, self.target_T = (torch.full((rows, ), -torch.inf, device=device) for _ in range(2))
+        self.total_T, self.weighted_T = (torch.zeros(rows, device=device) for _ in range(2))
+
+    def add_(self, logits_TN: torch.Tensor, targets_T: torch.Tensor, temperature: float):
+        """Takes in the next chunk; targets_T counts from the chunk's first column."""
+        if backend.fused(logits_TN):
+            return self.add_fused_(logits_TN, targets_T, temperature)
+        z = logits_TN / temperature
+        peak = torch.maximum(self.peak_T, z.amax(-1))
+        here = (targets_T >= 0) & (targets_T < z.shape[1])
+        at = targets_T.clamp(0, z.shape[1] - 1)
+        self.target_T = torch.where(here, z.gather(-1, at[:, None])[:, 0], self.target_T)
+        z = z.sub_(peak[:, None])
+        e = z.exp()
+        self.rebase_(peak)
+        self.total_T += e.sum(-1)
+        self.weighted_T += e.mul_(z).sum(-1)
+
+    def add_fused_(self, logits_TN, targets_T, temperature):
+        size = backend.blocks("row_stats", logits_TN.dtype, logits_TN.shape[1])
+        row_stats[(len(logits_TN), )](logits_TN, logits_TN.stride(0), logits_TN.shape[1], targets_T,
+                                      self.peak_T, self.total_T, self.weighted_T, self.target_T, temperature,
+                                      **size)
+
+    def rebase_(self, peak_T: torch.Tensor):
+        """Expresses the sums relative to a peak that is not below the own one."""
+        drop = torch.where(self.total_T > 0, self.peak_T - peak_T, 0)
+        self.weighted_T = drop.exp() * (self.weighted_T + drop * self.total_T)
+        self.total_T = drop.exp() * self.total_T
+        self.peak_T = peak_T
+
+    def merge_(self, group):
+        """Over ranks that hold different parts of the vocabulary."""
+        peak_T = self.peak_T.clone()
+        dist.all_reduce(peak_T, dist.ReduceOp.MAX, group=group)
+        self.rebase_(peak_T)
+        sums = torch.stack((self.total_T, self.weighted_T))
+        dist.all_reduce(sums, group=group)
+        self.total_T, self.weighted_T = sums
+        dist.all_reduce(self.target_T, dist.ReduceOp.MAX, group=group)
+
+
+def logit_gradient(logits_TN: torch.Tensor, targets_T: torch.Tensor, peak_T: torch.Tensor,
+                   log_total_T: torch.Tensor, mean_T: torch.Tensor, grad_logp_T: torch.Tensor,
+                   grad_entropy_T: torch.Tensor | None, temperature: float,
+                   dtype: torch.dtype) -> torch.Tensor:
+    """The gradient of a chunk's logits, in `dtype`. With p = softmax(z), E = sum p z = mean + peak and
+    entropy h = log total - mean:
 
         d logp / dz = onehot(target) - p        d h / dz = -p (z - E)
     """
+    if backend.fused(logits_TN):
+        out = logits_TN if dtype == torch.float32 else torch.empty_like(logits_TN, dtype=dtype)
+        rows, columns = logits_TN.shape
+        size = backend.blocks("row_gradient", dtype, columns)
+        row_gradient[(rows, triton.cdiv(columns, size["BLOCK_N"]))](
+            logits_TN, out, columns, targets_T, peak_T, log_total_T, mean_T, grad_logp_T, grad_entropy_T,
+            temperature, ENTROPY=grad_entropy_T is not None, **size)
+        return out
+    z = logits_TN.div(temperature).sub_(peak_T[:, None])
+    p = (z - log_total_T[:, None]).exp_()
+    g = p * -grad_logp_T[:, None]
+    if grad_entropy_T is not None:
+        g -= grad_entropy_T[:, None] * p * (z - mean_T[:, None])
+    here = (targets_T >= 0) & (targets_T < z.shape[1])
+    g.scatter_add_(-1, targets_T.clamp(0, z.shape[1] - 1)[:, None],
+                   torch.where(here, grad_logp_T, 0)[:, None])
+    return g.div_(temperature).to(dtype)
+
+
+@triton.jit
+def row_stats(logits, stride, columns, targets, peak, total, weighted, target, temperature,
+              BLOCK_N: tl.constexpr):
+    """`RowStats.add_`: a program a row."""
+    row = tl.program_id(0)
+    logits += row.to(tl.int64) * stride
+    high, mass, moment = tl.load(peak + row), tl.load(total + row), tl.load(weighted + row)
+    for start in range(0, columns, BLOCK_N):
+        n = start + tl.arange(0, BLOCK_N)
+        z = tl.load(logits + n, mask=n < columns, other=-float("inf")) / temperature
+        top = tl.maximum(high, tl.max(z, 0))
+        drop = tl.where(mass > 0, high - top, 0.0)
+        moment = tl.exp(drop) * (moment + drop * mass)
+        mass = tl.exp(drop) * mass
+        below = tl.where(n < columns, z - top, 0.0)
+        e = tl.where(n < columns, tl.exp(below), 0.0)
+        mass += tl.sum(e, 0)
+        moment += tl.sum(e * below, 0)
+        high = top
+    tl.store(peak + row, high)
+    tl.store(total + row, mass)
+    tl.store(weighted + row, moment)
+    at = tl.load(targets + row)
+    if (at >= 0) & (at < columns):
+        tl.store(target + row, tl.load(logits + at) / temperature)
+
+
+@triton.jit
+def row_gradient(logits, out, columns, targets, peak, log_total, mean, grad_logp, grad_entropy, temperature,
+                 ENTROPY: tl.constexpr, BLOCK_N: tl.constexpr):
+    """`logit_gradient`: a program for BLOCK_N columns of a row; logits and out are contiguous, and may be one
+    tensor."""
+    row = tl.program_id(0)
+    n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    offset = row.to(tl.int64) * columns + n
+    z = tl.load(logits + offset, mask=n < columns, other=-float("inf")) / temperature - tl.load(peak + row)
+    p = tl.exp(z - tl.load(log_total + row))
+    up = tl.load(grad_logp + row)
+    g = -up * p
+    if ENTROPY:
+        g -= tl.load(grad_entropy + row) * p * tl.where(n < columns, z - tl.load(mean + row), 0.0)
+    g += tl.where(n == tl.load(targets + row), up, 0.0)
+    tl.store(out + offset, (g / temperature).to(out.dtype.element_ty), mask=n < columns)
+
+
+# ---------------------------------------------------------------------- autograd
+
+
+class LinearLogprob(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden_TC, weight_VC, targets_T, temperature):
-        logp_T, entropy_T, lse_T = (torch.empty(len(hidden_TC), device=hidden_TC.device) for _ in range(3))
-        for rows in chunks(hidden_TC, len(weight_VC)):
-            z = shifted_logits(hidden_TC[rows], weight_VC, temperature)
-            lse = z.logsumexp(-1)
-            logp_T[rows] = z.gather(-1, targets_T[rows, None])[:, 0] - lse
-            p = (z - lse[:, None]).exp_()
-            entropy_T[rows] = lse - p.mul_(z).sum(-1)
-            lse_T[rows] = lse
-        ctx.save_for_backward(hidden_TC, weight_VC, targets_T, lse_T, entropy_T)
-        ctx.temperature = temperature
-        return logp_T, entropy_T
+    def forward(ctx, hidden_TC, weight_VC, targets_T, temperature, group):
+        stats = RowStats(len(hidden_TC), hidden_TC.device)
+        for part in chunks(len(hidden_TC), len(weight_VC), hidden_TC.device):
+            stats.add_(matmul_fp32(hidden_TC, weight_VC[part]), targets_T - part.start, temperature)
+        if group is not None:
+            stats.merge_(group)
+        log_total_T, mean_T = stats.total_T.log(), stats.weighted_T / stats.total_T
+        ctx.save_for_backward(hidden_TC, weight_VC, targets_T, stats.peak_T, log_total_T, mean_T)
+        ctx.temperature, ctx.group = temperature, group
+        ctx.set_materialize_grads(False)
+        return stats.target_T - stats.peak_T - log_total_T, log_total_T - mean_T
 
     @staticmethod
     def backward(ctx, grad_logp_T, grad_entropy_T):
-        hidden_TC, weight_VC, targets_T, lse_T, entropy_T = ctx.saved_tensors
+        hidden_TC, weight_VC, *rows = ctx.saved_tensors
         need_hidden, need_weight = ctx.needs_input_grad[:2]
-        entropy_used = bool(grad_entropy_T.any())
         grad_hidden = torch.zeros_like(hidden_TC) if need_hidden else None
-        grad_weight = torch.zeros(weight_VC.shape, device=weight_VC.device) if need_weight else None
-        for rows in chunks(hidden_TC, len(weight_VC)):
-            if not entropy_used and not grad_logp_T[rows].any():
-                continue  # a chunk of ignored positions costs nothing
-            z = shifted_logits(hidden_TC[rows], weight_VC, ctx.temperature)
-            p = (z - lse_T[rows, None]).exp_()
-            g = p * -grad_logp_T[rows, None]
-            g.scatter_add_(-1, targets_T[rows, None], grad_logp_T[rows, None])
-            if entropy_used:
-                mean_z = (lse_T - entropy_T)[rows, None]
-                g -= grad_entropy_T[rows, None] * p * (z - mean_z)
-            g = g.div_(ctx.temperature).to(hidden_TC.dtype)
+        grad_weight = torch.zeros_like(weight_VC) if need_weight else None
+        grad_logp_T = torch.zeros_like(rows[1]) if grad_logp_T is None else grad_logp_T
+        counted = grad_logp_T != 0
+        if grad_entropy_T is not None:
+            counted |= grad_entropy_T != 0
+        kept = counted.nonzero()[:, 0]
+        if len(kept) < len(hidden_TC):  # rows without a gradient cost nothing
+            hidden_TC, *rows, grad_logp_T = (x[kept] for x in (hidden_TC, *rows, grad_logp_T))
+            grad_entropy_T = None if grad_entropy_T is None else grad_entropy_T[kept]
+        targets_T, *stats = rows
+        sums_TC = torch.zeros(hidden_TC.shape, device=hidden_TC.device) if need_hidden else None
+        for part in chunks(len(kept), len(weight_VC), hidden_TC.device) if len(kept) else ():
+            g_TN = logit_gradient(matmul_fp32(hidden_TC, weight_VC[part]), targets_T - part.start, *stats,
+                                  grad_logp_T, grad_entropy_T, ctx.temperature, hidden_TC.dtype)
             if need_hidden:
-                grad_hidden[rows] = g @ weight_VC
+                sums_TC += matmul_fp32(g_TN, weight_VC[part].T)
             if need_weight:
-                grad_weight += matmul_fp32(g.T, hidden_TC[rows].T)
-        return grad_hidden, grad_weight.to(weight_VC.dtype) if need_weight else None, None, None
+                grad_weight[part] = matmul_fp32(g_TN.T, hidden_TC.T)
+        if need_hidden:
+            if ctx.group is not None:
+                dist.all_reduce(sums_TC, group=ctx.group)
+            grad_hidden[kept] = sums_TC.to(grad_hidden.dtype)
+        return grad_hidden, grad_weight, None, None, None
 
 
 def linear_logprob(hidden_TC: torch.Tensor, weight_VC: torch.Tensor, targets_T: torch.Tensor,
-                   temperature: float = 1.0) -> tuple[torch.Tensor, torch.Tensor]:
+                   temperature: float = 1.0, group=None,
+                   first_id: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
     """log softmax(hidden @ weight.T / temperature)[target] and the entropy of that distribution.
 
-    hidden_TC and weight_VC share a dtype; targets_T is int64 in [0, V). Returns fp32 logp_T and entropy_T
-    (nats), both differentiable. Pass `head_weight[:n_valid]` where the checkpoint pads its vocabulary beyond
-    the tokenizer's last id.
+    hidden_TC and weight_VC share a dtype; targets_T is int64 in [0, V), or negative at positions to ignore,
+    which get 0 and cost nothing. Returns fp32 logp_T and entropy_T (nats), both differentiable. Pass
+    `head_weight[:n_valid]` where the checkpoint pads its vocabulary beyond the tokenizer's last id.
+
+    group: ranks that share a vocabulary-parallel head; weight_VC is then this rank's slice, whose first row
+    is id `first_id`, and every rank passes the same rows and gets the same results.
     """
     if not temperature > 0:
         raise ValueError(f"linear_logprob: temperature must be positive, got {temperature}")
-    return LinearLogprob.apply(hidden_TC, weight_VC, targets_T, temperature)
+    if group is None and len(targets_T) and (largest := int(targets_T.max())) >= len(weight_VC):
+        raise ValueError(f"linear_logprob: target {largest} is beyond the last id, {len(weight_VC) - 1}")
+    kept = (targets_T >= 0).nonzero()[:, 0]
+    if len(kept) == len(targets_T):
+        return LinearLogprob.apply(hidden_TC, weight_VC, targets_T - first_id, temperature, group)
+    values = LinearLogprob.apply(hidden_TC[kept], weight_VC, targets_T[kept] - first_id, temperature, group)
+    return tuple(x.new_zeros(len(targets_T)).index_put((kept, ), x) for x in values)

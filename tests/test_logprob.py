@@ -1,6 +1,7 @@
 """kernels/logprob.py against log_softmax and autograd in fp64, and that T x V logits never exist.
 
-Not exercised here: the CUDA branch of `matmul_fp32`.
+Every test runs on the PyTorch reference and on the Triton kernels. Not exercised here: the CUDA branch of
+`matmul_fp32`.
 """
 
 import math
@@ -9,10 +10,19 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from kernels import logprob
+from kernels import backend, logprob
 from kernels.logprob import linear_logprob
 
 T, V, C = 13, 37, 8
+
+
+@pytest.fixture(params=["reference", "kernels"], autouse=True)
+def path(request, monkeypatch):
+    monkeypatch.setattr(backend, "fused", lambda x: request.param == "kernels")
+
+
+def set_chunk(monkeypatch, columns, rows=T):
+    monkeypatch.setitem(logprob.CHUNK_BYTES, "cpu", 4 * rows * columns)
 
 
 def reference(hidden_TC, weight_VC, targets_T, temperature=1.0):
@@ -54,10 +64,11 @@ def assert_close(results, expected, tolerance):
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.8, 1.7])
-@pytest.mark.parametrize("chunk_bytes", [1, 4 * V * 5 + 3, 4 * V * 12, 4 * V * T, 2**26])
-def test_values_and_gradients_equal_fp64_autograd(chunk_bytes, temperature, monkeypatch):
-    """Chunks of 1, 5 (the last of 3), 12 (the last of 1), all 13 and more rows; both upstream gradients."""
-    monkeypatch.setattr(logprob, "CHUNK_BYTES", chunk_bytes)
+@pytest.mark.parametrize("columns", [0, 5, 12, 36, V, 1000])
+def test_values_and_gradients_equal_fp64_autograd(columns, temperature, monkeypatch):
+    """Chunks of 1 (the least), 5 (the last of 2), 12 and 36 (the last of 1), all 37 and more columns; both
+    upstream gradients."""
+    set_chunk(monkeypatch, columns)
     results = results_of(linear_logprob, *inputs(), temperature)
     assert all(x.dtype == torch.float32 for x in results)
     assert_close(results, exact_results(*inputs(), temperature), 1e-5)
@@ -66,7 +77,7 @@ def test_values_and_gradients_equal_fp64_autograd(chunk_bytes, temperature, monk
 @pytest.mark.parametrize("used", ["logp", "entropy"])
 def test_gradients_are_right_when_only_one_output_is_used(used, monkeypatch):
     """Both with a zero upstream gradient and with an output that is not part of the loss at all."""
-    monkeypatch.setattr(logprob, "CHUNK_BYTES", 4 * V * 5)
+    set_chunk(monkeypatch, 5)
     hidden, weight, targets, *upstream = inputs()
     i = ("logp", "entropy").index(used)
     upstream[1 - i] = torch.zeros(T)
@@ -91,7 +102,7 @@ def test_hidden_or_weight_alone_can_require_a_gradient():
 
 
 def test_no_argument_or_upstream_gradient_is_changed_in_place(monkeypatch):
-    monkeypatch.setattr(logprob, "CHUNK_BYTES", 4 * V * 5)
+    set_chunk(monkeypatch, 5)
     given = inputs()
     kept = [x.clone() for x in given]
     hidden, weight, targets, *upstream = given
@@ -148,16 +159,16 @@ def test_bf16_inputs_are_accumulated_in_fp32():
         assert error < 1e-2 and error < error_if_rounded / 20, (error, error_if_rounded)
 
 
-def test_the_weight_gradient_of_bf16_inputs_is_summed_over_chunks_in_fp32(monkeypatch):
-    """300 chunks of one row, all with the same gradient: a bf16 sum would stop growing at 256 of them."""
-    monkeypatch.setattr(logprob, "CHUNK_BYTES", 1)
-    rows = 300
-    hidden, weight = torch.ones(rows, 4, dtype=torch.bfloat16), torch.zeros(8, 4, dtype=torch.bfloat16)
-    case = hidden, weight, torch.zeros(rows, dtype=torch.int64), torch.ones(rows), torch.zeros(rows)
-    *_, grad_weight = results_of(linear_logprob, *case)
-    expected = torch.full((8, 4), -rows / 8)
-    expected[0] += rows
-    assert torch.allclose(grad_weight.float(), expected, rtol=2**-8)
+def test_the_hidden_gradient_of_bf16_inputs_is_summed_over_chunks_in_fp32(monkeypatch):
+    """300 chunks of one column that add 1 each (1.002 in bf16, rounded or cut): a bf16 sum would stop growing
+    at 256 of them."""
+    columns = 301
+    set_chunk(monkeypatch, 1, rows=1)
+    hidden, weight = torch.zeros(1, 4, dtype=torch.bfloat16), torch.ones(columns, 4, dtype=torch.bfloat16)
+    weight[0] = 0
+    case = hidden, weight, torch.tensor([0]), torch.tensor([-1.002 * columns]), torch.zeros(1)
+    _, _, grad_hidden, _ = results_of(linear_logprob, *case)
+    assert torch.equal(grad_hidden.float(), torch.full((1, 4), 300.0))
 
 
 # -------------------------------------------------------------------------------- rows that do not count
@@ -166,8 +177,8 @@ def test_the_weight_gradient_of_bf16_inputs_is_summed_over_chunks_in_fp32(monkey
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("entropy_used", [True, False])
 def test_rows_without_upstream_gradient_get_exactly_zero_and_give_nothing(entropy_used, dtype, monkeypatch):
-    """Whole chunks and single rows of a chunk; the weight's gradient is that of the counted rows alone."""
-    monkeypatch.setattr(logprob, "CHUNK_BYTES", 4 * V * 4)
+    """The weight's gradient is that of the counted rows alone."""
+    set_chunk(monkeypatch, 4)
     hidden, weight, targets, up_logp, up_entropy = inputs()
     counted = torch.tensor([1, 0, 1, 1] + [0] * 4 + [0, 0, 0, 1] + [0], dtype=torch.bool)
     up_logp, up_entropy = up_logp * counted, up_entropy * counted * entropy_used
@@ -178,6 +189,24 @@ def test_rows_without_upstream_gradient_get_exactly_zero_and_give_nothing(entrop
     others = (targets + ~counted) % V
     *_, same = results_of(linear_logprob, changed, weight, others, up_logp, up_entropy)
     assert torch.equal(grad_weight, same)
+
+
+@pytest.mark.parametrize("ignored", [[0, 3, 4], list(range(T)), [T - 1]])
+def test_a_negative_target_is_ignored_and_costs_nothing(ignored, monkeypatch):
+    """Logp and entropy are 0, gradients those of the other rows, whose head alone is computed."""
+    hidden, weight, targets, *upstream = inputs()
+    keep = torch.tensor([t for t in range(T) if t not in ignored], dtype=torch.int64)
+    others = results_of(linear_logprob, hidden[keep], weight, targets[keep], *(x[keep] for x in upstream),
+                        0.8)
+    targets[ignored] = -100
+    computed = []
+    monkeypatch.setattr(logprob, "matmul_fp32", lambda a, b: computed.append(len(a)) or a @ b.T)
+    results = results_of(linear_logprob, hidden, weight, targets, *upstream, 0.8)
+    logp, entropy, grad_hidden, grad_weight = results
+    assert not logp[ignored].any() and not entropy[ignored].any() and not grad_hidden[ignored].any()
+    for x, y in zip((logp[keep], entropy[keep], grad_hidden[keep], grad_weight), others, strict=True):
+        assert torch.allclose(x, y, atol=1e-6)
+    assert max(computed, default=0) <= max(V, len(keep))
 
 
 def test_no_rows_at_all_work_forward_and_backward():
@@ -204,6 +233,13 @@ def test_a_temperature_that_is_not_positive_is_an_error_that_names_it(temperatur
         linear_logprob(*inputs()[:3], temperature)
 
 
+def test_a_target_beyond_the_vocabulary_is_an_error_that_names_it():
+    hidden, weight, targets, *_ = inputs()
+    targets[3] = V
+    with pytest.raises(ValueError, match=f"target {V} is beyond the last id, {V - 1}"):
+        linear_logprob(hidden, weight, targets)
+
+
 # -------------------------------------------------------------------------------- memory
 
 
@@ -222,13 +258,14 @@ class LargestTensor(TorchDispatchMode):
         return out
 
 
+@pytest.mark.parametrize("path", ["reference"], indirect=True)  # of the kernels a GPU tells: tests/gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("chunk_rows", [3, 20])
-def test_no_tensor_is_larger_than_a_chunk_and_the_weight_forward_or_backward(chunk_rows, dtype, monkeypatch):
+@pytest.mark.parametrize("columns", [3, 50])
+def test_no_tensor_is_larger_than_a_chunk_and_the_weight_forward_or_backward(columns, dtype, monkeypatch):
     """T x V is 12 weights and 10 of the larger chunks."""
     rows, vocabulary, width = 200, 512, 16
-    chunk, bound = chunk_rows * vocabulary, max(chunk_rows, width) * vocabulary
-    monkeypatch.setattr(logprob, "CHUNK_BYTES", 4 * chunk)
+    bound = max(columns * rows, width * vocabulary)
+    set_chunk(monkeypatch, columns, rows)
     hidden, weight, targets, *upstream = inputs(rows, vocabulary, width)
     hidden, weight = (x.to(dtype).requires_grad_() for x in (hidden, weight))
     with LargestTensor() as forward:
@@ -236,7 +273,7 @@ def test_no_tensor_is_larger_than_a_chunk_and_the_weight_forward_or_backward(chu
     with LargestTensor() as backward:
         torch.autograd.grad(outputs, (hidden, weight), upstream)
     for largest in (forward.largest, backward.largest):
-        assert chunk <= largest[0] <= bound, largest
+        assert columns * rows <= largest[0] <= bound, largest
     with LargestTensor() as naive:  # the instrument does see it
         torch.autograd.grad(reference(hidden, weight, targets), (hidden, weight), upstream)
     assert naive.largest[0] == rows * vocabulary

@@ -211,7 +211,7 @@ class Scripted(torch.nn.Module):
     """A stand-in whose most likely next token is given by a table of the current token."""
     def __init__(self, successor: dict[int, int], size: int):
         super().__init__()
-        self.config = qwen.ModelConfig(size, size, 1, 0, 1, 1)
+        self.config = qwen.ModelConfig(size, size, 1, 1, 1, 1)
         self.register_buffer("head_weight", torch.eye(size) * 100)
         self.successor = successor
 

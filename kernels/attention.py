@@ -1,0 +1,344 @@
+"""Attention over a paged cache of keys and values, the writing into it, and attention over packed sequences.
+
+Shapes: S sequences, T packed query tokens, H query heads, K KV heads, G = H / K, D head dim, P columns of a
+page table. Keys and values of one layer are (pages, page_size, K, D) each; row s of table_SP names the pages
+of sequence s in order, `context_S` counts its tokens, those of the current step included.
+
+One kernel, `attend`, does both jobs. A tile of it holds rows that share their loads of K and V: the query
+heads of a KV head are rows like the tokens are, so that grouped queries cost no extra traffic.
+
+`PagedDecode`: one query a sequence. Each context is cut into chunks of CHUNK tokens, a fixed number of
+programs walks over the chunks of all sequences, and `combine` puts a sequence's chunks together: one context
+of 14,000 tokens among short ones is 28 pieces of work like theirs. Where the cuts lie depends on the
+sequence alone, so that its result does not depend on the rest of the batch.
+`PagedPrefill`: any number of queries a sequence, the last ones of its context: whole prompts, chunks of one,
+forked prefixes, and decode rows among them. A tile's rows are (token, head of the group) pairs, tiles with
+the longest contexts start first.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from kernels import backend
+from kernels.backend import tl, triton
+
+try:
+    from torch.nn.attention.varlen import varlen_attn
+except ImportError:
+    varlen_attn = None
+
+
+# ---------------------------------------------------------------------- packed sequences
+
+
+def packed_attention(q_THD: torch.Tensor, k_TKD: torch.Tensor, v_TKD: torch.Tensor, lengths: list[int],
+                     cu_seqlens: torch.Tensor) -> torch.Tensor:
+    """Causal attention inside each of the sequences that lie end to end: out_THD, differentiable.
+
+    torch's variable-length flash attention for 16-bit types on a GPU, else SDPA a sequence at a time.
+    """
+    if varlen_attn and q_THD.is_cuda and q_THD.dtype != torch.float32:
+        grouped = {"enable_gqa": True} if "enable_gqa" in varlen_attn.__kwdefaults__ else {}
+        longest = max(lengths)
+        return varlen_attn(q_THD, k_TKD, v_TKD, cu_seqlens, cu_seqlens, longest, longest,
+                           window_size=(-1, 0), **grouped)
+    rows = zip(*(x.transpose(0, 1).split(lengths, dim=1) for x in (q_THD, k_TKD, v_TKD)))
+    out = [F.scaled_dot_product_attention(q[None], k[None], v[None], is_causal=True, enable_gqa=True)[0]
+           for q, k, v in rows]
+    return torch.cat(out, dim=1).transpose(0, 1)
+
+
+# ---------------------------------------------------------------------- writing into pages
+
+
+def rotate(q_THD: torch.Tensor, k_TKD: torch.Tensor, cos_T1D: torch.Tensor,
+           sin_T1D: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """RoPE: rotates pairs (i, i + D/2) of q and k in fp32; the first half of sin carries the minus sign of
+    the rotation matrix."""
+    x = torch.cat((q_THD, k_TKD), dim=1).float()
+    first, second = x.chunk(2, dim=-1)
+    x = torch.addcmul(x * cos_T1D, torch.cat((second, first), dim=-1), sin_T1D).to(q_THD.dtype)
+    return x.split((q_THD.shape[1], k_TKD.shape[1]), dim=1)
+
+
+def write_kv(q_THD: torch.Tensor, k_TKD: torch.Tensor, v_TKD: torch.Tensor, cos_T1D: torch.Tensor,
+             sin_T1D: torch.Tensor, slots_T: torch.Tensor, keys: torch.Tensor,
+             values: torch.Tensor) -> torch.Tensor:
+    """Rotates q and k, writes k and v into the slots (page * page_size + place) and returns the rotated q.
+
+    One pass instead of ten over q, k and v. A slot that several tokens name, as padding rows do, gets one of
+    theirs.
+    """
+    if not backend.fused(q_THD):
+        q_THD, k_TKD = rotate(q_THD, k_TKD, cos_T1D, sin_T1D)
+        keys.view(-1, *k_TKD.shape[1:])[slots_T] = k_TKD
+        values.view(-1, *v_TKD.shape[1:])[slots_T] = v_TKD
+        return q_THD
+    (tokens, heads, dim), kv_heads = q_THD.shape, k_TKD.shape[1]
+    for x in (q_THD, k_TKD, v_TKD):
+        assert x.stride()[1:] == (dim, 1), "write_kv: the heads of a token must lie end to end"
+    assert keys.is_contiguous() and values.is_contiguous() and cos_T1D.is_contiguous()
+    out = torch.empty((tokens, heads, dim), dtype=q_THD.dtype, device=q_THD.device)
+    rotate_write[(tokens, )](q_THD, q_THD.stride(0), k_TKD, k_TKD.stride(0), v_TKD, v_TKD.stride(0), cos_T1D,
+                             sin_T1D, slots_T, out, keys, values, heads, kv_heads, HALF=dim // 2,
+                             BLOCK_HALF=triton.next_power_of_2(dim // 2),
+                             BLOCK_H=triton.next_power_of_2(heads), BLOCK_K=triton.next_power_of_2(kv_heads),
+                             num_warps=8)
+    return out
+
+
+@triton.jit
+def rotate_write(q, q_stride, k, k_stride, v, v_stride, cos, sin, slots, out, keys, values, heads, kv_heads,
+                 HALF: tl.constexpr, BLOCK_HALF: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_K: tl.constexpr):
+    """A program a token."""
+    t = tl.program_id(0).to(tl.int64)
+    i = tl.arange(0, BLOCK_HALF)
+    real = i < HALF
+    c = tl.load(cos + t * 2 * HALF + i, mask=real, other=0.0)[None, :]
+    s = tl.load(sin + t * 2 * HALF + HALF + i, mask=real, other=0.0)[None, :]  # without the minus sign
+
+    h = tl.arange(0, BLOCK_H)
+    at, mask = h[:, None] * 2 * HALF + i[None, :], (h < heads)[:, None] & real[None, :]
+    first = tl.load(q + t * q_stride + at, mask=mask).to(tl.float32)
+    second = tl.load(q + t * q_stride + HALF + at, mask=mask).to(tl.float32)
+    out += t * heads * 2 * HALF
+    tl.store(out + at, (first * c - second * s).to(out.dtype.element_ty), mask=mask)
+    tl.store(out + HALF + at, (second * c + first * s).to(out.dtype.element_ty), mask=mask)
+
+    h = tl.arange(0, BLOCK_K)
+    at, mask = h[:, None] * 2 * HALF + i[None, :], (h < kv_heads)[:, None] & real[None, :]
+    slot = tl.load(slots + t) * kv_heads * 2 * HALF
+    first = tl.load(k + t * k_stride + at, mask=mask).to(tl.float32)
+    second = tl.load(k + t * k_stride + HALF + at, mask=mask).to(tl.float32)
+    tl.store(keys + slot + at, (first * c - second * s).to(keys.dtype.element_ty), mask=mask)
+    tl.store(keys + slot + HALF + at, (second * c + first * s).to(keys.dtype.element_ty), mask=mask)
+    for half in tl.static_range(2):
+        x = tl.load(v + t * v_stride + half * HALF + at, mask=mask)
+        tl.store(values + slot + half * HALF + at, x.to(values.dtype.element_ty), mask=mask)
+
+
+# ---------------------------------------------------------------------- paged attention
+
+
+class PagedDecode:
+    """Attention of one query a sequence over its pages: made once a step, called once a layer.
+
+    cache: the keys of any layer. context_S may hold 0, an empty slot of a batch of fixed size, whose result
+    means nothing. Everything runs on the device, without a synchronisation and with shapes that depend on
+    the table's alone, so that a CUDA graph can hold it.
+    """
+    def __init__(self, cache: torch.Tensor, table_SP: torch.Tensor, context_S: torch.Tensor):
+        self.table_SP, self.context_S = table_SP, context_S
+        slots = table_SP.shape[1] * cache.shape[1]
+        if not backend.fused(cache):  # an additive mask: a boolean one would be converted in each layer
+            self.mask_S11L = torch.zeros(len(table_SP), 1, 1, slots, dtype=cache.dtype, device=cache.device)
+            place = torch.arange(slots, device=cache.device)
+            self.mask_S11L.masked_fill_((place >= context_S[:, None])[:, None, None], -torch.inf)
+            return
+        self.size = backend.blocks("decode", cache.dtype, cache.shape[-1])
+        self.programs, chunk = backend.processors() * self.size.pop("PROGRAMS"), self.size["CHUNK"]
+        self.first_chunk_S1 = F.pad(((context_S + chunk - 1) // chunk).cumsum(0), (1, 0))
+        number = torch.arange(len(table_SP) * triton.cdiv(slots, chunk), device=cache.device)
+        self.sequence_of = torch.searchsorted(self.first_chunk_S1[1:], number, right=True)
+        self.part_of = number - self.first_chunk_S1[self.sequence_of]
+
+    def __call__(self, q_SHD: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+        if not backend.fused(q_SHD):
+            return self.reference(q_SHD, keys, values)
+        (rows, heads, dim), chunks = q_SHD.shape, len(self.sequence_of)
+        parts = torch.empty(chunks, heads, dim, device=q_SHD.device)
+        lse = torch.empty(chunks, heads, device=q_SHD.device)
+        run_attend(q_SHD, keys, values, parts, lse, self.table_SP, self.context_S, None, self.sequence_of,
+                   self.part_of, self.first_chunk_S1[rows:], self.programs, self.size)
+        out = torch.empty_like(q_SHD, memory_format=torch.contiguous_format)
+        combine[(rows, heads)](parts, lse, self.first_chunk_S1, out, heads, dim, BLOCK_N=16,
+                               BLOCK_D=triton.next_power_of_2(dim), num_warps=4)
+        return out
+
+    def reference(self, q_SHD, keys, values):
+        k, v = (self.gather(x) for x in (keys, values))
+        q = q_SHD.unflatten(1, (k.shape[1], -1))  # the query heads of a KV head are rows: (S, K, G, D)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=self.mask_S11L).flatten(1, 2)
+
+    def gather(self, cache: torch.Tensor) -> torch.Tensor:
+        """(S, K, L, D): the pages of each row end to end; index_select is far faster than indexing."""
+        pages = cache.index_select(0, self.table_SP.flatten())
+        return pages.view(len(self.table_SP), -1, *cache.shape[2:]).transpose(1, 2)
+
+
+class PagedPrefill:
+    """Causal attention of the last query_lengths[s] tokens of each sequence over its pages: made once a step,
+    called once a layer.
+
+    cache: the keys of any layer. The packed queries of all sequences lie end to end; context_lengths count
+    them too.
+    """
+    def __init__(self, cache: torch.Tensor, heads: int, table_SP: torch.Tensor, query_lengths: list[int],
+                 context_lengths: list[int]):
+        if not all(0 < n <= m for n, m in zip(query_lengths, context_lengths, strict=True)):
+            raise ValueError(f"PagedPrefill: queries {query_lengths} must be the last tokens, at least one, "
+                             f"of their contexts {context_lengths}")
+        self.table_SP, self.query_lengths, self.context_lengths = table_SP, query_lengths, context_lengths
+        if not backend.fused(cache):
+            return
+        self.size = backend.blocks("prefill", cache.dtype, cache.shape[-1])
+        group, block = heads // cache.shape[2], self.size["BLOCK_M"]
+        tiles = [(m - n + part * block // group, s, part)  # what its first row sees, about
+                 for s, (n, m) in enumerate(zip(query_lengths, context_lengths))
+                 for part in range(-(-n * group // block))]
+        order = torch.tensor(sorted(tiles, reverse=True), device=cache.device).T
+        self.sequence_of, self.part_of = order[1:].contiguous()
+        self.num_tiles = torch.tensor([len(tiles)], device=cache.device)
+        self.context_S = torch.tensor(context_lengths, device=cache.device)
+        self.first_token_S1 = F.pad(torch.tensor(query_lengths, device=cache.device).cumsum(0), (1, 0))
+
+    def __call__(self, q_THD: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+        if not backend.fused(q_THD):
+            return self.reference(q_THD, keys, values)
+        out = torch.empty_like(q_THD, memory_format=torch.contiguous_format)
+        run_attend(q_THD, keys, values, out, None, self.table_SP, self.context_S, self.first_token_S1,
+                   self.sequence_of, self.part_of, self.num_tiles, len(self.sequence_of), self.size)
+        return out
+
+    def reference(self, q_THD, keys, values):
+        out = []
+        for q, pages, n in zip(q_THD.split(self.query_lengths), self.table_SP, self.context_lengths):
+            used = pages[:-(-n // keys.shape[1])]
+            k, v = (x.index_select(0, used).flatten(0, 1)[:n].transpose(0, 1)[None] for x in (keys, values))
+            seen = None
+            if len(q) < n:
+                seen = torch.ones(len(q), n, dtype=torch.bool, device=q.device).tril(n - len(q))
+            out.append(F.scaled_dot_product_attention(q.transpose(0, 1)[None], k, v, seen, enable_gqa=True,
+                                                      is_causal=seen is None)[0])
+        return torch.cat(out, dim=1).transpose(0, 1)
+
+
+def run_attend(q_THD, keys, values, out, lse, table_SP, context_S, first_token_S1, sequence_of, part_of,
+               num_items, programs: int, size: dict[str, int]):
+    (_, heads, dim), (_, page_size, kv_heads, _) = q_THD.shape, keys.shape
+    assert q_THD.stride()[1:] == (dim, 1) and table_SP.stride(1) == 1
+    assert keys.is_contiguous() and values.is_contiguous()
+    group = heads // kv_heads
+    size = {"CHUNK": 0, "BLOCK_M": max(16, triton.next_power_of_2(group))} | size
+    attend[(min(len(sequence_of), programs), kv_heads)](
+        q_THD, q_THD.stride(0), keys, values, out, lse, table_SP, table_SP.stride(0), context_S,
+        first_token_S1, sequence_of, part_of, num_items, heads, kv_heads, dim**-0.5 * LOG2_E, GROUP=group,
+        DIM=dim, PAGE=page_size, BLOCK_D=max(16, triton.next_power_of_2(dim)), **size)
+
+
+LOG2_E = 1.4426950408889634  # exp2 is what the hardware has
+
+
+@triton.jit
+def attend(q, q_stride, keys, values, out, lse, table, table_stride, context, first_token, sequence_of,
+           part_of, num_items, heads, kv_heads, scale, GROUP: tl.constexpr, DIM: tl.constexpr,
+           PAGE: tl.constexpr, CHUNK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+           BLOCK_D: tl.constexpr):
+    """Walks over items, for one KV head (the grid's second axis).
+
+    With CHUNK an item is a chunk of one query's context: writes its normalised output and log2-sum-exp into
+    row `item` of out and lse. Without, it is a tile of BLOCK_M (token, head of the group) rows of a sequence:
+    writes out as q lies.
+    """
+    kv = tl.program_id(1)
+    d = tl.arange(0, BLOCK_D)
+    keys += kv * DIM
+    values += kv * DIM
+    for item in range(tl.program_id(0), tl.load(num_items), tl.num_programs(0)):
+        s, part = tl.load(sequence_of + item), tl.load(part_of + item)
+        end = tl.load(context + s)
+        r = tl.arange(0, BLOCK_M)
+        if CHUNK > 0:
+            start = part * CHUNK
+            end = tl.minimum(end, start + CHUNK)
+            bare = start + (end - start) // BLOCK_N * BLOCK_N  # before it no key needs a mask
+            token, head, real = s + r * 0, r, r < GROUP
+            position = end - 1 + r * 0
+        else:
+            first, after = tl.load(first_token + s), tl.load(first_token + s + 1)
+            offset = end - (after - first)
+            r += part * BLOCK_M
+            token, head, real = r // GROUP, r % GROUP, r < (after - first) * GROUP
+            position = offset + token
+            start = offset * 0
+            bare = (offset + part * BLOCK_M // GROUP + 1) // BLOCK_N * BLOCK_N
+            end = tl.minimum(end, offset + (part * BLOCK_M + BLOCK_M - 1) // GROUP + 1)
+            token += first
+        row = kv * GROUP + head
+        mask = real[:, None] & (d < DIM)[None, :]
+        a = tl.load(q + token.to(tl.int64)[:, None] * q_stride + row[:, None] * DIM + d[None, :], mask=mask,
+                    other=0.0)
+        acc = tl.zeros((BLOCK_M, BLOCK_D), dtype=tl.float32)
+        peak = tl.full((BLOCK_M, ), -float("inf"), dtype=tl.float32)
+        total = tl.zeros((BLOCK_M, ), dtype=tl.float32)
+        pages = table + s * table_stride
+        for MASKED in tl.static_range(2):
+            acc, peak, total = walk(acc, peak, total, a, position, bare if MASKED else start,
+                                    end if MASKED else bare, end, keys, values, pages, kv_heads, scale, DIM,
+                                    PAGE, BLOCK_N, BLOCK_D, MASKED)
+        if CHUNK > 0:
+            token = item + r * 0
+            tl.store(lse + token.to(tl.int64) * heads + row, peak + tl.log2(total), mask=real)
+        at = (token.to(tl.int64) * heads + row)[:, None] * DIM + d[None, :]
+        tl.store(out + at, (acc / total[:, None]).to(out.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def walk(acc, peak, total, a, position, start, stop, end, keys, values, pages, kv_heads, scale,
+         DIM: tl.constexpr, PAGE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+         MASKED: tl.constexpr):
+    """Online softmax (arXiv 2205.14135) over the keys from start to stop. MASKED: row m sees those up to
+    position[m], and what lies at `end` or after is not read: it may be anybody's."""
+    for first in range(start, stop, BLOCK_N):
+        n = first + tl.arange(0, BLOCK_N)
+        page = tl.load(pages + n // PAGE, mask=n < end, other=0) if MASKED else tl.load(pages + n // PAGE)
+        at = (page.to(tl.int64) * PAGE + n % PAGE) * kv_heads * DIM
+        k = load_rows(keys, at, n < end, DIM, BLOCK_D, MASKED)
+        x = tl.dot(a, tl.trans(k), input_precision="ieee") * scale
+        if MASKED:
+            x = tl.where(n[None, :] <= position[:, None], x, -float("inf"))
+        top = tl.maximum(peak, tl.max(x, 1))
+        p = tl.exp2(x - top[:, None])
+        fade = tl.exp2(peak - top)
+        total = total * fade + tl.sum(p, 1)
+        peak = top
+        v = load_rows(values, at, n < end, DIM, BLOCK_D, MASKED)
+        acc = tl.dot(p.to(v.dtype), v, acc * fade[:, None], input_precision="ieee")
+    return acc, peak, total
+
+
+@triton.jit
+def load_rows(cache, at, seen, DIM: tl.constexpr, BLOCK_D: tl.constexpr, MASKED: tl.constexpr):
+    d = tl.arange(0, BLOCK_D)
+    if MASKED:
+        x = tl.load(cache + at[:, None] + d[None, :], mask=seen[:, None] & (d < DIM)[None, :], other=0.0)
+    elif DIM < BLOCK_D:
+        x = tl.load(cache + at[:, None] + d[None, :], mask=(d < DIM)[None, :], other=0.0)
+    else:
+        x = tl.load(cache + at[:, None] + d[None, :])
+    return x
+
+
+@triton.jit
+def combine(parts, lse, first_chunk, out, heads, dim, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr):
+    """A program for a head of a sequence: its chunks' outputs, weighted by their log2-sum-exps, in order."""
+    s, h = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    d = tl.arange(0, BLOCK_D)
+    start, end = tl.load(first_chunk + s), tl.load(first_chunk + s + 1)
+    acc = tl.zeros((BLOCK_D, ), dtype=tl.float32)
+    peak, total = -float("inf"), 0.0
+    for first in range(start, end, BLOCK_N):
+        n = first + tl.arange(0, BLOCK_N)
+        x = tl.load(lse + n * heads + h, mask=n < end, other=-float("inf"))
+        top = tl.maximum(peak, tl.max(x, 0))
+        w = tl.exp2(x - top)
+        fade = tl.exp2(peak - top)
+        part = tl.load(parts + (n * heads + h)[:, None] * dim + d[None, :],
+                       mask=(n < end)[:, None] & (d < dim)[None, :], other=0.0)
+        acc = acc * fade + tl.sum(w[:, None] * part, 0)
+        total = total * fade + tl.sum(w, 0)
+        peak = top
+    acc = acc / tl.where(total > 0, total, 1.0)
+    tl.store(out + (s * heads + h) * dim + d, acc.to(out.dtype.element_ty), mask=d < dim)
