@@ -1,6 +1,6 @@
 """Compiles every kernel for sm_80, sm_90 and sm_100, as its wrapper would launch it, on any machine:
 
-    python -m bench.aot [--cases decode] [--archs 80 90 100]
+    python -m bench.aot [--cases "decode 7B bfloat16"] [--archs 80 90 100]
 
 Prints registers, spills, shared memory and code size of each; with no option writes them to
 bench/results/aot.json too. The wrappers run on tensors without storage, a stand-in for the driver names the
@@ -141,19 +141,19 @@ def compile_case(name: str, arch: int) -> list[dict]:
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--cases", default="", help="only cases whose name has this in it")
+    parser.add_argument("--cases", nargs="+", default=list(CASES), choices=list(CASES), metavar="CASE",
+                        help=f"out of: {', '.join(CASES)}")
     parser.add_argument("--archs", type=int, nargs="+", default=list(SHARED_LIMIT))
     args = parser.parse_args()
     if "TRITON_INTERPRET" in os.environ:
         sys.exit("bench.aot: TRITON_INTERPRET replaces the compiler by an interpreter: unset it")
-    table = [row for name in CASES if args.cases in name for arch in args.archs
-             for row in compile_case(name, arch)]
+    table = [row for name in args.cases for arch in args.archs for row in compile_case(name, arch)]
     print(f"triton {triton.__version__}\n{'case':26} {'kernel':14} arch  regs spills  shared warps   code")
     for r in table:
         print(f"{r['case']:26} {r['kernel']:14} {r['arch']:4} {r['registers']:5} {r['spilled_bytes']:6} "
               f"{r['shared_bytes']:7} {r['warps']:5} {r['code_bytes']:6}")
     result = {"bench": "aot", "triton": triton.__version__, "kernels": table}
-    if not args.cases and args.archs == list(SHARED_LIMIT):
+    if args.cases == list(CASES) and args.archs == list(SHARED_LIMIT):
         out = Path(__file__).parent / "results/aot.json"
         out.write_text(json.dumps(result, indent=1) + "\n")
     print(json.dumps(result))

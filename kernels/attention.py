@@ -79,7 +79,7 @@ def write_kv(q_THD: torch.Tensor, k_TKD: torch.Tensor, v_TKD: torch.Tensor, cos_
     (tokens, heads, dim), kv_heads = q_THD.shape, k_TKD.shape[1]
     for x in (q_THD, k_TKD, v_TKD):
         assert x.stride()[1:] == (dim, 1), "write_kv: the heads of a token must lie end to end"
-    assert keys.is_contiguous() and values.is_contiguous() and cos_T1D.is_contiguous()
+    assert all(x.is_contiguous() for x in (keys, values, cos_T1D, sin_T1D, slots_T))
     out = torch.empty((tokens, heads, dim), dtype=q_THD.dtype, device=q_THD.device)
     rotate_write[(tokens, )](q_THD, q_THD.stride(0), k_TKD, k_TKD.stride(0), v_TKD, v_TKD.stride(0), cos_T1D,
                              sin_T1D, slots_T, out, keys, values, heads, kv_heads, HALF=dim // 2,
@@ -130,7 +130,7 @@ class PagedDecode:
     the table's alone, so that a CUDA graph can hold it.
     """
     def __init__(self, cache: torch.Tensor, table_SP: torch.Tensor, context_S: torch.Tensor):
-        self.table_SP, self.context_S = table_SP, context_S
+        self.table_SP, self.context_S = table_SP.contiguous(), context_S.contiguous()
         slots = table_SP.shape[1] * cache.shape[1]
         if not backend.fused(cache):  # an additive mask: a boolean one would be converted in each layer
             self.mask_S11L = torch.zeros(len(table_SP), 1, 1, slots, dtype=cache.dtype, device=cache.device)
@@ -180,7 +180,8 @@ class PagedPrefill:
         if not all(0 < n <= m for n, m in zip(query_lengths, context_lengths, strict=True)):
             raise ValueError(f"PagedPrefill: queries {query_lengths} must be the last tokens, at least one, "
                              f"of their contexts {context_lengths}")
-        self.table_SP, self.query_lengths, self.context_lengths = table_SP, query_lengths, context_lengths
+        self.table_SP = table_SP.contiguous()
+        self.query_lengths, self.context_lengths = query_lengths, context_lengths
         if not backend.fused(cache):
             return
         self.size = backend.blocks("prefill", cache.dtype, cache.shape[-1])
@@ -218,7 +219,7 @@ class PagedPrefill:
 def run_attend(q_THD, keys, values, out, lse, table_SP, context_S, first_token_S1, sequence_of, part_of,
                num_items, programs: int, size: dict[str, int]):
     (_, heads, dim), (_, page_size, kv_heads, _) = q_THD.shape, keys.shape
-    assert q_THD.stride()[1:] == (dim, 1) and table_SP.stride(1) == 1
+    assert q_THD.stride()[1:] == (dim, 1), "the heads of a token must lie end to end"
     assert keys.is_contiguous() and values.is_contiguous()
     group = heads // kv_heads
     size = {"CHUNK": 0, "BLOCK_M": max(16, triton.next_power_of_2(group))} | size

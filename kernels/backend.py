@@ -59,9 +59,8 @@ def blocks(kernel: str, dtype: torch.dtype, size: int) -> dict[str, int]:
     of device compute alike.
     """
     prefix = f"{kernel}/{dtype.itemsize}/"
-    for device in (device_name(), "default"):
-        sizes = {int(key[len(prefix):]): entry
-                 for key, entry in table().get(device, {}).items() if key.startswith(prefix)}
-        if sizes:
-            return dict(sizes[min((s for s in sizes if s >= size), default=max(sizes))])
-    raise KeyError(f"{TABLE} has no entry {prefix}*")
+    entries = table()["default"] | table().get(device_name(), {})
+    sizes = {int(key[len(prefix):]): entry for key, entry in entries.items() if key.startswith(prefix)}
+    if not sizes:
+        raise KeyError(f"{TABLE} has no entry {prefix}*")
+    return dict(sizes[min((s for s in sizes if s >= size), default=max(sizes))])

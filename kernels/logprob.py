@@ -186,9 +186,10 @@ class LinearLogprob(torch.autograd.Function):
         need_hidden, need_weight = ctx.needs_input_grad[:2]
         grad_hidden = torch.zeros_like(hidden_TC) if need_hidden else None
         grad_weight = torch.zeros_like(weight_VC) if need_weight else None
-        grad_logp_T = torch.zeros_like(rows[1]) if grad_logp_T is None else grad_logp_T
+        grad_logp_T = torch.zeros_like(rows[1]) if grad_logp_T is None else grad_logp_T.contiguous()
         counted = grad_logp_T != 0
         if grad_entropy_T is not None:
+            grad_entropy_T = grad_entropy_T.contiguous()
             counted |= grad_entropy_T != 0
         kept = counted.nonzero()[:, 0]
         if len(kept) < len(hidden_TC):  # rows without a gradient cost nothing

@@ -112,6 +112,8 @@ def head_draw(hidden_SC: torch.Tensor, weight_VC: torch.Tensor, n_valid: int, un
     if top_p_S is not None or not backend.fused(hidden_SC):
         logits_SV = matmul_fp32(hidden_SC, weight_VC if size > 1 else weight_VC[:n_valid])
         return draw(gathered(logits_SV, size, group)[:, :n_valid], uniform_S, temperature_S, top_p_S, top_k_S)
+    assert hidden_SC.stride(1) == weight_VC.stride(1) == 1
+    uniform_S, temperature_S = uniform_S.contiguous(), temperature_S.contiguous()
     columns = min(max(n_valid - rank * len(weight_VC), 0), len(weight_VC))
     tiles = triton.cdiv(len(weight_VC), TILE)
     peak_SN, mass_SN = (gathered(x, size, group) for x in measure_tiles(hidden_SC, weight_VC, columns,

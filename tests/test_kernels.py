@@ -6,7 +6,12 @@ may show in a result. logprob.py's kernels have their tests in test_logprob.py. 
 tf32 where fp32 is meant, nor races; tests/gpu and compute-sanitizer can.
 """
 
+import json
 import math
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -20,6 +25,8 @@ from kernels.attention import PagedDecode, PagedPrefill, rotate, write_kv
 from kernels.sample import draw, head_draw, streams, uniforms
 from sampler import Request, Sampler
 
+pytest.importorskip("triton")
+ROOT = Path(__file__).parent.parent
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 1e-2}
 SMALL = {"CHUNK": 32, "PROGRAMS": 3, "BLOCK_M": 16, "BLOCK_N": 16, "BLOCK_V": 128, "BLOCK_C": 32}
@@ -292,7 +299,7 @@ def test_the_fused_head_draws_what_the_reference_draws(kernels, monkeypatch):
     """300 draws of one distribution, whose u are spread evenly: at most one flip, at an edge."""
     hidden, weight = normal(1, 16, seed=3).expand(300, -1).contiguous(), normal(200, 16, seed=4) / 3
     u = (torch.arange(300, dtype=torch.float64, device=DEVICE) + 0.5) / 300
-    temperature = torch.full((300, ), 0.8, device=DEVICE)
+    temperature = torch.tensor(0.8, device=DEVICE).expand(300)  # has no memory of its own
     token, logp = head_draw(hidden, weight, 200, u, temperature)
     monkeypatch.setattr(backend, "fused", lambda x: False)
     expected, right_logp = head_draw(hidden, weight, 200, u, temperature)
@@ -384,12 +391,113 @@ def test_a_cpu_tensor_takes_the_reference():
     assert not backend.fused(torch.zeros(1))
 
 
+def test_all_works_without_triton():
+    """As on a Mac: the import of triton fails."""
+    code = """
+import sys
+sys.modules["triton"] = None
+import torch, model
+from kernels import backend, linear_logprob
+from sampler import Request, Sampler
+tiny = model.Qwen2(model.ModelConfig(50, 32, 32, 1, 2, 1)).init_weights_(0)
+(c,) = Sampler(tiny).generate([Request([1, 2], max_new_tokens=3)])
+logp, _ = linear_logprob(torch.ones(2, 32), tiny.head_weight, torch.tensor([1, 2]))
+print(backend.AVAILABLE, len(c.token_ids), logp.isfinite().all().item())
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.split() == ["False", "3", "True"], done.stderr
+
+
+# ------------------------------------------------------------------------------------------ compiled
+
+
+def test_every_kernel_compiles_for_three_generations_of_gpus_within_their_limits():
+    """In a process of its own, without the interpreter. ptxas spills a few bytes here and there; the full
+    table is bench/results/aot.json."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    names = ["decode 7B bfloat16", "prefill 7B bfloat16", "write 7B bfloat16", "head 128 rows bfloat16",
+             "logprob bfloat16"]
+    done = subprocess.run([sys.executable, "-m", "bench.aot", "--cases", *names], cwd=ROOT, env=environment,
+                          capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    rows = json.loads(done.stdout.splitlines()[-1])["kernels"]
+    assert {r["kernel"] for r in rows} == {"attend", "combine", "rotate_write", "head_tiles", "pick",
+                                           "row_stats", "row_gradient"}
+    assert {r["arch"] for r in rows} == {80, 90, 100}
+    limits = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+    for r in rows:
+        assert r["shared_bytes"] <= limits[r["arch"]] and r["spilled_bytes"] <= 32, r
+
+
+# ------------------------------------------------------------------------------------------ split heads
+
+SPLIT_HEAD = """
+import sys
+import bench.interpreter
+import torch
+import torch.distributed as dist
+from kernels import backend, linear_logprob
+from kernels.sample import head_draw
+
+dist.init_process_group("gloo")
+rank, size = dist.get_rank(), dist.get_world_size()
+generator = torch.Generator().manual_seed(0)
+hidden, weight = torch.randn(9, 24, generator=generator), torch.randn(200, 24, generator=generator) / 3
+targets, n_valid, own = torch.arange(0, 180, 20), 185, 200 // size
+for fused in (False, True):
+    backend.fused = lambda x: fused
+    # logprob: each rank has a slice of the valid rows, the last one fewer
+    h, whole = hidden.clone().requires_grad_(), weight[:n_valid].clone().requires_grad_()
+    right = linear_logprob(h, whole, targets, 0.8)
+    right += torch.autograd.grad(right[0].sum() + (right[1] * torch.arange(9)).sum(), (h, whole))
+    mine = slice(rank * own, min((rank + 1) * own, n_valid))
+    h, part = hidden.clone().requires_grad_(), weight[mine].clone().requires_grad_()
+    found = linear_logprob(h, part, targets, 0.8, group=dist.group.WORLD, first_id=rank * own)
+    found += torch.autograd.grad(found[0].sum() + (found[1] * torch.arange(9)).sum(), (h, part))
+    for x, y in zip(found, (*right[:3], right[3][mine]), strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-5)
+    # draws: greedy, sampled and filtered rows
+    u = (torch.arange(9, dtype=torch.float64) + 0.5) / 9
+    temperature = torch.tensor([0.0, 0.5, 1.0] * 3)
+    for filters in ((), (torch.full((9,), 0.8), torch.full((9,), 30))):
+        right = head_draw(hidden, weight, n_valid, u, temperature, *filters)
+        found = head_draw(hidden, weight[rank * own:(rank + 1) * own], n_valid, u, temperature, *filters,
+                          group=dist.group.WORLD)
+        assert torch.equal(found[0], right[0]), (found[0], right[0])
+        torch.testing.assert_close(found[1], right[1], rtol=1e-5, atol=1e-5)
+print("equal", flush=True)
+dist.destroy_process_group()
+"""
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_a_head_split_over_ranks_gives_the_same_logprobs_gradients_and_draws(ranks, tmp_path):
+    """Reference and kernels; 185 valid ids of 200, so that the last slice is cut; at 4 ranks a slice of 50
+    ids is less than a tile."""
+    script = tmp_path / "split_head.py"
+    script.write_text(SPLIT_HEAD)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+    done = subprocess.run([*launch, str(script)], cwd=ROOT, capture_output=True, text=True,
+                          env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1",
+                                            "CUDA_VISIBLE_DEVICES": ""})
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("equal") == ranks
+
+
 @pytest.mark.parametrize("kernel, itemsize, size, found", [
     ("decode", 2, 64, "decode/2/64"), ("decode", 2, 80, "decode/2/128"), ("decode", 2, 256, "decode/2/128"),
     ("head_tiles", 2, 3, "head_tiles/2/32"), ("decode", 4, 16, "decode/4/128")])
-def test_the_nearest_entry_of_the_table_is_taken(kernel, itemsize, size, found):
+def test_the_nearest_entry_of_the_table_is_taken(kernel, itemsize, size, found, monkeypatch):
+    monkeypatch.setattr(backend, "device_name", lambda: "none")
     dtype = {2: torch.bfloat16, 4: torch.float32}[itemsize]
     assert backend.blocks(kernel, dtype, size) == backend.table()["default"][found]
+
+
+def test_an_entry_of_the_device_goes_before_the_default_and_hides_no_other(monkeypatch):
+    everything = backend.table() | {backend.device_name(): {"decode/2/64": {"CHUNK": 7}}}
+    monkeypatch.setattr(backend, "table", lambda: everything)
+    assert backend.blocks("decode", torch.bfloat16, 64) == {"CHUNK": 7}
+    assert backend.blocks("decode", torch.bfloat16, 128)["CHUNK"] > 7
 
 
 def test_a_kernel_without_an_entry_is_named():

@@ -1,7 +1,6 @@
 """kernels/logprob.py against log_softmax and autograd in fp64, and that T x V logits never exist.
 
-Every test runs on the PyTorch reference and on the Triton kernels. Not exercised here: the CUDA branch of
-`matmul_fp32`.
+Every test runs on the PyTorch reference and on the Triton kernels, on a GPU where there is one.
 """
 
 import math
@@ -14,15 +13,21 @@ from kernels import backend, logprob
 from kernels.logprob import linear_logprob
 
 T, V, C = 13, 37, 8
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 @pytest.fixture(params=["reference", "kernels"], autouse=True)
 def path(request, monkeypatch):
+    if request.param == "kernels" and not backend.AVAILABLE:
+        pytest.skip("needs triton")
     monkeypatch.setattr(backend, "fused", lambda x: request.param == "kernels")
+    torch.set_default_device(DEVICE)
+    yield
+    torch.set_default_device("cpu")
 
 
 def set_chunk(monkeypatch, columns, rows=T):
-    monkeypatch.setitem(logprob.CHUNK_BYTES, "cpu", 4 * rows * columns)
+    monkeypatch.setitem(logprob.CHUNK_BYTES, DEVICE, 4 * rows * columns)
 
 
 def reference(hidden_TC, weight_VC, targets_T, temperature=1.0):
@@ -33,7 +38,7 @@ def reference(hidden_TC, weight_VC, targets_T, temperature=1.0):
 
 def inputs(rows=T, vocabulary=V, width=C, scale=1.0, seed=0):
     """hidden, weight, targets and the upstream gradients of logp and entropy; logits are about 2 x scale."""
-    g = torch.Generator().manual_seed(seed)
+    g = torch.Generator(DEVICE).manual_seed(seed)
     hidden_TC, weight_VC = torch.randn(rows, width, generator=g), torch.randn(vocabulary, width, generator=g)
     targets_T = torch.randint(vocabulary, (rows,), generator=g)
     upstream = torch.randn(rows, generator=g), torch.randn(rows, generator=g)
@@ -88,6 +93,17 @@ def test_gradients_are_right_when_only_one_output_is_used(used, monkeypatch):
     output = linear_logprob(hidden, weight, targets, 0.8)[i]
     gradients = torch.autograd.grad((output * upstream[i]).sum(), (hidden, weight))
     assert_close((*results[:2], *gradients), expected, 1e-5)
+
+
+def test_upstream_gradients_may_be_one_number_seen_many_times():
+    """As of a plain sum, whose gradient is expanded: its rows have no memory of their own."""
+    hidden, weight, targets, *_ = inputs()
+    ones = torch.ones(T), torch.full((T,), 0.5)
+    expected = results_of(linear_logprob, hidden, weight, targets, *ones, 0.8)
+    hidden.requires_grad_(), weight.requires_grad_()
+    logp, entropy = linear_logprob(hidden, weight, targets, 0.8)
+    gradients = torch.autograd.grad(logp.sum() + 0.5 * entropy.sum(), (hidden, weight))
+    assert_close(gradients + gradients, [x.double() for x in expected[2:] + expected[2:]], 1e-6)
 
 
 def test_hidden_or_weight_alone_can_require_a_gradient():

@@ -1,0 +1,98 @@
+"""All that waits for a GPU, in one command.
+
+    python -m bench.gpu_check [--stages tests kernels ...] [--out FOLDER]
+
+    tests      the kernels' tests, compiled, and tests/gpu
+    kernels    bench.bench_kernels: each kernel beside what a user would otherwise call, with the bars
+    sanitizer  compute-sanitizer's memcheck and racecheck over the kernels at small shapes
+    sampler    bench.bench_sampler in bf16 against transformers' generate
+    step       bench.bench_step on the GPU
+
+Writes FOLDER/gpu.json (default bench/results) after each stage, with device and versions; stages measured
+before are kept, so that it can be run in parts. Exits with 1 if a stage failed or a bar was missed.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from bench import hardware
+from kernels import backend
+
+ROOT = Path(__file__).parent.parent
+PYTHON = [sys.executable, "-m"]
+SANITIZER = [shutil.which("compute-sanitizer") or "compute-sanitizer", "--error-exitcode", "1", "--tool"]
+SMOKE = [sys.executable, "-m", "bench.bench_kernels", "--smoke"]
+
+
+def stages(out: Path) -> dict[str, list[list[str]]]:
+    return {
+        "tests": [PYTHON + ["pytest", "-q", "tests/gpu", "tests/test_kernels.py", "tests/test_logprob.py"]],
+        "kernels": [PYTHON + ["bench.bench_kernels", "--out", str(out / "kernels.json")]],
+        "sanitizer": [[*SANITIZER, tool, *SMOKE] for tool in ("memcheck", "racecheck")],
+        "sampler": [PYTHON + ["bench.bench_sampler", "--device", "cuda", "--dtype", "bfloat16"]],
+        "step": [PYTHON + ["bench.bench_step", "--device", "cuda"]]
+    }
+
+
+def run(command: list[str], limit: float) -> dict:
+    """Exit code and seconds of a command, the JSON line that a bench ends with, and its last lines."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    if command[0] == SANITIZER[0]:  # torch's cache of freed memory would hide an access beyond a tensor
+        environment["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"
+    start = time.perf_counter()
+    try:
+        done = subprocess.run(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE,
+                              stderr=subprocess.STDOUT, text=True, timeout=limit)
+        code, text = done.returncode, done.stdout
+    except subprocess.TimeoutExpired as e:
+        code, text = f"stopped after {limit:.0f} s", (e.stdout or b"").decode(errors="replace")
+    except OSError as e:
+        code, text = str(e), ""
+    lines = text.splitlines()
+    found = next((line for line in reversed(lines) if line.startswith('{"bench"')), None)
+    shown = [line for line in lines if line != found]
+    print("\n".join(shown[-60:]), flush=True)
+    return {"command": " ".join(command[1:] if command[0] == sys.executable else command), "exit": code,
+            "seconds": round(time.perf_counter() - start, 1), "result": found and json.loads(found),
+            "tail": shown[-15:]}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--stages", nargs="+", default=list(stages(Path())), choices=list(stages(Path())))
+    parser.add_argument("--out", default=str(ROOT / "bench/results"), help="folder of gpu.json")
+    parser.add_argument("--limit", type=float, default=1200, help="seconds that a command may take")
+    args = parser.parse_args()
+    if not torch.cuda.is_available():
+        sys.exit("gpu_check: torch sees no GPU here; nothing was measured and nothing was written")
+    out = Path(args.out)
+    out.mkdir(parents=True, exist_ok=True)
+    file = out / "gpu.json"
+    machine = hardware() | {"triton": backend.triton.__version__, "cuda": torch.version.cuda}
+    record = json.loads(file.read_text()) if file.exists() else {}
+    if record.get("machine") != machine:  # figures of two machines do not mix
+        record = {"bench": "gpu_check", "machine": machine, "stages": {}}
+    bad = []
+    for name in args.stages:
+        print(f"== {name}", flush=True)
+        record["stages"][name] = results = [run(command, args.limit) for command in stages(out)[name]]
+        file.write_text(json.dumps(record, indent=1) + "\n")
+        bad += [f"{r['command']}: exit {r['exit']}" for r in results if r["exit"] != 0]
+        for case in (c for r in results for c in (r["result"] or {}).get("cases", ())):
+            bad += [f"{case['case']}: {bar} missed, {x['figure']} instead of {x['bound']}"
+                    for bar, x in case["bars"].items() if not x["met"]]
+    print(f"written to {file}")
+    if bad:
+        sys.exit("\n".join(bad))
+
+
+if __name__ == "__main__":
+    main()
