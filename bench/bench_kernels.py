@@ -32,7 +32,7 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 import bench.interpreter  # noqa: F401
 from bench import hardware
 from kernels import backend, linear_logprob
-from kernels.attention import PagedDecode, PagedPrefill, packed_attention, rotate, varlen_attn, write_kv
+from kernels.attention import PagedDecode, PagedPrefill, packed_attention, rotate, varlen, write_kv
 from kernels.sample import head_draw
 
 CUDA = torch.cuda.is_available()
@@ -197,10 +197,9 @@ def cumulative(lengths: list[int]) -> torch.Tensor:
     return F.pad(torch.tensor(lengths, device=DEVICE).cumsum(0), (1, 0)).int()
 
 
-def varlen(q, k, v, queries, contexts, causal, **pages):
-    grouped = {"enable_gqa": True} if "enable_gqa" in varlen_attn.__kwdefaults__ else {}
-    return varlen_attn(q, k, v, cumulative(queries), cumulative(contexts), max(queries), max(contexts),
-                       window_size=(-1, 0) if causal else (-1, -1), **grouped, **pages)
+def flash(q, k, v, queries, contexts, causal, **pages):
+    return varlen()(q, k, v, cumulative(queries), cumulative(contexts), max(queries), max(contexts),
+                    window_size=(-1, 0) if causal else (-1, -1), **pages)
 
 
 flex = flex_attention if "--smoke" in sys.argv else torch.compile(flex_attention, dynamic=False)
@@ -226,7 +225,7 @@ def decode(name: str, contexts: list[int], heads: int, kv_heads: int, dim: int =
         return F.scaled_dot_product_attention(q[:, :, None], k, v, seen, enable_gqa=True)
 
     def paged_varlen():
-        return varlen(q, keys, values, [1] * rows, contexts, False, seqused_k=context.int(),
+        return flash(q, keys, values, [1] * rows, contexts, False, seqused_k=context.int(),
                       block_table=table.int())
 
     def error(out):
@@ -249,7 +248,7 @@ def prefill(name: str, queries: list[int], contexts: list[int], heads: int, kv_h
     plan = PagedPrefill(keys, heads, table, queries, contexts)
     rows = [end_to_end(x, table, contexts) for x in (keys, values)]
     k, v = (torch.cat(x) for x in rows)
-    peers = {"varlen flash, contiguous": lambda: varlen(q, k, v, queries, contexts, True)}
+    peers = {"varlen flash, contiguous": lambda: flash(q, k, v, queries, contexts, True)}
     if queries == contexts:
         peers["SDPA, contiguous"] = lambda: per_sequence(q, k, v, queries)
     if queries == contexts and len({*queries}) == 1:

@@ -53,7 +53,8 @@ def run(command: list[str], limit: float) -> dict:
                               stderr=subprocess.STDOUT, text=True, timeout=limit)
         code, text = done.returncode, done.stdout
     except subprocess.TimeoutExpired as e:
-        code, text = f"stopped after {limit:.0f} s", (e.stdout or b"").decode(errors="replace")
+        code, text = f"stopped after {limit:g} s", e.stdout or ""  # bytes, whatever `text` says
+        text = text.decode(errors="replace") if isinstance(text, bytes) else text
     except OSError as e:
         code, text = str(e), ""
     lines = text.splitlines()

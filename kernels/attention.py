@@ -18,17 +18,13 @@ the longest contexts start first.
 
 from __future__ import annotations
 
+from functools import cache, partial
+
 import torch
 import torch.nn.functional as F
 
 from kernels import backend
 from kernels.backend import tl, triton
-
-try:
-    from torch.nn.attention.varlen import varlen_attn
-except ImportError:
-    varlen_attn = None
-
 
 # ---------------------------------------------------------------------- packed sequences
 
@@ -39,15 +35,22 @@ def packed_attention(q_THD: torch.Tensor, k_TKD: torch.Tensor, v_TKD: torch.Tens
 
     torch's variable-length flash attention for 16-bit types on a GPU, else SDPA a sequence at a time.
     """
-    if varlen_attn and q_THD.is_cuda and q_THD.dtype != torch.float32:
-        grouped = {"enable_gqa": True} if "enable_gqa" in varlen_attn.__kwdefaults__ else {}
-        longest = max(lengths)
-        return varlen_attn(q_THD, k_TKD, v_TKD, cu_seqlens, cu_seqlens, longest, longest,
-                           window_size=(-1, 0), **grouped)
+    if q_THD.is_cuda and q_THD.dtype != torch.float32:
+        return varlen()(q_THD, k_TKD, v_TKD, cu_seqlens, cu_seqlens, max(lengths), max(lengths),
+                        window_size=(-1, 0))
     rows = zip(*(x.transpose(0, 1).split(lengths, dim=1) for x in (q_THD, k_TKD, v_TKD)))
     out = [F.scaled_dot_product_attention(q[None], k[None], v[None], is_causal=True, enable_gqa=True)[0]
            for q, k, v in rows]
     return torch.cat(out, dim=1).transpose(0, 1)
+
+
+@cache
+def varlen():
+    """torch's variable-length flash attention. Its import takes a second, which a CPU run need not spend;
+    grouped queries it takes since 2.12 when told so, before that untold."""
+    from torch.nn.attention.varlen import varlen_attn
+    told = "enable_gqa" in varlen_attn.__kwdefaults__
+    return partial(varlen_attn, enable_gqa=True) if told else varlen_attn
 
 
 # ---------------------------------------------------------------------- writing into pages
@@ -140,6 +143,7 @@ class PagedDecode:
         self.size = backend.blocks("decode", cache.dtype, cache.shape[-1])
         self.programs, chunk = backend.processors() * self.size.pop("PROGRAMS"), self.size["CHUNK"]
         self.first_chunk_S1 = F.pad(((context_S + chunk - 1) // chunk).cumsum(0), (1, 0))
+        self.num_chunks = self.first_chunk_S1[-1:].clone()
         number = torch.arange(len(table_SP) * triton.cdiv(slots, chunk), device=cache.device)
         self.sequence_of = torch.searchsorted(self.first_chunk_S1[1:], number, right=True)
         self.part_of = number - self.first_chunk_S1[self.sequence_of]
@@ -151,7 +155,7 @@ class PagedDecode:
         parts = torch.empty(chunks, heads, dim, device=q_SHD.device)
         lse = torch.empty(chunks, heads, device=q_SHD.device)
         run_attend(q_SHD, keys, values, parts, lse, self.table_SP, self.context_S, None, self.sequence_of,
-                   self.part_of, self.first_chunk_S1[rows:], self.programs, self.size)
+                   self.part_of, self.num_chunks, self.programs, self.size)
         out = torch.empty_like(q_SHD, memory_format=torch.contiguous_format)
         combine[(rows, heads)](parts, lse, self.first_chunk_S1, out, heads, dim, BLOCK_N=16,
                                BLOCK_D=triton.next_power_of_2(dim), num_warps=4)
@@ -232,7 +236,7 @@ def run_attend(q_THD, keys, values, out, lse, table_SP, context_S, first_token_S
 LOG2_E = 1.4426950408889634  # exp2 is what the hardware has
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["table_stride"])  # it grows with the contexts: no new compilation for that
 def attend(q, q_stride, keys, values, out, lse, table, table_stride, context, first_token, sequence_of,
            part_of, num_items, heads, kv_heads, scale, GROUP: tl.constexpr, DIM: tl.constexpr,
            PAGE: tl.constexpr, CHUNK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,

@@ -16,7 +16,9 @@ try:
 except ImportError:  # macOS, Windows: the references do all the work
 
     class triton:
-        jit = staticmethod(lambda function: function)
+        @staticmethod
+        def jit(function=None, **options):
+            return function or triton.jit
 
     class tl:
         constexpr = None  # kernels name it in their signatures

@@ -153,7 +153,7 @@ def measure_tiles(hidden_SC, weight_VC, columns, temperature_S, tiles):
     return peak_SN, mass_SN
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def head_tiles(hidden, hidden_stride, weight, weight_stride, rows, width, columns, temperature, peak, mass,
                tiles, TILE: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_V: tl.constexpr,
                BLOCK_C: tl.constexpr):

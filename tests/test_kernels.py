@@ -280,10 +280,13 @@ def exact_draws(hidden, weight, n_valid, uniform, temperature):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_draws_from_the_head_equal_a_search_in_fp64(rows, vocabulary, n_valid, width, dtype, kernels):
     """The fused path draws the same ids but where u lies within rounding of an edge; none here is that near
-    unless it is counted. Greedy rows among them; padded ids would win if they took part."""
+    unless it is counted. Greedy rows among them; padded ids would win if they took part, and what lies beyond
+    the width would poison all."""
     hidden = normal(rows, width, seed=rows, dtype=dtype)
     weight = normal(vocabulary, width, seed=1, dtype=dtype) * 0.4
     weight[n_valid:] = 9 * weight[:1]
+    hidden, weight = (torch.nn.functional.pad(x, (0, 40), value=torch.nan)[:, :width]
+                      for x in (hidden, weight))
     temperature = torch.where(torch.arange(rows) % 4 == 3, 0.0, torch.linspace(0.5, 1.3, rows)).to(DEVICE)
     sample_of = torch.arange(rows, device=DEVICE)
     u = uniforms(streams(sample_of + 5, sample_of), sample_of)

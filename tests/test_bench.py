@@ -1,0 +1,89 @@
+"""The programs that wait for a GPU, as far as a machine without one can run them."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+from bench import bench_kernels, gpu_check, tune  # noqa: E402 - they need triton
+from kernels import backend  # noqa: E402
+
+ROOT = Path(__file__).parent.parent
+
+
+def script(text: str) -> list[str]:
+    return [sys.executable, "-c", text]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="about a machine without a GPU")
+@pytest.mark.parametrize("module", [gpu_check, bench_kernels, tune])
+def test_without_a_gpu_a_bench_says_so_and_writes_nothing(module, monkeypatch):
+    table = backend.TABLE.read_text()
+    monkeypatch.setattr(sys, "argv", [module.__name__])
+    with pytest.raises(SystemExit, match="torch sees no"):
+        module.main()
+    assert backend.TABLE.read_text() == table and not (ROOT / "bench/results/gpu.json").exists()
+
+
+def test_a_stage_records_exit_code_result_and_last_lines(tmp_path):
+    ok = gpu_check.run(script("print('measured'); print('{\"bench\": \"x\", \"ms\": 3}')"), 60)
+    assert ok["exit"] == 0 and ok["result"] == {"bench": "x", "ms": 3} and ok["tail"] == ["measured"]
+    failed = gpu_check.run(script("import sys; print('half way', flush=True); sys.exit('because')"), 60)
+    assert failed["exit"] == 1 and failed["result"] is None and failed["tail"] == ["half way", "because"]
+    late = gpu_check.run(script("import time; print('began', flush=True); time.sleep(60)"), 2)
+    assert late["exit"] == "stopped after 2 s" and late["tail"] == ["began"]
+    assert "No such file" in gpu_check.run([str(tmp_path / "nothing")], 5)["exit"]
+
+
+def test_gpu_check_keeps_what_was_measured_before_and_names_missed_bars(tmp_path, monkeypatch, capsys):
+    bars = {"fast": {"figure": 0.8, "bound": 0.85, "met": False},
+            "right": {"figure": 1, "bound": 1, "met": True}}
+    result = json.dumps({"bench": "kernels", "cases": [{"case": "decode", "bars": bars}]})
+    made = {"tests": [script("raise SystemExit(2)")], "kernels": [script(f"print({result!r})")]}
+    monkeypatch.setattr(gpu_check, "stages", lambda out: made)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(gpu_check, "hardware", lambda: {"gpu": "one"})
+
+    def check(*arguments):
+        monkeypatch.setattr(sys, "argv", ["gpu_check", "--out", str(tmp_path), *arguments])
+        with pytest.raises(SystemExit) as stop:
+            gpu_check.main()
+        return str(stop.value), json.loads((tmp_path / "gpu.json").read_text())
+
+    said, record = check("--stages", "tests")
+    assert "exit 2" in said and list(record["stages"]) == ["tests"]
+    said, record = check("--stages", "kernels")
+    assert said == "decode: fast missed, 0.8 instead of 0.85"
+    assert list(record["stages"]) == ["tests", "kernels"]
+    monkeypatch.setattr(gpu_check, "hardware", lambda: {"gpu": "another"})
+    assert list(check("--stages", "kernels")[1]["stages"]) == ["kernels"], "two machines were mixed"
+
+
+def test_tuning_keeps_the_fastest_entry_that_is_right(monkeypatch):
+    """By times of a script: 3 ms with the entry in use; to replace it takes 2 %, and a right result."""
+    table = {}
+    monkeypatch.setattr(backend, "blocks", lambda kernel, dtype, size: {"N": 1})
+    monkeypatch.setattr(bench_kernels, "timed", lambda function: function())
+    times, wrong, no_room = {1: 3.0, 2: 2.99, 4: 1.0, 8: 2.5, 16: 0.1, 32: 2.4}, 4, 16
+
+    def make():
+        chosen = table.get("decode/2/64", {"N": 1})["N"]
+        if chosen == no_room:
+            raise RuntimeError("out of resources")
+        return bench_kernels.Case("x", lambda: times[chosen], {}, lambda out: float(chosen == wrong), 0.5)
+
+    candidates = [{"N": n} for n in (2, 4, 8, 16, 32)]
+    assert tune.search("decode/2/64", make, candidates, table, 1) == {"N": 32}
+    assert tune.search("decode/2/64", make, candidates[:2], {}, 1) == {"N": 1}
+    assert tune.render(backend.table()) == backend.TABLE.read_text(), "the table is as the program writes it"
+
+
+def test_every_case_of_the_mission_is_one_that_the_kernels_have_blocks_for():
+    names = [f"{c.func.__name__} {c.args[0]}" for c in bench_kernels.cases()]
+    assert len(names) == len({*zip(names, map(str, (c.args for c in bench_kernels.cases())))})
+    assert {"decode 7B 64 x 8k", "decode 32B 1 x 16k", "prefill 7B 8k"} <= {*names}
+    for key in tune.searches():
+        assert key in backend.table()["default"], key
