@@ -192,6 +192,7 @@ class Qwen2(nn.Module):
         super().__init__()
         self.config = config
         self.recompute = False  # True: each layer's activations are recomputed in backward
+        self.rope = None  # `rope_frequencies`, once they are on the device of the tokens
         self.model = nn.ModuleDict({
             "embed_tokens": nn.Embedding(config.vocab_size, config.hidden_size),
             "layers": nn.ModuleList(Layer(config, i) for i in range(config.num_hidden_layers)),
@@ -212,8 +213,11 @@ class Qwen2(nn.Module):
 
     def forward(self, tokens_T: torch.Tensor, attention) -> torch.Tensor:
         """Hidden states (T, C) after the final norm, for tokens laid out as `attention` says."""
-        frequencies, magnitude = rope_frequencies(self.config)
-        angles = attention.positions_T[:, None].float() * frequencies.to(tokens_T.device)
+        if self.rope is None or self.rope[0].device != tokens_T.device:
+            frequencies, magnitude = rope_frequencies(self.config)
+            self.rope = frequencies.to(tokens_T.device), magnitude
+        frequencies, magnitude = self.rope
+        angles = attention.positions_T[:, None].float() * frequencies
         cos = (magnitude * torch.cat((angles.cos(), angles.cos()), dim=-1))[:, None]
         sin = (magnitude * torch.cat((-angles.sin(), angles.sin()), dim=-1))[:, None]
         x_TC = self.model["embed_tokens"](tokens_T)

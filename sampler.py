@@ -284,7 +284,8 @@ class Sampler:
                 self.ready.popleft()
         if started:
             hidden = torch.stack([h for _, h in started])
-            yield from self.extend([s for s, _ in started], hidden)
+            sequences = [s for s, _ in started]
+            yield from self.extend(sequences, hidden, self.padded(sequences))
 
     def seat(self, sequence: Sequence):
         """Gives a sequence a row and writes the row's state."""
@@ -386,7 +387,7 @@ class Sampler:
         self.stats.peak_rows = max(self.stats.peak_rows, len(self.running))
         for sequence in self.running:
             sequence.cached += 1
-        yield from self.extend(list(self.running), hidden)
+        yield from self.extend(list(self.running), hidden, rows)
 
     def rows(self) -> torch.Tensor:
         """Row numbers of the running sequences, padded."""
@@ -400,15 +401,18 @@ class Sampler:
         padding = range(len(self.table) - MIN_ROWS, len(self.table) - len(numbers))
         return torch.tensor(numbers + list(padding), device=self.table.device)
 
-    def extend(self, sequences: list[Sequence], hidden_SC: torch.Tensor) -> Iterator[Completion]:
-        """Draws the next token of each sequence from its hidden state; yields and retires those that end."""
-        rows, model = self.padded(sequences), self.model
+    def extend(self, sequences: list[Sequence], hidden_SC: torch.Tensor,
+               rows: torch.Tensor) -> Iterator[Completion]:
+        """Draws the next token of each sequence from its hidden state; yields and retires those that end.
+
+        rows: their row numbers, padded.
+        """
         hidden_SC = F.pad(hidden_SC, (0, 0, 0, len(rows) - len(hidden_SC)))
         filtered = any(s.request.top_p < 1 or s.request.top_k > 0 for s in sequences)
         filters = (self.top_p[rows], self.top_k[rows]) if filtered else ()
         uniform = uniforms(self.stream[rows], self.drawn[rows])
-        token, logp = head_draw(hidden_SC, model.head_weight, self.n_valid, uniform, self.temperature[rows],
-                                *filters)
+        token, logp = head_draw(hidden_SC, self.model.head_weight, self.n_valid, uniform,
+                                self.temperature[rows], *filters)
         self.token[rows] = token
         self.drawn[rows] += 1
         self.stats.new_tokens += len(sequences)

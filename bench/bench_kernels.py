@@ -63,6 +63,7 @@ def timed(function: Callable) -> float:
         function()
         return 1e3 * (time.perf_counter() - start)
     timed.flush.zero_()
+    torch.cuda._sleep(10**6)  # half a millisecond ahead: what is timed is the GPU, not Python's launching
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     start.record()
     function()
@@ -197,9 +198,10 @@ def cumulative(lengths: list[int]) -> torch.Tensor:
     return F.pad(torch.tensor(lengths, device=DEVICE).cumsum(0), (1, 0)).int()
 
 
-def flash(q, k, v, queries, contexts, causal, **pages):
-    return varlen()(q, k, v, cumulative(queries), cumulative(contexts), max(queries), max(contexts),
-                    window_size=(-1, 0) if causal else (-1, -1), **pages)
+def flash(q, k, v, queries, contexts, causal, **pages) -> Callable:
+    ends = cumulative(queries), cumulative(contexts)
+    return lambda: varlen()(q, k, v, *ends, max(queries), max(contexts),
+                            window_size=(-1, 0) if causal else (-1, -1), **pages)
 
 
 flex = flex_attention if "--smoke" in sys.argv else torch.compile(flex_attention, dynamic=False)
@@ -224,16 +226,15 @@ def decode(name: str, contexts: list[int], heads: int, kv_heads: int, dim: int =
         seen = (torch.arange(k.shape[2], device=DEVICE) < context[:, None])[:, None, None]
         return F.scaled_dot_product_attention(q[:, :, None], k, v, seen, enable_gqa=True)
 
-    def paged_varlen():
-        return flash(q, keys, values, [1] * rows, contexts, False, seqused_k=context.int(),
-                      block_table=table.int())
-
     def error(out):
         shown = sorted({0, rows // 2, rows - 1, max(range(rows), key=contexts.__getitem__)})
         right = [exact_row(q[s], *(x[s, :, :contexts[s]].transpose(0, 1) for x in (k, v))) for s in shown]
         return relative(out[shown], torch.stack(right))
 
-    peers = {"SDPA, contiguous": sdpa, "gather + SDPA": gather_then_sdpa, "varlen, paged": paged_varlen}
+    peers = {"SDPA, contiguous" if even else "SDPA with a mask, contiguous": sdpa,
+             "gather + SDPA with a mask": gather_then_sdpa,
+             "varlen, paged": flash(q, keys, values, [1] * rows, contexts, False, seqused_k=context.int(),
+                                    block_table=table.int())}
     if even and bars:  # it takes long to compile
         peers["FlexAttention, contiguous"] = lambda: flex(q[:, :, None], k, v, enable_gqa=True)
     moved = sum(contexts) * kv_heads * dim * 2 * 2 + 2 * q.nbytes
@@ -248,7 +249,7 @@ def prefill(name: str, queries: list[int], contexts: list[int], heads: int, kv_h
     plan = PagedPrefill(keys, heads, table, queries, contexts)
     rows = [end_to_end(x, table, contexts) for x in (keys, values)]
     k, v = (torch.cat(x) for x in rows)
-    peers = {"varlen flash, contiguous": lambda: flash(q, k, v, queries, contexts, True)}
+    peers = {"varlen flash, contiguous": flash(q, k, v, queries, contexts, True)}
     if queries == contexts:
         peers["SDPA, contiguous"] = lambda: per_sequence(q, k, v, queries)
     if queries == contexts and len({*queries}) == 1:
@@ -443,6 +444,8 @@ def cases() -> list[partial]:
             bars = {f"{bound} of unfused's time": ("speedup over unfused", 1 / bound),
                     "a tenth of its memory": ("memory of unfused", -0.1)}
             made.append(partial(logprob, model, 16384, 152064, hidden, backward, bars))
+            if backward:  # as training runs it: over the ids that the tokenizer has
+                made.append(partial(logprob, f"{model}, 151,665 ids", 16384, 151665, hidden, True))
         for rows in (1, 16, 64, 128, 256):
             bars = {"1.3x": ("speedup over logits + softmax + multinomial", 1.3)} if rows == 128 else {}
             made.append(partial(sampling, model, rows, 152064, hidden, bars))
@@ -454,6 +457,7 @@ def main():
     parser.add_argument("--only", default="", help="only cases whose name has this in it")
     parser.add_argument("--repeats", type=int, default=30)
     parser.add_argument("--smoke", action="store_true", help="small shapes, on a CPU in Triton's interpreter")
+    parser.add_argument("--no_peers", action="store_true", help="our kernels alone")
     parser.add_argument("--out", default="", help="JSON file for the result")
     args = parser.parse_args()
     if not args.smoke and not CUDA:
@@ -471,13 +475,18 @@ def main():
         if args.only not in name:
             continue
         try:
-            row = run(make(), result, 1 if args.smoke else args.repeats)
+            case = make()
+            if args.no_peers:
+                case.peers, case.bars = {}, {}
+            row = run(case, result, 1 if args.smoke else args.repeats)
+            del case
             show(row)
             result["cases"].append(row)
             failed += [] if row["right"] else [f"{row['case']} is wrong"]
         except Exception as e:  # the other cases are measured all the same
             traceback.print_exc()
             failed.append(f"{name}: {type(e).__name__}")
+        torch.compiler.reset()  # else FlexAttention, compiled for many shapes, falls back to unfused
         if CUDA:
             torch.cuda.empty_cache()
         if args.out:  # after each case: what is measured stays

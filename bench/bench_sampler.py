@@ -97,8 +97,9 @@ def main():
         print(f"{model.config.num_parameters:,} parameters, {args.dtype}; 32 requests of 64 tokens, "
               f"{sum(lengths)} tokens to write, longest {max(lengths)}", flush=True)
         figures = {name: [] for name in runners}
-        for runner in runners.values():
-            runner([Request(r.prompt_ids, max_new_tokens=8, seed=r.seed) for r in requests])  # warm up
+        for runner in runners.values():  # warm up, with many rows and with few
+            runner([Request(r.prompt_ids, max_new_tokens=8 + 8 * (i % 2), seed=r.seed)
+                    for i, r in enumerate(requests)])
         for _ in range(args.repeats):
             for name, runner in runners.items():
                 figures[name].append(runner(requests))

@@ -8,7 +8,7 @@
     sampler    bench.bench_sampler in bf16 against transformers' generate
     step       bench.bench_step on the GPU
 
-Writes FOLDER/gpu.json (default bench/results) after each stage, with device and versions; stages measured
+Writes FOLDER/gpu.json (default bench/results) after each command, with device and versions; stages measured
 before are kept, so that it can be run in parts. Exits with 1 if a stage failed or a bar was missed.
 """
 
@@ -28,14 +28,16 @@ from kernels import backend
 
 ROOT = Path(__file__).parent.parent
 PYTHON = [sys.executable, "-m"]
-SANITIZER = [shutil.which("compute-sanitizer") or "compute-sanitizer", "--error-exitcode", "1", "--tool"]
-SMOKE = [sys.executable, "-m", "bench.bench_kernels", "--smoke"]
+SANITIZER = [shutil.which("compute-sanitizer") or "compute-sanitizer", "--report-api-errors", "no",
+             "--error-exitcode", "1", "--tool"]
+KERNELS = ("decode", "prefill", "training", "write", "logprob", "sampling")
+SMOKE = [*PYTHON, "bench.bench_kernels", "--smoke", "--no_peers"]
 
 
-def stages(out: Path) -> dict[str, list[list[str]]]:
+def stages() -> dict[str, list[list[str]]]:
     return {
         "tests": [PYTHON + ["pytest", "-q", "tests/gpu", "tests/test_kernels.py", "tests/test_logprob.py"]],
-        "kernels": [PYTHON + ["bench.bench_kernels", "--out", str(out / "kernels.json")]],
+        "kernels": [PYTHON + ["bench.bench_kernels", "--only", name] for name in KERNELS],
         "sanitizer": [[*SANITIZER, tool, *SMOKE] for tool in ("memcheck", "racecheck")],
         "sampler": [PYTHON + ["bench.bench_sampler", "--device", "cuda", "--dtype", "bfloat16"]],
         "step": [PYTHON + ["bench.bench_step", "--device", "cuda"]]
@@ -68,9 +70,9 @@ def run(command: list[str], limit: float) -> dict:
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--stages", nargs="+", default=list(stages(Path())), choices=list(stages(Path())))
+    parser.add_argument("--stages", nargs="+", default=list(stages()), choices=list(stages()))
     parser.add_argument("--out", default=str(ROOT / "bench/results"), help="folder of gpu.json")
-    parser.add_argument("--limit", type=float, default=1200, help="seconds that a command may take")
+    parser.add_argument("--limit", type=float, default=550, help="seconds that a command may take")
     args = parser.parse_args()
     if not torch.cuda.is_available():
         sys.exit("gpu_check: torch sees no GPU here; nothing was measured and nothing was written")
@@ -84,8 +86,10 @@ def main():
     bad = []
     for name in args.stages:
         print(f"== {name}", flush=True)
-        record["stages"][name] = results = [run(command, args.limit) for command in stages(out)[name]]
-        file.write_text(json.dumps(record, indent=1) + "\n")
+        record["stages"][name] = results = []
+        for command in stages()[name]:
+            results.append(run(command, args.limit))
+            file.write_text(json.dumps(record, indent=1) + "\n")
         bad += [f"{r['command']}: exit {r['exit']}" for r in results if r["exit"] != 0]
         for case in (c for r in results for c in (r["result"] or {}).get("cases", ())):
             bad += [f"{case['case']}: {bar} missed, {x['figure']} instead of {x['bound']}"

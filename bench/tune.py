@@ -31,9 +31,10 @@ def grid(**values) -> list[dict[str, int]]:
 
 def searches() -> dict[str, tuple[Callable, list[dict[str, int]]]]:
     """Entry of the table -> (maker of the case that decides, candidates)."""
+    # The load of page ids takes a stage of every two: 3 keeps one block of keys in flight, 5 two, 7 three.
     decode = grid(CHUNK=[256, 512, 1024], PROGRAMS=[2, 4, 8], BLOCK_N=[32, 64, 128], num_warps=[4],
-                  num_stages=[3, 5])
-    prefill = grid(BLOCK_M=[64, 128], BLOCK_N=[64, 128], num_warps=[4, 8], num_stages=[2, 3, 4])
+                  num_stages=[3, 5, 7])
+    prefill = grid(BLOCK_M=[64, 128], BLOCK_N=[64, 128], num_warps=[4, 8], num_stages=[3, 5])
     head = grid(BLOCK_V=[128, 256], BLOCK_C=[64, 128], num_warps=[4, 8], num_stages=[3, 4, 5])
     row = grid(BLOCK_N=[1024, 2048, 4096, 8192], num_warps=[4, 8, 16])
     spread = list(range(200, 14000, 216))[:64]

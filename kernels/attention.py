@@ -194,7 +194,7 @@ class PagedPrefill:
                  for s, (n, m) in enumerate(zip(query_lengths, context_lengths))
                  for part in range(-(-n * group // block))]
         order = torch.tensor(sorted(tiles, reverse=True), device=cache.device).T
-        self.sequence_of, self.part_of = order[1:].contiguous()
+        self.sequence_of, self.part_of = (x.clone() for x in order[1:])  # aligned, whatever their length
         self.num_tiles = torch.tensor([len(tiles)], device=cache.device)
         self.context_S = torch.tensor(context_lengths, device=cache.device)
         self.first_token_S1 = F.pad(torch.tensor(query_lengths, device=cache.device).cumsum(0), (1, 0))

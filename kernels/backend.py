@@ -43,7 +43,9 @@ def table() -> dict[str, dict[str, dict[str, int]]]:
 @cache
 def device_name() -> str:
     """The GPU as the table knows it, without what the memory's size or the socket adds: NVIDIA H100."""
-    return " ".join(torch.cuda.get_device_name().split()[:2]) if torch.cuda.is_available() else "none"
+    if not torch.cuda.is_available():
+        return "none"
+    return " ".join(torch.cuda.get_device_name().split()[:2]).split("-")[0]
 
 
 @cache

@@ -19,7 +19,7 @@ import torch.distributed as dist
 from kernels import backend
 from kernels.backend import tl, triton
 
-CHUNK_BYTES = {"cpu": 64 * 2**20, "cuda": 512 * 2**20}  # of fp32 logits at a time
+CHUNK_BYTES = {"cpu": 64 * 2**20, "cuda": 256 * 2**20}  # of fp32 logits at a time
 
 
 def matmul_fp32(a_TC: torch.Tensor, weight_VC: torch.Tensor) -> torch.Tensor:
@@ -33,7 +33,11 @@ def matmul_fp32(a_TC: torch.Tensor, weight_VC: torch.Tensor) -> torch.Tensor:
 def chunks(rows: int, vocabulary: int, device: torch.device) -> list[slice]:
     width = max(1, CHUNK_BYTES[device.type] // (4 * max(1, rows)))
     width = width // 128 * 128 or width
-    return [slice(i, min(i + width, vocabulary)) for i in range(0, vocabulary, width)]
+    edges = [*range(0, vocabulary, width), vocabulary]
+    if device.type == "cuda" and vocabulary > 8 and vocabulary % 8:
+        # Tensor cores want rows of 16 bytes: an odd vocabulary's last few ids are a chunk of their own.
+        edges = sorted({*edges, vocabulary // 8 * 8})
+    return [slice(a, b) for a, b in zip(edges, edges[1:])]
 
 
 # ---------------------------------------------------------------------- a chunk of logits
@@ -202,8 +206,11 @@ class LinearLogprob(torch.autograd.Function):
                                   grad_logp_T, grad_entropy_T, ctx.temperature, hidden_TC.dtype)
             if need_hidden:
                 sums_TC += matmul_fp32(g_TN, weight_VC[part].T)
-            if need_weight:
+            if need_weight and g_TN.is_cuda:
+                torch.mm(g_TN.T, hidden_TC, out=grad_weight[part])
+            elif need_weight:
                 grad_weight[part] = matmul_fp32(g_TN.T, hidden_TC.T)
+            del g_TN  # before the next chunk's is made
         if need_hidden:
             if ctx.group is not None:
                 dist.all_reduce(sums_TC, group=ctx.group)

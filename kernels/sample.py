@@ -210,7 +210,7 @@ def pick(hidden, hidden_stride, weight, weight_stride, width, columns, peak, mas
     real = (v >= 0) & (v < columns) & (mine < tiles)
     c = tl.arange(0, BLOCK_C)
     z = tl.zeros((TILE, BLOCK_C), dtype=tl.float32)
-    for start in range(0, width, BLOCK_C):
+    for start in tl.range(0, width, BLOCK_C, num_stages=3):
         inside = c < width - start
         h = tl.load(hidden + s * hidden_stride + start + c, mask=inside, other=0.0).to(tl.float32)
         w = tl.load(weight + v.to(tl.int64)[:, None] * weight_stride + start + c[None, :],

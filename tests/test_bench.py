@@ -43,7 +43,7 @@ def test_gpu_check_keeps_what_was_measured_before_and_names_missed_bars(tmp_path
             "right": {"figure": 1, "bound": 1, "met": True}}
     result = json.dumps({"bench": "kernels", "cases": [{"case": "decode", "bars": bars}]})
     made = {"tests": [script("raise SystemExit(2)")], "kernels": [script(f"print({result!r})")]}
-    monkeypatch.setattr(gpu_check, "stages", lambda out: made)
+    monkeypatch.setattr(gpu_check, "stages", lambda: made)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(gpu_check, "hardware", lambda: {"gpu": "one"})
 

@@ -249,6 +249,17 @@ def test_a_temperature_that_is_not_positive_is_an_error_that_names_it(temperatur
         linear_logprob(*inputs()[:3], temperature)
 
 
+@pytest.mark.parametrize("path", ["reference"], indirect=True)
+@pytest.mark.parametrize("device, vocabulary", [
+    ("cpu", 151665), ("cuda", 151665), ("cuda", 152064), ("cuda", 5)])
+def test_chunks_cover_the_vocabulary_once_and_are_aligned_on_a_gpu(device, vocabulary):
+    parts = logprob.chunks(16384, vocabulary, torch.device(device))
+    assert [i for part in parts for i in (part.start, part.stop)] == [
+        0, *(i for part in parts[1:] for i in (part.start, part.start)), vocabulary]
+    if device == "cuda":
+        assert all((part.stop - part.start) % 8 == 0 or part.stop - part.start < 8 for part in parts)
+
+
 def test_a_target_beyond_the_vocabulary_is_an_error_that_names_it():
     hidden, weight, targets, *_ = inputs()
     targets[3] = V
