@@ -13,6 +13,7 @@ import json
 import os
 import re
 import sys
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import redirect_stdout
 from io import StringIO
 from pathlib import Path
@@ -139,6 +140,10 @@ def compile_case(name: str, arch: int) -> list[dict]:
     return found
 
 
+def compile_cases(arch: int, names: list[str]) -> list[dict]:
+    return [row for name in names for row in compile_case(name, arch)]
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--cases", nargs="+", default=list(CASES), choices=list(CASES), metavar="CASE",
@@ -147,7 +152,9 @@ def main():
     args = parser.parse_args()
     if "TRITON_INTERPRET" in os.environ:
         sys.exit("bench.aot: TRITON_INTERPRET replaces the compiler by an interpreter: unset it")
-    table = [row for name in args.cases for arch in args.archs for row in compile_case(name, arch)]
+    with ProcessPoolExecutor(min(len(args.archs), os.cpu_count())) as pool:  # an architecture each
+        parts = list(pool.map(compile_cases, args.archs, [args.cases] * len(args.archs)))
+    table = [row for name in args.cases for part in parts for row in part if row["case"] == name]
     print(f"triton {triton.__version__}\n{'case':26} {'kernel':14} arch  regs spills  shared warps   code")
     for r in table:
         print(f"{r['case']:26} {r['kernel']:14} {r['arch']:4} {r['registers']:5} {r['spilled_bytes']:6} "

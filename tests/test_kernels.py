@@ -94,12 +94,12 @@ FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 
 
 @pytest.mark.parametrize("heads, kv_heads, dim, page_size, dtype", [
-    (14, 2, 64, 16, FP32), (14, 2, 64, 16, BF16), (14, 2, 64, 16, FP16), (28, 4, 128, 16, FP32),
-    (10, 2, 128, 64, BF16), (10, 2, 128, 64, FP16), (4, 4, 80, 32, FP32), (4, 4, 80, 32, BF16),
-    (3, 1, 96, 16, FP32), (3, 1, 96, 64, BF16), (5, 5, 16, 16, FP32)])
+    (14, 2, 64, 16, FP32), (14, 2, 64, 16, BF16), (7, 1, 64, 16, FP16), (10, 2, 128, 16, FP32),
+    (5, 1, 128, 64, BF16), (2, 2, 80, 32, FP32), (4, 4, 80, 32, BF16), (3, 1, 96, 64, FP32),
+    (5, 5, 16, 16, FP32)])
 def test_decode_equals_fp64_attention(heads, kv_heads, dim, page_size, dtype, kernels):
     """Contexts of one token, around the ends of pages, blocks and chunks, and one far longer."""
-    contexts = [1, 2, 15, 16, 17, 31, 32, 33, 64, 65, 150]
+    contexts = [1, 15, 16, 17, 32, 33, 64, 150]
     keys, values, table = cache_of(contexts, kv_heads, dim, page_size, dtype)
     q = normal(len(contexts), heads, dim, seed=1, dtype=dtype)
     out = PagedDecode(keys, table, torch.tensor(contexts, device=DEVICE))(q, keys, values)
@@ -176,8 +176,8 @@ def test_scores_of_ten_thousand_are_safe(kernels):
 
 
 @pytest.mark.parametrize("heads, kv_heads, dim, page_size, dtype", [
-    (14, 2, 64, 16, FP32), (14, 2, 64, 16, BF16), (14, 2, 64, 32, FP16), (10, 2, 128, 32, FP32),
-    (10, 2, 128, 16, BF16), (4, 4, 80, 64, FP32), (6, 1, 96, 16, BF16), (6, 1, 96, 16, FP32)])
+    (14, 2, 64, 16, FP32), (14, 2, 64, 16, BF16), (7, 1, 64, 32, FP16), (5, 1, 128, 32, FP32),
+    (10, 2, 128, 16, BF16), (2, 2, 80, 64, FP32), (6, 1, 96, 16, BF16)])
 def test_prefill_equals_fp64_attention(heads, kv_heads, dim, page_size, dtype, kernels):
     """Whole prompts, chunks of one, decode rows between them, one-token prompts."""
     queries = [1, 20, 1, 17, 33, 2, 1]
@@ -201,7 +201,7 @@ def test_prefill_with_the_blocks_of_the_table(dtype, table_blocks):
     assert relative(out, expected) < TOLERANCE[dtype]
 
 
-@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("seed", range(4))
 def test_prefill_and_decode_at_random(seed, kernels):
     rng = np.random.default_rng(seed)
     kv_heads, group = int(rng.integers(1, 3)), int(rng.integers(1, 9))
@@ -276,7 +276,7 @@ def exact_draws(hidden, weight, n_valid, uniform, temperature):
 
 @pytest.mark.parametrize("rows, vocabulary, n_valid, width", [
     (1, 64, 64, 32), (16, 1000, 1000, 48), (21, 1000, 961, 72), (40, 300, 129, 16), (5, 200, 1, 16),
-    (130, 700, 641, 32)])
+    (130, 200, 190, 16)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_draws_from_the_head_equal_a_search_in_fp64(rows, vocabulary, n_valid, width, dtype, kernels):
     """The fused path draws the same ids but where u lies within rounding of an edge; none here is that near
@@ -299,15 +299,15 @@ def test_draws_from_the_head_equal_a_search_in_fp64(rows, vocabulary, n_valid, w
 
 
 def test_the_fused_head_draws_what_the_reference_draws(kernels, monkeypatch):
-    """300 draws of one distribution, whose u are spread evenly: at most one flip, at an edge."""
-    hidden, weight = normal(1, 16, seed=3).expand(300, -1).contiguous(), normal(200, 16, seed=4) / 3
-    u = (torch.arange(300, dtype=torch.float64, device=DEVICE) + 0.5) / 300
-    temperature = torch.tensor(0.8, device=DEVICE).expand(300)  # has no memory of its own
+    """200 draws of one distribution, whose u are spread evenly: at most one flip, at an edge."""
+    hidden, weight = normal(1, 16, seed=3).expand(200, -1).contiguous(), normal(200, 16, seed=4) / 3
+    u = (torch.arange(200, dtype=torch.float64, device=DEVICE) + 0.5) / 200
+    temperature = torch.tensor(0.8, device=DEVICE).expand(200)  # has no memory of its own
     token, logp = head_draw(hidden, weight, 200, u, temperature)
     monkeypatch.setattr(backend, "fused", lambda x: False)
     expected, right_logp = head_draw(hidden, weight, 200, u, temperature)
     same = token == expected
-    assert (~same).sum() <= 1 and len(token.unique()) > 100
+    assert (~same).sum() <= 1 and len(token.unique()) > 80
     assert (logp - right_logp)[same].abs().max() < 1e-5
 
 
@@ -339,7 +339,7 @@ def test_top_p_and_top_k_take_the_path_over_logits(filters, kernels):
 
 
 def tiny_model(layers=2):
-    config = qwen.ModelConfig(300, 64, 96, layers, 4, 2, tie_word_embeddings=True)
+    config = qwen.ModelConfig(300, 48, 64, layers, 3, 1, tie_word_embeddings=True)
     model = qwen.Qwen2(config).init_weights_(0)
     for p in model.parameters():  # init's 0.02 would leave all tokens alike
         if p.dim() > 1:
@@ -347,9 +347,9 @@ def tiny_model(layers=2):
     return model.to(DEVICE)
 
 
-REQUESTS = [Request(list(range(40, 68)), n=2, max_new_tokens=9, temperature=0.9, seed=1),
-            Request([5, 6, 7], n=1, max_new_tokens=5, temperature=0.0),
-            Request(list(range(30)), n=1, max_new_tokens=6, temperature=0.7, top_k=20, seed=2)]
+REQUESTS = [Request(list(range(40, 70)), n=2, max_new_tokens=6, temperature=0.9, seed=1),
+            Request([5, 6, 7], n=1, max_new_tokens=4, temperature=0.0),
+            Request(list(range(30)), n=1, max_new_tokens=4, temperature=0.7, top_k=20, seed=2)]
 
 
 def test_the_sampler_on_kernels_writes_what_the_reference_writes(kernels, monkeypatch):
@@ -371,7 +371,7 @@ def test_a_grpo_step_on_kernels_has_the_reference_loss_and_gradients(kernels, mo
     generator = torch.Generator().manual_seed(0)
     samples = [grpo.Sample(torch.randint(290, (p, ), generator=generator).tolist(),
                            torch.randint(290, (n, ), generator=generator).tolist(), [-3.0] * n, a)
-               for p, n, a in ((3, 20, 1.0), (7, 1, -0.5), (1, 33, 0.25))]
+               for p, n, a in ((3, 12, 1.0), (7, 1, -0.5), (1, 18, 0.25))]
     config = train.Config(beta=0.1, tis_cap=2.0, max_new_tokens=40)
     results = []
     for fused in (False, True):
@@ -379,7 +379,7 @@ def test_a_grpo_step_on_kernels_has_the_reference_loss_and_gradients(kernels, mo
         model, reference = tiny_model(), tiny_model()
         reference.head_weight.data.mul_(1.1)
         batch = grpo.collate(samples, DEVICE)
-        sums, gaps = train.backward(model, reference, batch, None, {"samples": 3, "tokens": 54}, config, 290)
+        sums, gaps = train.backward(model, reference, batch, None, {"samples": 3, "tokens": 31}, config, 290)
         results.append((sums, gaps, {name: p.grad for name, p in model.named_parameters()}))
     (sums, gaps, gradients), (other, other_gaps, others) = results
     assert sums["loss"] != 0 and sums["kl"] > 0
@@ -445,8 +445,8 @@ from kernels.sample import head_draw
 dist.init_process_group("gloo")
 rank, size = dist.get_rank(), dist.get_world_size()
 generator = torch.Generator().manual_seed(0)
-hidden, weight = torch.randn(9, 24, generator=generator), torch.randn(200, 24, generator=generator) / 3
-targets, n_valid, own = torch.arange(0, 180, 20), 185, 200 // size
+hidden, weight = torch.randn(9, 24, generator=generator), torch.randn(201, 24, generator=generator) / 3
+targets, n_valid, own = torch.arange(0, 180, 20), 185, 201 // size
 for fused in (False, True):
     backend.fused = lambda x: fused
     # logprob: each rank has a slice of the valid rows, the last one fewer
@@ -473,18 +473,17 @@ dist.destroy_process_group()
 """
 
 
-@pytest.mark.parametrize("ranks", [2, 4])
-def test_a_head_split_over_ranks_gives_the_same_logprobs_gradients_and_draws(ranks, tmp_path):
-    """Reference and kernels; 185 valid ids of 200, so that the last slice is cut; at 4 ranks a slice of 50
-    ids is less than a tile."""
+def test_a_head_split_over_ranks_gives_the_same_logprobs_gradients_and_draws(tmp_path):
+    """Reference and kernels; 185 valid ids of 201, so that the last slice is cut; a slice of 67 ids is a tile
+    and a bit of the next."""
     script = tmp_path / "split_head.py"
     script.write_text(SPLIT_HEAD)
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=3"]
     done = subprocess.run([*launch, str(script)], cwd=ROOT, capture_output=True, text=True,
                           env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1",
                                             "CUDA_VISIBLE_DEVICES": ""})
     assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.count("equal") == ranks
+    assert done.stdout.count("equal") == 3
 
 
 @pytest.mark.parametrize("kernel, itemsize, size, found", [
