@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
+from torch.nn.utils.rnn import pad_sequence
 
 from kernels.attention import PagedDecode, PagedPrefill, write_kv
 from kernels.sample import head_draw, streams, uniforms
@@ -111,7 +112,7 @@ class PagePool:
     rows write there."""
     def __init__(self, model: Qwen2, num_pages: int, page_size: int):
         config, head = model.config, model.head_weight
-        self.page_size, self.num_pages, self.dtype = page_size, num_pages, head.dtype
+        self.page_size, self.num_pages = page_size, num_pages
         shape = (num_pages, page_size, config.num_key_value_heads, config.head_dim)
         # A tensor per layer; zeros, because masked slots are read too and NaN would pass the mask.
         self.keys, self.values = ([torch.zeros(shape, dtype=head.dtype, device=head.device)
@@ -144,11 +145,12 @@ class PagePool:
 
 
 class PagedPlan:
-    """Attention plan of a forward whose new keys and values go into the pages' slots before `attend` reads
-    them."""
-    def __init__(self, pool: PagePool, attend: PagedDecode | PagedPrefill, slots_T: torch.Tensor,
+    """Attention plan of a forward whose new keys and values go into pages before `attend` reads them.
+    pages_T: the page of each token."""
+    def __init__(self, pool: PagePool, attend: PagedDecode | PagedPrefill, pages_T: torch.Tensor,
                  positions_T: torch.Tensor):
-        self.pool, self.attend, self.slots_T, self.positions_T = pool, attend, slots_T, positions_T
+        self.pool, self.attend, self.positions_T = pool, attend, positions_T
+        self.slots_T = pages_T * pool.page_size + positions_T % pool.page_size
 
     def __call__(self, layer: int, q_THD, k_TKD, v_TKD, cos_T1D, sin_T1D):
         keys, values = self.pool.keys[layer], self.pool.values[layer]
@@ -283,9 +285,10 @@ class Sampler:
                 self.pool.release_(group.pages)
                 self.ready.popleft()
         if started:
-            hidden = torch.stack([h for _, h in started])
-            sequences = [s for s, _ in started]
-            yield from self.extend(sequences, hidden, self.padded(sequences))
+            sequences, hidden = zip(*started)
+            rows = self.padded(sequences)
+            hidden = F.pad(torch.stack(hidden), (0, 0, 0, len(rows) - len(started)))
+            yield from self.extend(sequences, hidden, rows)
 
     def seat(self, sequence: Sequence):
         """Gives a sequence a row and writes the row's state."""
@@ -351,14 +354,11 @@ class Sampler:
     def prefill(self, batch: list[Group | Sequence]):
         device, heads = self.table.device, self.model.config.num_attention_heads
         lengths = [len(item.prefix) for item in batch]
-        table = torch.zeros(len(batch), max(len(item.pages) for item in batch), dtype=torch.int64)
-        for row, item in zip(table, batch):
-            row[:len(item.pages)] = torch.tensor(item.pages)
+        table = pad_sequence([torch.tensor(item.pages) for item in batch], batch_first=True)
         positions = [torch.arange(n) for n in lengths]
-        slots = [row[p // self.page_size] * self.page_size + p % self.page_size
-                 for row, p in zip(table, positions)]
+        pages = [row[p // self.page_size] for row, p in zip(table, positions)]
         attend = PagedPrefill(self.pool.keys[0], heads, table.to(device), lengths, lengths)
-        plan = PagedPlan(self.pool, attend, torch.cat(slots).to(device), torch.cat(positions).to(device))
+        plan = PagedPlan(self.pool, attend, torch.cat(pages).to(device), torch.cat(positions).to(device))
         hidden = self.model(torch.tensor([t for item in batch for t in item.prefix], device=device), plan)
         self.stats.prefill_tokens += sum(lengths)
         for item, last in zip(batch, (torch.tensor(lengths).cumsum(0) - 1).tolist()):
@@ -376,11 +376,10 @@ class Sampler:
         if not self.running:
             return
         rows = self.rows()
-        pages = self.wide(max(len(s.pages) for s in self.running))
-        table, positions = self.table[rows, :pages], self.position[rows]
-        slots = table.gather(1, (positions // self.page_size)[:, None])[:, 0] * self.page_size
-        attend = PagedDecode(self.pool.keys[0], table, positions + 1)
-        plan = PagedPlan(self.pool, attend, slots + positions % self.page_size, positions)
+        columns = self.wide(max(len(s.pages) for s in self.running))
+        table, positions = self.table[rows, :columns], self.position[rows]
+        pages = table.gather(1, (positions // self.page_size)[:, None])[:, 0]
+        plan = PagedPlan(self.pool, PagedDecode(self.pool.keys[0], table, positions + 1), pages, positions)
         hidden = self.model(self.token[rows], plan)
         self.position[rows[:len(self.running)]] += 1  # padding rows stay at one token, in page 0
         self.stats.decode_steps += 1
@@ -405,9 +404,8 @@ class Sampler:
                rows: torch.Tensor) -> Iterator[Completion]:
         """Draws the next token of each sequence from its hidden state; yields and retires those that end.
 
-        rows: their row numbers, padded.
+        rows: their row numbers, padded as hidden_SC is.
         """
-        hidden_SC = F.pad(hidden_SC, (0, 0, 0, len(rows) - len(hidden_SC)))
         filtered = any(s.request.top_p < 1 or s.request.top_k > 0 for s in sequences)
         filters = (self.top_p[rows], self.top_k[rows]) if filtered else ()
         uniform = uniforms(self.stream[rows], self.drawn[rows])

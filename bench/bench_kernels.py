@@ -32,7 +32,16 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 import bench.interpreter  # noqa: F401
 from bench import hardware
 from kernels import backend, linear_logprob
-from kernels.attention import PagedDecode, PagedPrefill, packed_attention, rotate, varlen, write_kv
+from kernels.attention import (
+    PagedDecode,
+    PagedPrefill,
+    packed_attention,
+    packed_reference,
+    rotate,
+    varlen,
+    write_kv,
+    write_reference,
+)
 from kernels.sample import head_draw
 
 CUDA = torch.cuda.is_available()
@@ -122,21 +131,22 @@ def limits(smoke: bool) -> dict[str, float]:
 
 def run(case: Case, limit: dict[str, float], repeats: int) -> dict:
     error = case.error(case.ours())
-    row = {"case": case.name, "error": error, "right": error < case.tolerance,
-           **measure({"ours": case.ours, **case.peers}, repeats)}
-    for name in ("ours", *case.peers):
-        if "ms" in row[name]:
-            row[name]["extra_bytes"] = max(0, row[name]["extra_bytes"] - case.apart)
-    seconds = row["ours"]["ms"] / 1e3
-    row["bytes"], row["flops"] = case.bytes, case.flops
-    row["of_copy"] = case.bytes / seconds / limit["copy_bytes_per_s"]
-    row["of_matmul"] = case.flops / seconds / limit["matmul_flops_per_s"]
-    row["speedup"] = {name: row[name]["ms"] / row["ours"]["ms"] for name in case.peers if "ms" in row[name]}
-    row["memory"] = {name: row["ours"]["extra_bytes"] / max(1, row[name]["extra_bytes"])
-                     for name in case.peers if "ms" in row[name]}
+    measured = measure({"ours": case.ours, **case.peers}, repeats)
+    for figures in measured.values():
+        if "ms" in figures:
+            figures["extra_bytes"] = max(0, figures["extra_bytes"] - case.apart)
+    ours = measured.pop("ours")
+    seconds = ours["ms"] / 1e3
+    row = {"case": case.name, "error": error, "right": error < case.tolerance, "ours": ours,
+           "peers": measured, "bytes": case.bytes, "flops": case.flops,
+           "of_copy": case.bytes / seconds / limit["copy_bytes_per_s"],
+           "of_matmul": case.flops / seconds / limit["matmul_flops_per_s"]}
     figures = {"of_copy": row["of_copy"], "right": float(row["right"])}
-    figures |= {f"speedup over {name}": x for name, x in row["speedup"].items()}
-    figures |= {f"memory of {name}": -x for name, x in row["memory"].items()}  # less is better
+    for name, peer in measured.items():
+        if "ms" in peer:
+            figures[f"speedup over {name}"] = peer["ms"] / ours["ms"]
+            # less is better
+            figures[f"memory of {name}"] = -ours["extra_bytes"] / max(1, peer["extra_bytes"])
     row["bars"] = {bar: {"figure": figures.get(figure), "bound": bound,
                          "met": figure in figures and figures[figure] >= bound}
                    for bar, (figure, bound) in case.bars.items()}
@@ -148,12 +158,10 @@ def show(row: dict):
     print(f"{row['case']}: {ours['ms']:.3f} ms, {100 * row['of_copy']:.0f} % of copy, "
           f"{100 * row['of_matmul']:.0f} % of matmul, {ours['extra_bytes'] / 2**20:.0f} MiB extra, error "
           f"{row['error']:.1e}{'' if row['right'] else ' WRONG'}")
-    for name in row:
-        if isinstance(row[name], dict) and name not in ("ours", "speedup", "memory", "bars"):
-            peer = row[name]
-            print(f"    {name}: " + (peer["error"] if "error" in peer else
-                                     f"{peer['ms']:.3f} ms, {peer['ms'] / ours['ms']:.2f}x ours, "
-                                     f"{peer['extra_bytes'] / 2**20:.0f} MiB extra"))
+    for name, peer in row["peers"].items():
+        print(f"    {name}: " + (peer["error"] if "error" in peer else
+                                 f"{peer['ms']:.3f} ms, {peer['ms'] / ours['ms']:.2f}x ours, "
+                                 f"{peer['extra_bytes'] / 2**20:.0f} MiB extra"))
     for bar, x in row["bars"].items():
         print(f"    bar {bar}: {'met' if x['met'] else 'MISSED'} ({x['figure']} >= {x['bound']})")
     sys.stdout.flush()
@@ -251,7 +259,7 @@ def prefill(name: str, queries: list[int], contexts: list[int], heads: int, kv_h
     k, v = (torch.cat(x) for x in rows)
     peers = {"varlen flash, contiguous": flash(q, k, v, queries, contexts, True)}
     if queries == contexts:
-        peers["SDPA, contiguous"] = lambda: per_sequence(q, k, v, queries)
+        peers["SDPA, contiguous"] = lambda: packed_reference(q, k, v, queries)
     if queries == contexts and len({*queries}) == 1:
         n = queries[0]
         square = [x.view(-1, n, *x.shape[1:]).transpose(1, 2).contiguous() for x in (q, k, v)]
@@ -269,13 +277,6 @@ def prefill(name: str, queries: list[int], contexts: list[int], heads: int, kv_h
     pairs = sum(n * (2 * m - n + 1) // 2 for n, m in zip(queries, contexts))
     return Case(f"prefill {name}", lambda: plan(q, keys, values), peers, error, 1e-2,
                 flops=4 * heads * dim * pairs, bars=dict(bars))
-
-
-def per_sequence(q, k, v, lengths):
-    rows = zip(*(x.transpose(0, 1).split(lengths, dim=1) for x in (q, k, v)))
-    out = [F.scaled_dot_product_attention(*(x[None] for x in row), is_causal=True, enable_gqa=True)[0]
-           for row in rows]
-    return torch.cat(out, dim=1).transpose(0, 1)
 
 
 def training(name: str, lengths: list[int], heads: int, kv_heads: int, dim: int = 128) -> Case:
@@ -296,11 +297,11 @@ def training(name: str, lengths: list[int], heads: int, kv_heads: int, dim: int 
 
     def error(gradients):  # in fp32 where its scores fit into memory
         dtype = torch.float32 if max(lengths) <= 2048 else torch.bfloat16
-        out = per_sequence(*(x.to(dtype) for x in (q, k, v)), lengths)
+        out = packed_reference(*(x.to(dtype) for x in (q, k, v)), lengths)
         right = torch.autograd.grad(out, (q, k, v), up.to(dtype))
         return max(relative(x, y) for x, y in zip(gradients, right))
 
-    peers = {"SDPA": both(lambda: per_sequence(q, k, v, lengths)), "FlexAttention": both(flexible)}
+    peers = {"SDPA": both(lambda: packed_reference(q, k, v, lengths)), "FlexAttention": both(flexible)}
     pairs = sum(n * (n + 1) // 2 for n in lengths)
     return Case(f"training attention {name}", both(lambda: packed_attention(q, k, v, lengths, cu_seqlens)),
                 peers, error, 2e-2, flops=14 * heads * dim * pairs)
@@ -314,17 +315,14 @@ def write(name: str, tokens: int, heads: int, kv_heads: int, dim: int = 128) -> 
     keys, values = (normal(-(-tokens // PAGE), PAGE, kv_heads, dim) for _ in range(2))
     slots = torch.randperm(len(keys) * PAGE, device=DEVICE)[:tokens]
 
-    def apart():
-        turned, k_turned = rotate(q, k, cos, sin)
-        keys.view(-1, kv_heads, dim)[slots], values.view(-1, kv_heads, dim)[slots] = k_turned, v
-        return turned
-
     def error(out):
         right_q, right_k = rotate(*(x.double() for x in (q, k, cos, sin)))
         return max(relative(out, right_q), relative(keys.view(-1, kv_heads, dim)[slots], right_k))
 
-    return Case(f"rotate and write {name}", lambda: write_kv(q, k, v, cos, sin, slots, keys, values),
-                {"rotate, then scatter": apart}, error, 1e-2, both.nbytes * 2 + cos.nbytes)
+    given = q, k, v, cos, sin, slots, keys, values
+    return Case(f"rotate and write {name}", lambda: write_kv(*given),
+                {"rotate, then scatter": lambda: write_reference(*given)}, error, 1e-2,
+                both.nbytes * 2 + cos.nbytes)
 
 
 # ---------------------------------------------------------------------- the LM head
@@ -352,10 +350,8 @@ def logprob(name: str, tokens: int, vocabulary: int, hidden: int, backward: bool
     if backward:
         h, w = h.requires_grad_(), w.requires_grad_()
 
-    def run_of(function, scale=None):
-        if not backward:
-            return function
-        return lambda: torch.autograd.grad(function(), (h, w), up if scale is None else scale)
+    def run_of(function, scale=up):
+        return (lambda: torch.autograd.grad(function(), (h, w), scale)) if backward else function
 
     def error(result):
         shown = [0, tokens // 2, tokens - 1]
@@ -367,10 +363,11 @@ def logprob(name: str, tokens: int, vocabulary: int, hidden: int, backward: bool
 
     peers = {
         "unfused": run_of(lambda: unfused(h, w, targets, 0.8, entropy=not backward)[0]),
-        "unfused, without entropy": run_of(lambda: unfused(h, w, targets, 0.8, entropy=False)[0]),
-        "linear_cross_entropy": run_of(lambda: F.linear_cross_entropy(h, w, targets, reduction="none"), up),
+        "linear_cross_entropy": run_of(lambda: F.linear_cross_entropy(h, w, targets, reduction="none")),
         "Liger's mean loss": run_of(lambda: liger(h, w, targets), torch.ones((), device=DEVICE)),
     }
+    if not backward:  # there the first is without entropy too
+        peers["unfused, without entropy"] = lambda: unfused(h, w, targets, 0.8, entropy=False)[0]
     ours = (lambda: linear_logprob(h, w, targets, 0.8)[0]) if backward else (
         lambda: linear_logprob(h, w, targets, 0.8))
     product = 2 * tokens * vocabulary * hidden

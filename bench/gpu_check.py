@@ -15,7 +15,6 @@ before are kept, so that it can be run in parts. Exits with 1 if a stage failed 
 import argparse
 import json
 import os
-import shutil
 import subprocess
 import sys
 import time
@@ -28,8 +27,7 @@ from kernels import backend
 
 ROOT = Path(__file__).parent.parent
 PYTHON = [sys.executable, "-m"]
-SANITIZER = [shutil.which("compute-sanitizer") or "compute-sanitizer", "--report-api-errors", "no",
-             "--error-exitcode", "1", "--tool"]
+SANITIZER = ["compute-sanitizer", "--report-api-errors", "no", "--error-exitcode", "1", "--tool"]
 KERNELS = ("decode", "prefill", "training", "write", "logprob", "sampling")
 SMOKE = [*PYTHON, "bench.bench_kernels", "--smoke", "--no_peers"]
 

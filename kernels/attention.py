@@ -38,6 +38,10 @@ def packed_attention(q_THD: torch.Tensor, k_TKD: torch.Tensor, v_TKD: torch.Tens
     if q_THD.is_cuda and q_THD.dtype != torch.float32:
         return varlen()(q_THD, k_TKD, v_TKD, cu_seqlens, cu_seqlens, max(lengths), max(lengths),
                         window_size=(-1, 0))
+    return packed_reference(q_THD, k_TKD, v_TKD, lengths)
+
+
+def packed_reference(q_THD, k_TKD, v_TKD, lengths: list[int]) -> torch.Tensor:
     rows = zip(*(x.transpose(0, 1).split(lengths, dim=1) for x in (q_THD, k_TKD, v_TKD)))
     out = [F.scaled_dot_product_attention(q[None], k[None], v[None], is_causal=True, enable_gqa=True)[0]
            for q, k, v in rows]
@@ -75,10 +79,7 @@ def write_kv(q_THD: torch.Tensor, k_TKD: torch.Tensor, v_TKD: torch.Tensor, cos_
     theirs.
     """
     if not backend.fused(q_THD):
-        q_THD, k_TKD = rotate(q_THD, k_TKD, cos_T1D, sin_T1D)
-        keys.view(-1, *k_TKD.shape[1:])[slots_T] = k_TKD
-        values.view(-1, *v_TKD.shape[1:])[slots_T] = v_TKD
-        return q_THD
+        return write_reference(q_THD, k_TKD, v_TKD, cos_T1D, sin_T1D, slots_T, keys, values)
     (tokens, heads, dim), kv_heads = q_THD.shape, k_TKD.shape[1]
     for x in (q_THD, k_TKD, v_TKD):
         assert x.stride()[1:] == (dim, 1), "write_kv: the heads of a token must lie end to end"
@@ -90,6 +91,13 @@ def write_kv(q_THD: torch.Tensor, k_TKD: torch.Tensor, v_TKD: torch.Tensor, cos_
                              BLOCK_H=triton.next_power_of_2(heads), BLOCK_K=triton.next_power_of_2(kv_heads),
                              num_warps=8)
     return out
+
+
+def write_reference(q_THD, k_TKD, v_TKD, cos_T1D, sin_T1D, slots_T, keys, values) -> torch.Tensor:
+    q_THD, k_TKD = rotate(q_THD, k_TKD, cos_T1D, sin_T1D)
+    keys.view(-1, *k_TKD.shape[1:])[slots_T] = k_TKD
+    values.view(-1, *v_TKD.shape[1:])[slots_T] = v_TKD
+    return q_THD
 
 
 @triton.jit
