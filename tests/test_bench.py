@@ -8,7 +8,7 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
-from bench import bench_kernels, gpu_check, tune  # noqa: E402 - they need triton
+from bench import bench_kernels, bench_sampler, gpu_check, tune  # noqa: E402 - they need triton
 from kernels import backend  # noqa: E402
 
 ROOT = Path(__file__).parent.parent
@@ -87,3 +87,42 @@ def test_every_case_of_the_mission_is_one_that_the_kernels_have_blocks_for():
     assert {"decode 7B 64 x 8k", "decode 32B 1 x 16k", "prefill 7B 8k"} <= {*names}
     for key in tune.searches():
         assert key in backend.table()["default"], key
+
+
+FAKE_VLLM = """
+class SamplingParams:
+    def __init__(self, **settings):
+        assert settings["temperature"] == 0.8 and settings["ignore_eos"] and settings["logprobs"] == 0
+        self.n = settings["max_tokens"]
+
+class Output:
+    def __init__(self, n):
+        self.outputs, self.token_ids, self.logprobs = [self], [0] * n, [{}] * n
+
+class LLM:
+    def __init__(self, skip_tokenizer_init, **engine):
+        print("vLLM says much")
+        assert engine["dtype"] == "float32" and engine["model"].endswith("base")
+    def reset_prefix_cache(self): pass
+    def generate(self, prompts, params, use_tqdm):
+        assert len(prompts[0]["prompt_token_ids"]) == 64
+        return [Output(p.n) for p in params]
+"""
+
+
+def test_the_sampler_bench_runs_vllm_in_a_process_of_its_own(tmp_path, monkeypatch, capsys):
+    """Against a fake one, and says why a process has ended. Does not exercise vLLM, nor transformers."""
+    requests = bench_sampler.workload(1000)[:4]
+    monkeypatch.setattr(bench_sampler, "workload", lambda vocabulary: requests)
+    monkeypatch.setattr(sys, "argv", ["bench_sampler", "--model", str(ROOT / "data/tiny/base"),
+                                      "--device", "cpu", "--peers", "vllm", "--vllm", sys.executable])
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    (tmp_path / "vllm.py").write_text("raise ImportError('no vLLM here')")
+    with pytest.raises(SystemExit, match="vLLM ended with 1:\n(.*\n)*ImportError: no vLLM here"):
+        bench_sampler.main()
+    (tmp_path / "vllm.py").write_text(FAKE_VLLM)
+    bench_sampler.main()
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert result["tokens"] == sum(r.max_new_tokens for r in requests)
+    assert result["vllm_tokens_per_second"] > result["ours_tokens_per_second"] > 0
+    assert result["ratio_vllm"] == 0
