@@ -1,6 +1,7 @@
 """Qwen2.5 (0.5B to 72B): one definition for training, sampling and scoring, and its Hugging Face checkpoints.
 
 Shapes: T packed tokens, H query heads, K key/value heads, D head dim, C hidden, V vocabulary, S sequences.
+Under tensor parallelism H, K and V are those of one rank.
 
 `forward` sees only a flat row of tokens. How those tokens attend to each other is the business of the
 attention plan that is passed in: `packed(lengths)` for whole sequences laid end to end (training), or the
@@ -19,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -145,61 +147,88 @@ class RMSNorm(nn.Module):
 
 
 class Attention(nn.Module):
-    def __init__(self, config: ModelConfig, layer: int):
+    def __init__(self, config: ModelConfig, layer: int, tp: int):
         super().__init__()
-        c, kv = config.hidden_size, config.num_key_value_heads * config.head_dim
-        self.layer, self.head_dim = layer, config.head_dim
-        self.q_proj = nn.Linear(c, c, bias=True)
-        self.k_proj = nn.Linear(c, kv, bias=True)
-        self.v_proj = nn.Linear(c, kv, bias=True)
-        self.o_proj = nn.Linear(c, c, bias=False)
+        c, d = config.hidden_size, config.head_dim
+        heads, kv_heads = config.num_attention_heads // tp, config.num_key_value_heads // tp
+        self.layer, self.head_dim = layer, d
+        self.q_proj = nn.Linear(c, heads * d, bias=True)
+        self.k_proj = nn.Linear(c, kv_heads * d, bias=True)
+        self.v_proj = nn.Linear(c, kv_heads * d, bias=True)
+        self.o_proj = nn.Linear(heads * d, c, bias=False)
+
+    def qkv(self, x_TC):  # the sampler puts one product in the place of these, see replica.py
+        return self.q_proj(x_TC), self.k_proj(x_TC), self.v_proj(x_TC)
+
+    def out(self, x):
+        return self.o_proj(x)
 
     def forward(self, x_TC, cos, sin, attention):
-        q, k, v = (proj(x_TC).unflatten(-1, (-1, self.head_dim))
-                   for proj in (self.q_proj, self.k_proj, self.v_proj))
-        out_THD = attention(self.layer, q, k, v, cos, sin)
-        return self.o_proj(out_THD.flatten(1))
+        q, k, v = (x.unflatten(-1, (-1, self.head_dim)) for x in self.qkv(x_TC))
+        return self.out(attention(self.layer, q, k, v, cos, sin).flatten(1))
 
 
 class MLP(nn.Module):
-    def __init__(self, config: ModelConfig):
+    def __init__(self, config: ModelConfig, tp: int):
         super().__init__()
-        c, m = config.hidden_size, config.intermediate_size
+        c, m = config.hidden_size, config.intermediate_size // tp
         self.gate_proj = nn.Linear(c, m, bias=False)
         self.up_proj = nn.Linear(c, m, bias=False)
         self.down_proj = nn.Linear(m, c, bias=False)
 
+    def gate_up(self, x):  # likewise
+        return self.gate_proj(x), self.up_proj(x)
+
+    def down(self, x):
+        return self.down_proj(x)
+
     def forward(self, x):
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        gate, up = self.gate_up(x)
+        return self.down(F.silu(gate) * up)
 
 
 class Layer(nn.Module):
-    def __init__(self, config: ModelConfig, layer: int):
+    def __init__(self, config: ModelConfig, layer: int, group=None, tp: int = 1):
         super().__init__()
+        self.group = group
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.self_attn = Attention(config, layer)
+        self.self_attn = Attention(config, layer, tp)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.mlp = MLP(config)
+        self.mlp = MLP(config, tp)
 
     def forward(self, x_TC, cos, sin, attention):
-        x_TC = x_TC + self.self_attn(self.input_layernorm(x_TC), cos, sin, attention)
-        return x_TC + self.mlp(self.post_attention_layernorm(x_TC))
+        x_TC = x_TC + summed(self.self_attn(self.input_layernorm(x_TC), cos, sin, attention), self.group)
+        return x_TC + summed(self.mlp(self.post_attention_layernorm(x_TC)), self.group)
+
+
+def summed(x: torch.Tensor, group) -> torch.Tensor:
+    """The sum over the ranks of a tensor-parallel group, in place: each holds a part of it."""
+    if group is not None:
+        dist.all_reduce(x, group=group)
+    return x
 
 
 class Qwen2(nn.Module):
-    """The decoder. Parameter names equal those of the Hugging Face checkpoint, so nothing is ever renamed."""
-    def __init__(self, config: ModelConfig):
+    """The decoder. Parameter names equal those of the Hugging Face checkpoint, so nothing is ever renamed.
+
+    group: ranks that share the model by tensor parallelism (Megatron-LM, arXiv 1909.08053), for inference:
+        each holds 1/tp of the heads, of the MLP's columns and of the vocabulary, as `replica.tp_slice` says,
+        and two sums a layer put them together.
+    """
+    def __init__(self, config: ModelConfig, group=None):
         super().__init__()
-        self.config = config
+        self.config, self.group = config, group
+        self.tp, self.tp_rank = (1, 0) if group is None else (dist.get_world_size(group), dist.get_rank(group))
         self.recompute = False  # True: each layer's activations are recomputed in backward
         self.rope = None  # `rope_frequencies`, once they are on the device of the tokens
         self.model = nn.ModuleDict({
-            "embed_tokens": nn.Embedding(config.vocab_size, config.hidden_size),
-            "layers": nn.ModuleList(Layer(config, i) for i in range(config.num_hidden_layers)),
+            "embed_tokens": nn.Embedding(config.vocab_size // self.tp, config.hidden_size),
+            "layers": nn.ModuleList(Layer(config, i, group, self.tp)
+                                    for i in range(config.num_hidden_layers)),
             "norm": RMSNorm(config.hidden_size, config.rms_norm_eps),
         })
         if not config.tie_word_embeddings:
-            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size // self.tp, bias=False)
 
     @property
     def layers(self) -> nn.ModuleList:
@@ -207,8 +236,8 @@ class Qwen2(nn.Module):
 
     @property
     def head_weight(self) -> torch.Tensor:
-        """weight_VC of the LM head, tied or not: hidden @ head_weight.T are the logits. Under FSDP valid
-        after forward."""
+        """weight_VC of the LM head, tied or not: hidden @ head_weight.T are the logits (of this rank's part
+        of the vocabulary). Under FSDP valid after forward."""
         return self.model["embed_tokens"].weight if self.config.tie_word_embeddings else self.lm_head.weight
 
     def forward(self, tokens_T: torch.Tensor, attention) -> torch.Tensor:
@@ -220,13 +249,22 @@ class Qwen2(nn.Module):
         angles = attention.positions_T[:, None].float() * frequencies
         cos = (magnitude * torch.cat((angles.cos(), angles.cos()), dim=-1))[:, None]
         sin = (magnitude * torch.cat((-angles.sin(), angles.sin()), dim=-1))[:, None]
-        x_TC = self.model["embed_tokens"](tokens_T)
+        x_TC = self.embed(tokens_T)
         for layer in self.layers:
             if self.recompute and torch.is_grad_enabled():
                 x_TC = checkpoint(layer, x_TC, cos, sin, attention, use_reentrant=False)
             else:
                 x_TC = layer(x_TC, cos, sin, attention)
         return self.model["norm"](x_TC)
+
+    def embed(self, tokens_T: torch.Tensor) -> torch.Tensor:
+        embedding = self.model["embed_tokens"]
+        if self.group is None:
+            return embedding(tokens_T)
+        rows = len(embedding.weight)
+        local_T = tokens_T - self.tp_rank * rows
+        mine_T = (local_T >= 0) & (local_T < rows)
+        return summed(embedding(local_T.where(mine_T, 0)) * mine_T[:, None], self.group)
 
     @torch.no_grad()
     def init_weights_(self, seed: int):

@@ -4,42 +4,33 @@ key.
 Shapes: S running sequences (rows), T packed tokens, H query heads, K KV heads, D head dim, C hidden, P pages
 of a sequence.
 
-The life of a request: it waits; its prompt is prefilled once; its n samples fork, sharing the prompt's pages;
-each decodes one token a step in the common batch; a page that two samples share is copied when one writes to
-it; a sample that ends is yielded at once and the next takes its row. When the pool runs dry the youngest
-gives its pages back and is recomputed later, with the same draws.
-
-Left out so far: chunked prefill, CUDA graphs and tensor parallelism.
+`scheduler.Scheduler` decides, in Python integers; this file carries out. What a row needs to decode (its page
+table, position, newest token, key of its draws) lives on the device and is written only where it changes: a
+step that admits nobody costs the host a few numbers for each row, however long the contexts. On a GPU a step
+is launched before the tokens of the one before are looked at, so that the device never waits for the host; a
+sample that has ended is then found one step late, and what it drew meanwhile is dropped. Steps that only
+decode are CUDA graphs there.
 """
 
+import os
 from collections import deque
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
+import torch.distributed as dist
 from torch.nn.utils.rnn import pad_sequence
 
 from kernels.attention import PagedDecode, PagedPrefill, write_kv
 from kernels.sample import head_draw, streams, uniforms
 from model import Qwen2
+from replica import pack_head, prepare_
+from scheduler import Chunk, Request, Scheduler, Sequence, Stats, Step
 
-# Thinner CPU matrix products take other code paths, whose rounding differs: padded, a row is the same in
-# any batch.
-MIN_ROWS = 16
-MIN_CONTEXT = 16  # likewise the attended length is a multiple of a vector register's lanes
-
-
-@dataclass(frozen=True)
-class Request:
-    prompt_ids: list[int]
-    n: int = 1  # samples of this prompt
-    max_new_tokens: int = 256
-    temperature: float = 1.0  # 0 is greedy
-    top_p: float = 1.0
-    top_k: int = 0  # 0 is all
-    stop: tuple[str, ...] = ()  # strings that end a sample; they stay in it
-    seed: int = 0  # int64; with sample index and position it determines every draw
+# A CPU's thin products take other code paths, whose rounding differs: padded to so many rows, a row has the
+# same bits in any batch.
+MIN_ROWS, MIN_ROWS_UNPACKED = 4, 16
+GRAPH_ROWS = (1, 2, 4, 8, 16, 32, 64, 96, 128, 192, 256, 384, 512)  # batch sizes that get a CUDA graph
 
 
 @dataclass(frozen=True)
@@ -53,109 +44,60 @@ class Completion:
     max_new_tokens: int = 0  # of its request
 
 
-@dataclass
-class Stats:
-    """What one `generate` did so far."""
-
-    prefill_tokens: int = 0
-    decode_steps: int = 0
-    new_tokens: int = 0
-    finished: int = 0
-    copied_pages: int = 0
-    preemptions: int = 0
-    peak_pages: int = 0
-    peak_rows: int = 0
-
-
-@dataclass(eq=False)
-class Group:
-    """A request whose samples still wait; once prefilled it holds the prompt's pages and its last hidden
-    state."""
-
-    index: int
-    request: Request
-    started: int = 0
-    pages: list[int] = field(default_factory=list)
-    hidden_C: torch.Tensor | None = None
-
-    @property
-    def prefix(self) -> list[int]:
-        return self.request.prompt_ids
-
-
-@dataclass(eq=False)
-class Sequence:
-    """One sample that is running, or was preempted. `pages` hold the keys and values of its first `cached`
-    tokens."""
-
-    index: int
-    sample: int
-    request: Request
-    token_ids: list[int] = field(default_factory=list)
-    logprobs: list[float] = field(default_factory=list)
-    pages: list[int] = field(default_factory=list)
-    cached: int = 0
-    row: int = -1
-    tail: bytes = b""  # the last bytes, in which a stop string may have begun
-
-    @property
-    def prefix(self) -> list[int]:
-        """What is recomputed after preemption; the newest token is fed by the next decode step."""
-        return self.request.prompt_ids + self.token_ids[:-1]
-
-
-# ---------------------------------------------------------------------- pages
+# ---------------------------------------------------------------------- on the device
 
 
 class PagePool:
-    """Keys and values of all layers in pages, with a reference count each. Page 0 belongs to nobody: padding
-    rows write there."""
+    """Keys and values of all layers in pages: a tensor per layer. Zeros, because a CPU reads masked slots too
+    and NaN would pass the mask."""
     def __init__(self, model: Qwen2, num_pages: int, page_size: int):
         config, head = model.config, model.head_weight
-        self.page_size, self.num_pages = page_size, num_pages
-        shape = (num_pages, page_size, config.num_key_value_heads, config.head_dim)
-        # A tensor per layer; zeros, because masked slots are read too and NaN would pass the mask.
+        self.num_pages, self.page_size = num_pages, page_size
+        shape = (num_pages, page_size, config.num_key_value_heads // model.tp, config.head_dim)
         self.keys, self.values = ([torch.zeros(shape, dtype=head.dtype, device=head.device)
                                    for _ in range(config.num_hidden_layers)] for _ in range(2))
-        self.references = [0] * num_pages
-        self.free = deque(range(1, num_pages))
 
-    def take(self) -> int:
-        page = self.free.popleft()
-        self.references[page] = 1
-        return page
-
-    def share(self, pages: list[int]) -> list[int]:
-        for page in pages:
-            self.references[page] += 1
-        return list(pages)
-
-    def release_(self, pages: list[int]):
-        for page in pages:
-            self.references[page] -= 1
-            if self.references[page] == 0:
-                self.free.append(page)
-        pages.clear()
-
-    def copy_(self, pairs: list[tuple[int, int]]):
-        """Copies pages (from, to) in all layers."""
-        source, target = torch.tensor(pairs, device=self.keys[0].device).T
+    def copy_(self, source: torch.Tensor, target: torch.Tensor):
         for x in (*self.keys, *self.values):
             x[target] = x[source]
 
 
+class Rows:
+    """State of the sequences that have a row. The last row is padding: it stays at one token, in page 0."""
+    def __init__(self, rows: int, columns: int, device):
+        self.padding = rows
+        self.table = torch.zeros(rows + 1, columns, dtype=torch.int64, device=device)
+        integers = torch.zeros(5, rows + 1, dtype=torch.int64, device=device)
+        self.token, self.position, self.drawn, self.stream, self.top_k = integers
+        self.temperature, self.top_p = torch.ones(2, rows + 1, device=device)
+
+
 class PagedPlan:
-    """Attention plan of a forward whose new keys and values go into pages before `attend` reads them.
-    pages_T: the page of each token."""
-    def __init__(self, pool: PagePool, attend: PagedDecode | PagedPrefill, pages_T: torch.Tensor,
-                 positions_T: torch.Tensor):
-        self.pool, self.attend, self.positions_T = pool, attend, positions_T
+    """Attention plan of a forward whose new keys and values go into pages before they are attended to.
+
+    parts: attention of so many tokens each, in order. pages_T: the page of each token.
+    """
+    def __init__(self, pool: PagePool, parts: list[tuple[PagedDecode | PagedPrefill, int]],
+                 pages_T: torch.Tensor, positions_T: torch.Tensor):
+        self.pool, self.parts, self.positions_T = pool, parts, positions_T
         self.slots_T = pages_T * pool.page_size + positions_T % pool.page_size
 
     def __call__(self, layer: int, q_THD, k_TKD, v_TKD, cos_T1D, sin_T1D):
         keys, values = self.pool.keys[layer], self.pool.values[layer]
         q_THD = write_kv(q_THD, k_TKD, v_TKD, cos_T1D, sin_T1D, self.slots_T, keys, values)
-        return self.attend(q_THD, keys, values)
+        queries = q_THD.split([n for _, n in self.parts])
+        out = [attend(q, keys, values) for (attend, _), q in zip(self.parts, queries)]
+        return out[0] if len(out) == 1 else torch.cat(out)
+
+
+@dataclass
+class Drawn:
+    """What a step draws, perhaps still under way on the device."""
+
+    sequences: list[Sequence]
+    token_S: torch.Tensor
+    logp_S: torch.Tensor
+    ready: torch.cuda.Event | None = None
 
 
 # ---------------------------------------------------------------------- engine
@@ -168,19 +110,28 @@ class Sampler:
         head is an id and only length ends a sample.
     max_sequences: rows of the decode batch.
     page_size: tokens of a page.
-    num_pages: of the pool; default: what max_sequences of the longest request can need.
-    prefill_tokens: prompts are prefilled together up to so many tokens; default 4096, and on CPU one at a
-        time: there packing gains nothing, and the rounding of a row would depend on its neighbours.
+    num_pages: of the pool; default: what max_sequences of the longest request can need, if there is memory.
+    token_budget: tokens of a forward, decoding rows and chunks of prompts together.
+    memory: share of the memory that is free when the pool is made that it may take, with what a forward
+        needs beside it.
+    overlap: launch a step before the one before is looked at; default: on a GPU.
+    graphs: decode by CUDA graphs, on a GPU.
+
+    A model that is split by tensor parallelism (`Qwen2(config, group)`) samples on all ranks of its group:
+    each is given the same requests and yields the same completions.
     """
     def __init__(self, model: Qwen2, tokenizer=None, max_sequences: int = 64, page_size: int = 16,
-                 num_pages: int | None = None, prefill_tokens: int | None = None):
-        self.model, self.tokenizer = model, tokenizer
+                 num_pages: int | None = None, token_budget: int = 2048, memory: float = 0.9,
+                 overlap: bool | None = None, graphs: bool = True):
+        self.model, self.tokenizer, self.device = model, tokenizer, model.head_weight.device
         self.max_sequences, self.page_size, self.num_pages = max_sequences, page_size, num_pages
-        together = 4096 if model.head_weight.is_cuda else 0
-        self.prefill_tokens = together if prefill_tokens is None else prefill_tokens
+        self.token_budget, self.memory = max(token_budget, max_sequences + 1), memory
+        self.cuda = self.device.type == "cuda"
+        self.overlap, self.use_graphs = self.cuda if overlap is None else overlap, graphs and self.cuda
         self.n_valid = tokenizer.n_valid if tokenizer else model.config.vocab_size
         self.eos_ids = frozenset(tokenizer.eos_ids if tokenizer else ())
         self.stats = Stats()
+        self.scheduler, self.pool, self.rows, self.graphs = None, None, None, {}
         if self.n_valid > model.config.vocab_size:
             raise ValueError(
                 f"the tokenizer has {self.n_valid} ids, the model only {model.config.vocab_size} rows: they "
@@ -194,6 +145,10 @@ class Sampler:
         self.check(requests)
         return self.run(requests)
 
+    def cancel(self, prompt_index: int):
+        """Drops the samples of a request that have not finished; may be called between completions."""
+        self.scheduler.cancel(prompt_index)
+
     def check(self, requests: list[Request]):
         for i, r in enumerate(requests):
             if not r.prompt_ids or r.n < 1 or r.max_new_tokens < 1:
@@ -205,237 +160,274 @@ class Sampler:
             if max(r.prompt_ids) >= self.n_valid:
                 raise ValueError(
                     f"request {i}: id {max(r.prompt_ids)} is beyond the tokenizer's last, {self.n_valid - 1}")
-            if self.num_pages is not None and (need := self.worst_pages(r) + 2) > self.num_pages:
-                raise ValueError(
-                    f"request {i}: {len(r.prompt_ids)} + {r.max_new_tokens} tokens need {need} pages, the "
-                    f"pool has {self.num_pages}"
-                )
+        if self.num_pages is not None:
+            self.refuse(requests, Scheduler(self.num_pages, self.page_size, 1, 1))
 
-    def pages_for(self, tokens: int) -> int:
-        return -(-tokens // self.page_size)
-
-    def worst_pages(self, r: Request) -> int:
-        return self.pages_for(len(r.prompt_ids) + r.max_new_tokens)
-
-    def wide(self, pages: int) -> int:
-        """A number of table columns whose tokens are a multiple of MIN_CONTEXT; columns without a page name
-        page 0 and are masked."""
-        unit = max(1, MIN_CONTEXT // self.page_size)
-        return -(-pages // unit) * unit
+    def refuse(self, requests: list[Request], scheduler: Scheduler):
+        for i, r in enumerate(requests):
+            if reason := scheduler.refusal(r):
+                raise ValueError(f"request {i}: {reason}")
 
     @torch.inference_mode()
     def run(self, requests: list[Request]) -> Iterator[Completion]:
         if not requests:
             return
-        rows = min(self.max_sequences, sum(r.n for r in requests))
-        longest = self.wide(max(self.worst_pages(r) for r in requests))
-        device = self.model.head_weight.device
         self.stats = Stats()
-        self.pool = PagePool(self.model, self.num_pages or (rows + 1) * (longest + 1) + 1, self.page_size)
-        self.waiting = deque(Group(i, r) for i, r in enumerate(requests))
-        self.ready: deque[Group] = deque()
-        self.running: list[Sequence] = []  # oldest first
-        self.free_rows = deque(range(rows))
-        # State of the rows, on the device, written only where it changes. The last MIN_ROWS are padding.
-        rows += MIN_ROWS
-        self.table = torch.zeros(rows, longest, dtype=torch.int64, device=device)
-        integers = torch.zeros(5, rows, dtype=torch.int64, device=device)
-        self.token, self.position, self.drawn, self.stream, self.top_k = integers
-        self.temperature, self.top_p = torch.ones(rows, device=device), torch.ones(rows, device=device)
-        self.active = None  # row numbers of the running sequences; None: to be rebuilt
+        self.wake(requests)
+        self.scheduler = scheduler = Scheduler(self.pool.num_pages, self.page_size, self.rows.padding,
+                                               self.token_budget, self.stats)
+        self.refuse(requests, scheduler)
+        scheduler.add(requests)
+        under_way: deque[Drawn] = deque()
+        self.decoding, self.numbers = None, None
         try:
-            while self.waiting or self.ready or self.running:
-                yield from self.admit()
-                yield from self.decode()
+            while scheduler.busy:
+                step = scheduler.step()
+                if step:
+                    under_way.append(self.launch(step))
+                assert under_way, "the scheduler found nothing to do"
+                if not step or len(under_way) > self.overlap:
+                    yield from self.collect(under_way.popleft())
         finally:  # also when the consumer walks away
-            for holder in (*self.ready, *self.running):
-                self.pool.release_(holder.pages)
-            del self.pool, self.table
+            for i in range(len(requests)):
+                scheduler.cancel(i)
+            if not self.cuda:
+                self.sleep()
 
-    # ---- scheduling
+    # ---- memory
 
-    def admit(self) -> Iterator[Completion]:
-        """Prefills what fits into free rows and pages, then starts samples. Leaves a page for each running
-        sequence to grow into."""
-        batch, tokens = [], 0
-        rows = len(self.free_rows) - sum(g.request.n - g.started for g in self.ready)
-        while self.waiting and rows > 0:
-            item = self.waiting[0]
-            need = self.pages_for(len(item.prefix))
-            if need + len(self.running) + len(batch) >= len(self.pool.free):
-                break
-            if batch and tokens + len(item.prefix) > self.prefill_tokens:
-                break
-            self.waiting.popleft()
-            item.pages = [self.pool.take() for _ in range(need)]
-            batch.append(item)
-            tokens += len(item.prefix)
-            rows -= item.request.n - item.started if isinstance(item, Group) else 1
-        if batch:
-            self.prefill(batch)
-        started = []
-        while self.ready and self.free_rows and len(self.pool.free) > len(self.running):
-            group = self.ready[0]
-            sequence = Sequence(group.index, group.started, group.request, cached=len(group.prefix))
-            sequence.pages = self.pool.share(group.pages)
-            started.append((sequence, group.hidden_C))
-            self.seat(sequence)
-            group.started += 1
-            if group.started == group.request.n:
-                self.pool.release_(group.pages)
-                self.ready.popleft()
-        if started:
-            sequences, hidden = zip(*started)
-            rows = self.padded(sequences)
-            hidden = F.pad(torch.stack(hidden), (0, 0, 0, len(rows) - len(started)))
-            yield from self.extend(sequences, hidden, rows)
+    def wake(self, requests: list[Request]):
+        """Makes what `run` needs: the weights in the form that is computed with, the pool, the rows' state.
+        On a GPU all of it stays until `sleep`."""
+        prepare_(self.model)
+        rows = min(self.max_sequences, sum(r.n for r in requests))
+        columns = max(-(-(len(r.prompt_ids) + r.max_new_tokens) // self.page_size) for r in requests)
+        if self.pool is None or self.rows.padding < rows or self.rows.table.shape[1] < columns:
+            self.sleep()
+            self.pool = PagePool(self.model, self.num_pages or self.affordable(rows, columns), self.page_size)
+            self.rows = Rows(rows, columns, self.device)
+        weight = self.model.head_weight
+        self.head = pack_head(weight[:self.n_valid] if self.model.tp == 1 else weight)
+        self.min_rows = 1 if self.cuda else MIN_ROWS_UNPACKED if self.head is None else MIN_ROWS
 
-    def seat(self, sequence: Sequence):
-        """Gives a sequence a row and writes the row's state."""
-        row, r = self.free_rows.popleft(), sequence.request
-        sequence.row = row
-        self.running.append(sequence)
-        self.table[row, :len(sequence.pages)] = torch.tensor(sequence.pages, device=self.table.device)
-        self.position[row], self.drawn[row] = sequence.cached, len(sequence.token_ids)
-        self.temperature[row], self.top_p[row], self.top_k[row] = r.temperature, r.top_p, r.top_k
-        self.stream[row] = streams(torch.tensor(r.seed), torch.tensor(sequence.sample))
-        self.active = None
-
-    def unseat(self, sequence: Sequence):
-        self.running.remove(sequence)
-        self.pool.release_(sequence.pages)
-        self.free_rows.append(sequence.row)
-        self.active = None
-
-    def reclaim(self):
-        """Frees pages when the pool is dry: the youngest gives way and is recomputed later. The oldest always
-        gets on."""
-        self.stats.preemptions += 1
-        if self.ready:
-            item = self.ready.pop()
-            self.pool.release_(item.pages)
+    def affordable(self, rows: int, columns: int) -> int:
+        """Pages that the memory allows, and the requests can need."""
+        model, wanted = self.model, (rows + 1) * (columns + 1) + 1
+        config, dtype = model.config, model.head_weight.dtype
+        if self.cuda:
+            torch.cuda.empty_cache()
+            room = self.memory * torch.cuda.mem_get_info()[0] - self.workspace(rows, columns)
         else:
-            item = self.running[-1]
-            self.unseat(item)
-        self.waiting.appendleft(item)
+            here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+            room = self.memory * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2 / here
+        page_bytes = self.page_size * config.kv_bytes_per_token(dtype) // model.tp
+        pages = torch.tensor(min(wanted, int(room) // page_bytes), device=self.device)
+        if model.group is not None:  # the ranks' schedules must be the same
+            dist.all_reduce(pages, dist.ReduceOp.MIN, group=model.group)
+        if pages < columns + 2:
+            raise ValueError(f"the KV pool can have {pages} pages of {self.page_size} tokens, but the longest "
+                             f"request needs {columns + 2}: lower max_new_tokens, or free memory")
+        return int(pages)
 
-    def grow(self):
-        """Makes sure that every running sequence owns the page that its next token goes to."""
-        copies, rows, columns, pages = [], [], [], []
-        for sequence in list(self.running):
-            if sequence not in self.running:  # was preempted for an older one
-                continue
-            fresh = sequence.cached == len(sequence.pages) * self.page_size
-            if not fresh and self.pool.references[sequence.pages[-1]] == 1:
-                continue
-            while not self.pool.free and sequence in self.running:
-                self.reclaim()
-            if sequence not in self.running:
-                continue
-            page = self.pool.take()
-            if not fresh:
-                shared = sequence.pages.pop()
-                self.pool.references[shared] -= 1
-                copies.append((shared, page))
-            sequence.pages.append(page)
-            rows.append(sequence.row)
-            columns.append(len(sequence.pages) - 1)
-            pages.append(page)
-        if copies:
-            self.pool.copy_(copies)
-            self.stats.copied_pages += len(copies)
-        if rows:
-            rows, columns, pages = torch.tensor([rows, columns, pages], device=self.table.device)
-            self.table[rows, columns] = pages
-        self.stats.peak_pages = max(self.stats.peak_pages, self.pool.num_pages - 1 - len(self.pool.free))
+    def workspace(self, rows: int, columns: int) -> int:
+        """Bytes beside the pool on a GPU, about: activations of the largest forward, the parts of decoding
+        attention that all graphs share, cuBLAS and the graphs themselves."""
+        config, tp = self.model.config, self.model.tp
+        wide = 4 * config.hidden_size + 4 * config.intermediate_size // tp
+        chunks = rows * (columns * self.page_size // 256 + 1)
+        decode = 4 * chunks * config.hidden_size // tp + 8 * rows * config.vocab_size // tp
+        return 4 * self.token_budget * wide + 2 * decode + 2**30
 
-    # ---- computing
+    def sleep(self):
+        """Gives back the pool, the graphs and their memory; the weights stay."""
+        self.pool = self.rows = self.head = None
+        self.graphs = {}
+        if self.cuda:
+            torch.cuda.empty_cache()
 
-    def prefill(self, batch: list[Group | Sequence]):
-        device, heads = self.table.device, self.model.config.num_attention_heads
-        lengths = [len(item.prefix) for item in batch]
-        table = pad_sequence([torch.tensor(item.pages) for item in batch], batch_first=True)
-        positions = [torch.arange(n) for n in lengths]
-        pages = [row[p // self.page_size] for row, p in zip(table, positions)]
-        attend = PagedPrefill(self.pool.keys[0], heads, table.to(device), lengths, lengths)
-        plan = PagedPlan(self.pool, attend, torch.cat(pages).to(device), torch.cat(positions).to(device))
-        hidden = self.model(torch.tensor([t for item in batch for t in item.prefix], device=device), plan)
-        self.stats.prefill_tokens += sum(lengths)
-        for item, last in zip(batch, (torch.tensor(lengths).cumsum(0) - 1).tolist()):
-            if isinstance(item, Group):
-                item.hidden_C = hidden[last]
-                self.ready.append(item)
-            else:  # preempted before: goes on where it was
-                item.cached = len(item.prefix)
-                self.seat(item)
-                self.token[item.row] = item.token_ids[-1]
+    # ---- a step
 
-    def decode(self) -> Iterator[Completion]:
-        """One token for every running sequence."""
-        self.grow()
-        if not self.running:
-            return
-        rows = self.rows()
-        columns = self.wide(max(len(s.pages) for s in self.running))
-        table, positions = self.table[rows, :columns], self.position[rows]
-        pages = table.gather(1, (positions // self.page_size)[:, None])[:, 0]
-        plan = PagedPlan(self.pool, PagedDecode(self.pool.keys[0], table, positions + 1), pages, positions)
-        hidden = self.model(self.token[rows], plan)
-        self.position[rows[:len(self.running)]] += 1  # padding rows stay at one token, in page 0
-        self.stats.decode_steps += 1
-        self.stats.peak_rows = max(self.stats.peak_rows, len(self.running))
-        for sequence in self.running:
-            sequence.cached += 1
-        yield from self.extend(list(self.running), hidden, rows)
+    def send(self, values: list, dtype: torch.dtype = torch.int64) -> torch.Tensor:
+        """Python numbers to a tensor on the device, without waiting for it."""
+        x = torch.tensor(values, dtype=dtype, pin_memory=self.cuda)
+        self.stats.host_elements += x.numel()
+        return x.to(self.device, non_blocking=True)
 
-    def rows(self) -> torch.Tensor:
-        """Row numbers of the running sequences, padded."""
-        if self.active is None:
-            self.active = self.padded(self.running)
-        return self.active
-
-    def padded(self, sequences: list[Sequence]) -> torch.Tensor:
-        """Their row numbers, with padding rows up to MIN_ROWS."""
-        numbers = [s.row for s in sequences]
-        padding = range(len(self.table) - MIN_ROWS, len(self.table) - len(numbers))
-        return torch.tensor(numbers + list(padding), device=self.table.device)
-
-    def extend(self, sequences: list[Sequence], hidden_SC: torch.Tensor,
-               rows: torch.Tensor) -> Iterator[Completion]:
-        """Draws the next token of each sequence from its hidden state; yields and retires those that end.
-
-        rows: their row numbers, padded as hidden_SC is.
-        """
+    def launch(self, step: Step) -> Drawn:
+        """Carries out a step: everything on the device, nothing waited for."""
+        if step.copies:
+            self.pool.copy_(*self.send(step.copies).T)
+        if step.table:
+            row, column, page = self.send(step.table).T
+            self.rows.table[row, column] = page
+        if step.forks:
+            self.seat([s for _, s in step.forks])
+        self.stats.decode_steps += bool(step.decode)
+        self.stats.mixed_steps += bool(step.chunks)
+        sequences = step.decode + [s for _, s in step.forks]
         filtered = any(s.request.top_p < 1 or s.request.top_k > 0 for s in sequences)
-        filters = (self.top_p[rows], self.top_k[rows]) if filtered else ()
-        uniform = uniforms(self.stream[rows], self.drawn[rows])
-        token, logp = head_draw(hidden_SC, self.model.head_weight, self.n_valid, uniform,
-                                self.temperature[rows], *filters)
-        self.token[rows] = token
-        self.drawn[rows] += 1
+        if self.use_graphs and not (step.chunks or step.forks or filtered):
+            token_S, logp_S = self.replay(step.decode)
+        else:
+            token_S, logp_S = self.forward(step, filtered)
         self.stats.new_tokens += len(sequences)
-        for sequence, t, value in zip(sequences, token.tolist(), logp.tolist()):
-            sequence.token_ids.append(t)
-            sequence.logprobs.append(value)
-            if reason := self.ended(sequence, t):
-                self.unseat(sequence)
-                self.stats.finished += 1
-                yield self.completion(sequence, reason)
+        if not self.cuda:
+            return Drawn(sequences, token_S, logp_S)
+        token_S, logp_S = (torch.empty_like(x, device="cpu", pin_memory=True).copy_(x, non_blocking=True)
+                           for x in (token_S, logp_S))
+        ready = torch.cuda.Event()
+        ready.record()
+        return Drawn(sequences, token_S, logp_S, ready)
 
-    def ended(self, sequence: Sequence, token: int) -> str | None:
-        r = sequence.request
+    def seat(self, sequences: list[Sequence]):
+        """Writes the state of rows that begin: the next draw is the sample's drawn-th."""
+        state = self.rows
+        integers = [(s.row, s.cached, s.drawn - 1, s.request.top_k, s.request.seed, s.sample)
+                    for s in sequences]
+        row, state.position[row], state.drawn[row], state.top_k[row], seed, sample = self.send(integers).T
+        state.stream[row] = streams(seed, sample)
+        filters = self.send([(s.request.temperature, s.request.top_p) for s in sequences], torch.float32)
+        state.temperature[row], state.top_p[row] = filters.T
+
+    def decoders(self, sequences: list[Sequence], size: int) -> torch.Tensor:
+        """Their row numbers, padded; sent anew only when they change."""
+        numbers = [s.row for s in sequences]
+        numbers += [self.rows.padding] * (size - len(numbers))
+        if numbers != self.decoding:
+            self.decoding, self.numbers = numbers, self.send(numbers)
+        return self.numbers
+
+    def forward(self, step: Step, filtered: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        """Decode rows and chunks of prefixes as one row of tokens; draws for the rows and for forks."""
+        hidden, rows = [], []
+        if step.decode or step.chunks:
+            row_S = self.decoders(step.decode, max(self.min_rows, len(step.decode)))
+            columns = max((len(s.pages) for s in step.decode), default=1)
+            parts, tokens, positions, pages = self.decode_part(row_S, columns)
+            if step.chunks:
+                more = self.prefill_part(step.chunks)
+                parts, tokens, positions, pages = parts + more[0], *(
+                    torch.cat(pair) for pair in zip((tokens, positions, pages), more[1:]))
+            states = self.model(tokens, PagedPlan(self.pool, parts, pages, positions))
+            self.advance(row_S)
+            at = len(row_S)
+            for chunk in step.chunks:
+                at += chunk.end - chunk.start
+                if chunk.last:
+                    chunk.prefix.hidden = states[at - 1].clone()
+            hidden, rows = [states[:len(step.decode)]], [row_S[:len(step.decode)]]
+        if step.forks:
+            hidden.append(torch.stack([prefix.hidden for prefix, _ in step.forks]))
+            rows.append(self.send([s.row for _, s in step.forks]))
+        hidden_SC, row_S = (torch.cat(x) if len(x) > 1 else x[0] for x in (hidden, rows))
+        if not len(row_S):  # nothing but a piece of a prompt
+            return row_S, row_S
+        return self.draw(hidden_SC, row_S, filtered)
+
+    def decode_part(self, row_S: torch.Tensor, columns: int):
+        """(attention, tokens, positions, pages) of rows that feed their newest token."""
+        table, positions = self.rows.table[row_S, :columns], self.rows.position[row_S]
+        pages = table.gather(1, (positions // self.page_size)[:, None])[:, 0]
+        attend = PagedDecode(self.pool.keys[0], table, positions + 1)
+        return [(attend, len(row_S))], self.rows.token[row_S], positions, pages
+
+    def prefill_part(self, chunks: list[Chunk]):
+        """The same of chunks."""
+        lengths, ends = [c.end - c.start for c in chunks], [c.end for c in chunks]
+        table = pad_sequence([torch.tensor(c.pages) for c in chunks], batch_first=True)
+        positions = [torch.arange(c.start, c.end) for c in chunks]
+        pages = [row[p // self.page_size] for row, p in zip(table, positions)]
+        heads = self.model.config.num_attention_heads // self.model.tp
+        attend = PagedPrefill(self.pool.keys[0], heads, table.to(self.device), lengths, ends)
+        self.stats.host_elements += table.numel() + 2 * sum(lengths)
+        return ([(attend, sum(lengths))], self.send([t for c in chunks for t in c.tokens]),
+                torch.cat(positions).to(self.device), torch.cat(pages).to(self.device))
+
+    def advance(self, row_S: torch.Tensor):
+        self.rows.position[row_S] += (row_S != self.rows.padding).long()
+
+    def draw(self, hidden_SC: torch.Tensor, row_S: torch.Tensor,
+             filtered: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+        """The next token of each row and its logprob; rows may name the padding, for nothing."""
+        state, count = self.rows, len(row_S)
+        if count < self.min_rows:
+            row_S = torch.cat((row_S, row_S.new_full((self.min_rows - count,), state.padding)))
+            hidden_SC = torch.cat((hidden_SC, hidden_SC.new_zeros(self.min_rows - count, hidden_SC.shape[1])))
+        filters = (state.top_p[row_S], state.top_k[row_S]) if filtered else (None, None)
+        product = {"product": lambda x, _: self.head(x)} if self.head else {}
+        token, logp = head_draw(hidden_SC, self.model.head_weight, self.n_valid,
+                                uniforms(state.stream[row_S], state.drawn[row_S]), state.temperature[row_S],
+                                *filters, self.model.group, **product)
+        state.token[row_S] = token
+        state.drawn[row_S] += 1
+        return token[:count], logp[:count]
+
+    # ---- CUDA graphs
+
+    def replay(self, sequences: list[Sequence]) -> tuple[torch.Tensor, torch.Tensor]:
+        """A step that only decodes, as a graph for the next larger of a few batch sizes, captured when it is
+        first needed. Its table has all columns: the kernels read what the contexts reach."""
+        size = min((n for n in GRAPH_ROWS if n >= len(sequences)), default=len(sequences))
+        row_S = self.decoders(sequences, size)
+        if size not in self.graphs:
+            self.graphs[size] = self.capture(size)
+        graph, graph_row_S, seen, token_S, logp_S = self.graphs[size]
+        if seen[0] is not row_S:
+            graph_row_S.copy_(row_S)
+            seen[0] = row_S
+        graph.replay()
+        return token_S[:len(sequences)], logp_S[:len(sequences)]
+
+    def capture(self, size: int):
+        row_S = torch.full((size,), self.rows.padding, device=self.device)  # writes nobody's state
+
+        def decode():
+            parts, tokens, positions, pages = self.decode_part(row_S, self.rows.table.shape[1])
+            hidden_SC = self.model(tokens, PagedPlan(self.pool, parts, pages, positions))
+            self.advance(row_S)
+            return self.draw(hidden_SC, row_S)
+
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(2):
+                decode()
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        memory = next(iter(self.graphs.values()))[0].pool() if self.graphs else None  # they run one at a time
+        with torch.cuda.graph(graph, pool=memory):
+            token_S, logp_S = decode()
+        return graph, row_S, [None], token_S, logp_S
+
+    # ---- what came out
+
+    def collect(self, drawn: Drawn) -> Iterator[Completion]:
+        """Hands the drawn tokens to their sequences; yields and retires those that end."""
+        if drawn.ready:
+            drawn.ready.synchronize()
+        for s, token, logp in zip(drawn.sequences, drawn.token_S.tolist(), drawn.logp_S.tolist()):
+            if s.done:
+                continue
+            s.token_ids.append(token)
+            s.logprobs.append(logp)
+            if reason := self.ended(s, token):
+                self.scheduler.finish(s)
+                self.stats.finished += 1
+                yield self.completion(s, reason)
+
+    def ended(self, s: Sequence, token: int) -> str | None:
+        r = s.request
         if token in self.eos_ids:
             return "stop"
         if r.stop:
-            sequence.tail += self.tokenizer.token_bytes[token]
-            if any(s.encode() in sequence.tail for s in r.stop):
+            s.tail += self.tokenizer.token_bytes[token]
+            if any(stop.encode() in s.tail for stop in r.stop):
                 return "stop"
-            sequence.tail = sequence.tail[-max(len(s.encode()) for s in r.stop):]
-        return "length" if len(sequence.token_ids) == r.max_new_tokens else None
+            s.tail = s.tail[-max(len(stop.encode()) for stop in r.stop):]
+        return "length" if len(s.token_ids) == r.max_new_tokens else None
 
-    def completion(self, sequence: Sequence, reason: str) -> Completion:
-        ids = sequence.token_ids
+    def completion(self, s: Sequence, reason: str) -> Completion:
+        ids = s.token_ids
         shown = ids[:-1] if ids[-1] in self.eos_ids else ids
         text = self.tokenizer.decode(shown) if self.tokenizer else ""
-        return Completion(sequence.index, sequence.sample, ids, sequence.logprobs, text, reason,
-                          sequence.request.max_new_tokens)
+        return Completion(s.index, s.sample, ids, s.logprobs, text, reason, s.request.max_new_tokens)

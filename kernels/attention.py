@@ -65,9 +65,8 @@ def rotate(q_THD: torch.Tensor, k_TKD: torch.Tensor, cos_T1D: torch.Tensor,
     """RoPE: rotates pairs (i, i + D/2) of q and k in fp32; the first half of sin carries the minus sign of
     the rotation matrix."""
     x = torch.cat((q_THD, k_TKD), dim=1).float()
-    first, second = x.chunk(2, dim=-1)
-    x = torch.addcmul(x * cos_T1D, torch.cat((second, first), dim=-1), sin_T1D).to(q_THD.dtype)
-    return x.split((q_THD.shape[1], k_TKD.shape[1]), dim=1)
+    x = torch.addcmul(x * cos_T1D, x.roll(x.shape[-1] // 2, -1), sin_T1D).to(q_THD.dtype)
+    return x.split_with_sizes((q_THD.shape[1], k_TKD.shape[1]), dim=1)
 
 
 def write_kv(q_THD: torch.Tensor, k_TKD: torch.Tensor, v_TKD: torch.Tensor, cos_T1D: torch.Tensor,
@@ -143,10 +142,9 @@ class PagedDecode:
     def __init__(self, cache: torch.Tensor, table_SP: torch.Tensor, context_S: torch.Tensor):
         self.table_SP, self.context_S = table_SP.contiguous(), context_S.contiguous()
         slots = table_SP.shape[1] * cache.shape[1]
-        if not backend.fused(cache):  # an additive mask: a boolean one would be converted in each layer
-            self.mask_S11L = torch.zeros(len(table_SP), 1, 1, slots, dtype=cache.dtype, device=cache.device)
-            place = torch.arange(slots, device=cache.device)
-            self.mask_S11L.masked_fill_((place >= context_S[:, None])[:, None, None], -torch.inf)
+        if not backend.fused(cache):
+            self.parts = [(rows, *attended(cache, table_SP[rows], context_S[rows, None, None] - 1))
+                          for rows in by_length(context_S)]
             return
         self.size = backend.blocks("decode", cache.dtype, cache.shape[-1])
         self.programs, chunk = backend.processors() * self.size.pop("PROGRAMS"), self.size["CHUNK"]
@@ -170,14 +168,58 @@ class PagedDecode:
         return out
 
     def reference(self, q_SHD, keys, values):
-        k, v = (self.gather(x) for x in (keys, values))
-        q = q_SHD.unflatten(1, (k.shape[1], -1))  # the query heads of a KV head are rows: (S, K, G, D)
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=self.mask_S11L).flatten(1, 2)
+        kv_heads = keys.shape[2]
+        group = q_SHD.shape[1] // kv_heads
+        q = q_SHD.unflatten(1, (kv_heads, group))  # the query heads of a KV head are rows: (S, K, G, D)
+        if padding := max(4, 1 << (group - 1).bit_length()) - group:  # see `attended`
+            q = F.pad(q, (0, 0, 0, padding))
+        out = torch.empty_like(q) if len(self.parts) > 1 else None
+        for rows, table, mask in self.parts:
+            k, v = (gather(x, table, mask.shape[-1]) for x in (keys, values))
+            part = F.scaled_dot_product_attention(q[rows], k, v, attn_mask=mask)
+            if out is None:
+                out = part
+            else:
+                out[rows] = part
+        return out[:, :, :group].flatten(1, 2)
 
-    def gather(self, cache: torch.Tensor) -> torch.Tensor:
-        """(S, K, L, D): the pages of each row end to end; index_select is far faster than indexing."""
-        pages = cache.index_select(0, self.table_SP.flatten())
-        return pages.view(len(self.table_SP), -1, *cache.shape[2:]).transpose(1, 2)
+
+SHORT = 384  # on a CPU, see `attended`
+
+
+def by_length(context_S: torch.Tensor) -> list[torch.Tensor | slice]:
+    """Rows whose contexts are short, or differ by less than a factor of two: a CPU attends to a batch at the
+    length of its longest row."""
+    sizes = [SHORT if n <= SHORT else 1 << (n - 1).bit_length() for n in context_S.tolist()]
+    if len(set(sizes)) == 1:
+        return [slice(None)]
+    return [torch.tensor([i for i, other in enumerate(sizes) if other == size])
+            for size in sorted(set(sizes))]
+
+
+def attended(cache: torch.Tensor, table_SP: torch.Tensor,
+             last_S1T: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """What rows attend to on a CPU whose last key each last_S1T says: their pages, flat, and the additive
+    mask (S, 1, T, L) (SDPA would convert a boolean one in each layer).
+
+    The length L is such that a row has the same bits whatever other rows and keys the call holds. SDPA takes
+    512 keys at a time there; its product with V sums up to 384 in one go and more than that in two halves. So
+    L is a multiple of the vector width, or beyond SHORT of 512; rows on either side of SHORT must not meet in
+    one call. Likewise its products are the same for 4, 8 and 16 n rows, and not for some other numbers.
+    """
+    longest, page_size = max(1, int(last_S1T.max()) + 1), cache.shape[1]
+    length = -(-longest // 16) * 16 if longest <= SHORT else -(-longest // 512) * 512
+    columns = -(-length // page_size)
+    table = F.pad(table_SP[:, :columns], (0, max(0, columns - table_SP.shape[1])))
+    seen = torch.arange(length) <= last_S1T[..., None]
+    return table.flatten(), torch.zeros(seen.shape, dtype=cache.dtype).masked_fill_(~seen, -torch.inf)
+
+
+def gather(cache: torch.Tensor, table: torch.Tensor, length: int) -> torch.Tensor:
+    """(S, K, L, D): the pages of each row end to end; index_select is far faster than indexing."""
+    pages = cache.index_select(0, table)
+    columns = -(-length // cache.shape[1])
+    return pages.view(-1, columns * cache.shape[1], *cache.shape[2:])[:, :length].transpose(1, 2)
 
 
 class PagedPrefill:
@@ -193,8 +235,13 @@ class PagedPrefill:
             raise ValueError(f"PagedPrefill: queries {query_lengths} must be the last tokens, at least one, "
                              f"of their contexts {context_lengths}")
         self.table_SP = table_SP.contiguous()
-        self.query_lengths, self.context_lengths = query_lengths, context_lengths
         if not backend.fused(cache):
+            self.parts = []  # a sequence's queries on either side of SHORT are two calls
+            for table_P, n, m in zip(table_SP, query_lengths, context_lengths):
+                for start, end in ((m - n, min(m, SHORT)), (max(m - n, SHORT), m)):
+                    if start < end:
+                        last = start + torch.arange(-(-(end - start) // 16) * 16).clamp_(max=end - start - 1)
+                        self.parts.append((end - start, *attended(cache, table_P[None], last[None, None])))
             return
         self.size = backend.blocks("prefill", cache.dtype, cache.shape[-1])
         group, block = heads // cache.shape[2], self.size["BLOCK_M"]
@@ -217,14 +264,10 @@ class PagedPrefill:
 
     def reference(self, q_THD, keys, values):
         out = []
-        for q, pages, n in zip(q_THD.split(self.query_lengths), self.table_SP, self.context_lengths):
-            used = pages[:-(-n // keys.shape[1])]
-            k, v = (x.index_select(0, used).flatten(0, 1)[:n].transpose(0, 1)[None] for x in (keys, values))
-            seen = None
-            if len(q) < n:
-                seen = torch.ones(len(q), n, dtype=torch.bool, device=q.device).tril(n - len(q))
-            out.append(F.scaled_dot_product_attention(q.transpose(0, 1)[None], k, v, seen, enable_gqa=True,
-                                                      is_causal=seen is None)[0])
+        for q, (n, table, mask) in zip(q_THD.split([n for n, _, _ in self.parts]), self.parts):
+            k, v = (gather(x, table, mask.shape[-1]) for x in (keys, values))
+            q = F.pad(q, (0, 0, 0, 0, 0, mask.shape[2] - n)).transpose(0, 1)[None]
+            out.append(F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)[0, :, :n])
         return torch.cat(out, dim=1).transpose(0, 1)
 
 

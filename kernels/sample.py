@@ -67,12 +67,19 @@ def inverse_cdf(weights_SV: torch.Tensor, uniform_S: torch.Tensor) -> torch.Tens
     """The id at which the running sum of each row passes uniform * total; never an id of weight 0. V must be
     a multiple of TILE."""
     tiles = weights_SV.unflatten(-1, (-1, TILE))
-    cdf = tiles.sum(-1, dtype=torch.float64).cumsum(-1)
-    target = uniform_S * cdf[:, -1]
-    tile = (cdf <= target[:, None]).sum(-1).clamp_(max=tiles.shape[1] - 1)
+    return pick_id(tiles, tile_cdf(tiles), uniform_S)
+
+
+def tile_cdf(tiles_SNW: torch.Tensor) -> torch.Tensor:
+    return tiles_SNW.sum(-1).double().cumsum(-1)  # a tile's own sum in fp32: 64 terms
+
+
+def pick_id(tiles_SNW: torch.Tensor, cdf_SN: torch.Tensor, uniform_S: torch.Tensor) -> torch.Tensor:
+    target = uniform_S * cdf_SN[:, -1]
+    tile = (cdf_SN <= target[:, None]).sum(-1).clamp_(max=cdf_SN.shape[1] - 1)
     rows = torch.arange(len(tile), device=tile.device)
-    weight = tiles[rows, tile]
-    rest = target - F.pad(cdf, (1, 0))[rows, tile]
+    weight = tiles_SNW[rows, tile]
+    rest = target - F.pad(cdf_SN, (1, 0))[rows, tile]
     inside = (weight.double().cumsum(-1) <= rest[:, None]).sum(-1)
     last = TILE - 1 - (weight > 0).flip(-1).int().argmax(-1)  # rounding must not step past the mass
     return tile * TILE + torch.minimum(inside, last)
@@ -87,14 +94,23 @@ def draw(logits_SV: torch.Tensor, uniform_S: torch.Tensor, temperature_S: torch.
     (greedy: at 1), whatever top-p and top-k leave. top_p_S and top_k_S come together or not at all.
     """
     greedy_S = temperature_S == 0
-    z = logits_SV / torch.where(greedy_S, 1.0, temperature_S)[:, None]
-    peak, best = z.max(-1)
-    weights = F.pad((z - peak[:, None]).exp_(), (0, -z.shape[1] % TILE))
-    total = weights.sum(-1, dtype=torch.float64)
-    kept = weights if top_p_S is None else keep_top(weights, top_p_S, top_k_S)
-    token = torch.where(greedy_S, best, inverse_cdf(kept, uniform_S))
-    logp = z.gather(-1, token[:, None])[:, 0] - peak - total.log().float()
-    return token, logp
+    scale_S1 = torch.where(greedy_S, 1.0, temperature_S)[:, None]
+    z = logits_SV / scale_S1
+    if z.shape[1] % TILE:
+        z = F.pad(z, (0, -z.shape[1] % TILE), value=-torch.inf)
+    tiles = z.unflatten(-1, (-1, TILE))
+    peak_SN = tiles.amax(-1)  # on a CPU a hundred times faster than max, which finds the place too
+    peak_S1 = peak_SN.amax(-1, keepdim=True)
+    highest = (peak_SN == peak_S1).int().argmax(-1)
+    rows = torch.arange(len(z), device=z.device)
+    best = highest * TILE + (tiles[rows, highest] == peak_S1).int().argmax(-1)
+    z.sub_(peak_S1).exp_()  # now the weights
+    cdf_SN = tile_cdf(tiles)
+    drawn = pick_id(tiles, cdf_SN, uniform_S) if top_p_S is None else inverse_cdf(
+        keep_top(z, top_p_S, top_k_S), uniform_S)
+    token = torch.where(greedy_S, best, drawn)
+    logp_S1 = logits_SV.gather(-1, token[:, None]) / scale_S1 - peak_S1 - cdf_SN[:, -1:].log().float()
+    return token, logp_S1[:, 0]
 
 
 # ---------------------------------------------------------------------- from the hidden state
@@ -102,15 +118,18 @@ def draw(logits_SV: torch.Tensor, uniform_S: torch.Tensor, temperature_S: torch.
 
 def head_draw(hidden_SC: torch.Tensor, weight_VC: torch.Tensor, n_valid: int, uniform_S: torch.Tensor,
               temperature_S: torch.Tensor, top_p_S: torch.Tensor | None = None,
-              top_k_S: torch.Tensor | None = None, group=None) -> tuple[torch.Tensor, torch.Tensor]:
+              top_k_S: torch.Tensor | None = None, group=None,
+              product=matmul_fp32) -> tuple[torch.Tensor, torch.Tensor]:
     """`draw` from logits hidden @ weight.T of the first n_valid ids.
+
+    product: computes fp32 logits where no kernel does.
 
     group: ranks that share a vocabulary-parallel head. weight_VC is then this rank's slice, of the same size
     on each, laid end to end in rank order; every rank passes the same rows and gets the same draws.
     """
     size, rank = (1, 0) if group is None else (dist.get_world_size(group), dist.get_rank(group))
     if top_p_S is not None or not backend.fused(hidden_SC):
-        logits_SV = matmul_fp32(hidden_SC, weight_VC if size > 1 else weight_VC[:n_valid])
+        logits_SV = product(hidden_SC, weight_VC if size > 1 else weight_VC[:n_valid])
         return draw(gathered(logits_SV, size, group)[:, :n_valid], uniform_S, temperature_S, top_p_S, top_k_S)
     assert hidden_SC.stride(1) == weight_VC.stride(1) == 1
     uniform_S, temperature_S = uniform_S.contiguous(), temperature_S.contiguous()

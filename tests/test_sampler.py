@@ -144,7 +144,7 @@ def test_no_page_is_leaked_and_an_abandoned_generator_gives_all_back():
     for stop_after in (None, 1, 5):
         stream = sampler.generate(requests())
         for i, _ in enumerate(stream):
-            pools.append(sampler.pool)
+            pools.append(sampler.scheduler.pages)
             if i == stop_after:
                 break
         stream.close()
@@ -211,7 +211,7 @@ class Scripted(torch.nn.Module):
     """A stand-in whose most likely next token is given by a table of the current token."""
     def __init__(self, successor: dict[int, int], size: int):
         super().__init__()
-        self.config = qwen.ModelConfig(size, size, 1, 1, 1, 1)
+        self.config, self.tp, self.group, self.layers = qwen.ModelConfig(size, size, 1, 1, 1, 1), 1, None, []
         self.register_buffer("head_weight", torch.eye(size) * 100)
         self.successor = successor
 

@@ -210,7 +210,11 @@ def test_draw_handles_any_vocabulary_and_never_leaves_it(columns):
     for u in (spread(rows), *ends):
         token, logp = draw(logits, u, torch.full((rows,), 0.9))
         assert token.min() >= 0 and token.max() < columns and logp.isfinite().all()
-        assert token.tolist() == [searched(w, x) for w, x in zip(weights, u.tolist(), strict=True)]
+        for row, (w, x) in enumerate(zip(weights, u.tolist(), strict=True)):
+            if (expected := searched(w, x)) != token[row]:  # tiles are summed in fp32: at an edge
+                edges = np.cumsum(w, dtype=np.float64) / w.sum(dtype=np.float64)
+                between = slice(*sorted((expected, token[row].item())))
+                assert (abs(edges[between] - x) < 1e-6).all()
 
 
 def test_frequencies_of_draws_follow_the_softmax_at_the_temperature():

@@ -1,0 +1,97 @@
+"""The sampler's form of a model: fewer and larger products, packed for a CPU, split by tensor parallelism.
+
+The model stays the one of model.py, with the same parameters under the same names; `prepare_` replaces only
+how its linear layers are computed.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from model import ModelConfig, Qwen2
+
+
+class Product:
+    """x @ weight.T + bias of linear layers that read the same x, as one product; returns a part for each.
+
+    Their parameters become slices of `weight` and `bias`, so that what is written to them is written here.
+    """
+    def __init__(self, *layers: nn.Linear):
+        self.layers, self.sizes = layers, [layer.out_features for layer in layers]
+        self.weight, self.bias, self.packed = layers[0].weight.data, layers[0].bias, None
+        if self.bias is not None:
+            self.bias = torch.cat([layer.bias.data for layer in layers])
+            for layer, part in zip(layers, self.bias.split(self.sizes)):
+                layer.bias.data = part
+        if len(layers) > 1:
+            self.weight = torch.cat([layer.weight.data for layer in layers])
+            for layer, part in zip(layers, self.weight.split(self.sizes)):
+                layer.weight.data = part
+
+    def holds(self) -> bool:
+        """Whether the layers' parameters still are slices of it; they are not after model.to(...)."""
+        return self.weight.data_ptr() == self.layers[0].weight.data_ptr()
+
+    def __call__(self, x: torch.Tensor):
+        if torch.is_grad_enabled():  # the model can still be trained
+            parts = tuple(layer(x) for layer in self.layers)
+            return parts if len(parts) > 1 else parts[0]
+        y = packed_product(x, self.packed, self.bias) if self.packed is not None else F.linear(
+            x, self.weight, self.bias)
+        return y.split_with_sizes(self.sizes, -1) if len(self.sizes) > 1 else y
+
+
+def prepare_(model: Qwen2):
+    """Fuses the products of every layer that read the same input, and packs the weights as they are now."""
+    for layer in model.layers:
+        attention, mlp = layer.self_attn, layer.mlp
+        if not (isinstance(attention.qkv, Product) and attention.qkv.holds()):
+            attention.qkv = Product(attention.q_proj, attention.k_proj, attention.v_proj)
+            attention.out = Product(attention.o_proj)
+            mlp.gate_up = Product(mlp.gate_proj, mlp.up_proj)
+            mlp.down = Product(mlp.down_proj)
+        for product in (attention.qkv, attention.out, mlp.gate_up, mlp.down):
+            product.packed = pack(product.weight)
+
+
+# ---------------------------------------------------------------------- oneDNN
+
+
+def pack(weight: torch.Tensor) -> torch.Tensor | None:
+    """A copy in oneDNN's own layout for products with few rows, None where there is no oneDNN. In fp32 a row
+    of a packed product has the same bits whatever the number of rows, from two on."""
+    mkldnn = torch.backends.mkldnn
+    if weight.device.type != "cpu" or not (mkldnn.is_available() and mkldnn.enabled):
+        return None
+    if weight.dtype != torch.float32 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        return None
+    return torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), 32)
+
+
+def pack_head(weight: torch.Tensor):
+    """A function from hidden states to fp32 logits, None where nothing better than a plain product is known.
+    In fp32 even for a bf16 weight: oneDNN would round a bf16 product's result to bf16."""
+    packed = pack(weight.float())
+    return None if packed is None else lambda x: packed_product(x.float(), packed)
+
+
+def packed_product(x: torch.Tensor, packed: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    return torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
+
+
+# ---------------------------------------------------------------------- tensor parallelism
+
+
+def check_tp(config: ModelConfig, tp: int):
+    """Raises ValueError if a model cannot be split over tp ranks."""
+    for name in ("num_attention_heads", "num_key_value_heads", "intermediate_size", "vocab_size"):
+        if getattr(config, name) % tp:
+            raise ValueError(f"tp {tp} does not divide the model's {name}, {getattr(config, name)}")
+
+
+def tp_slice(name: str, parameter: torch.Tensor, rank: int, tp: int) -> torch.Tensor:
+    """A rank's part of a checkpoint's parameter: rows of what makes heads, MLP columns and logits, columns of
+    what reads them; norms are whole."""
+    if tp == 1 or "norm" in name:
+        return parameter
+    return parameter.chunk(tp, dim=1 if name.endswith(("o_proj.weight", "down_proj.weight")) else 0)[rank]
