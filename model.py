@@ -218,7 +218,9 @@ class Qwen2(nn.Module):
     def __init__(self, config: ModelConfig, group=None):
         super().__init__()
         self.config, self.group = config, group
-        self.tp, self.tp_rank = (1, 0) if group is None else (dist.get_world_size(group), dist.get_rank(group))
+        self.tp, self.tp_rank = 1, 0
+        if group is not None:
+            self.tp, self.tp_rank = dist.get_world_size(group), dist.get_rank(group)
         self.recompute = False  # True: each layer's activations are recomputed in backward
         self.rope = None  # `rope_frequencies`, once they are on the device of the tokens
         self.model = nn.ModuleDict({

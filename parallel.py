@@ -24,6 +24,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from model import Qwen2
+from replica import tp_slice
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,9 @@ def setup(device: str = "auto") -> World:
         torch.cuda.set_device(local)
     else:
         local = torch.device("cpu")
+        here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        if here > 1 and os.environ.get("OMP_NUM_THREADS") == "1":  # torchrun's own setting: share the cores
+            torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // here))
     if not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
         try:
@@ -95,6 +99,12 @@ def shard(model: Qwen2, world: World) -> Qwen2:
     return model
 
 
+def tp_group(tp: int):
+    """The process group of the ranks that share this rank's sampler: tp consecutive ones, so that a node
+    holds them all. None for 1."""
+    return dist.new_subgroups(tp)[0] if tp > 1 else None
+
+
 def total(values: dict[str, float], world: World, op=dist.ReduceOp.SUM) -> dict[str, float]:
     """Sums (or with `op` maxima) of the named numbers over all ranks, in fp64. Every rank passes the same
     names in the same order."""
@@ -107,10 +117,10 @@ def largest(values: dict[str, float], world: World) -> dict[str, float]:
     return total(values, world, dist.ReduceOp.MAX)
 
 
-def gather(value, world: World) -> list:
-    """Every rank's Python object, in rank order, on every rank."""
-    out = [None] * world.size
-    dist.all_gather_object(out, value)
+def gather(value, world: World, group=None) -> list:
+    """Every rank's Python object, in rank order, on every rank (of a group)."""
+    out = [None] * (world.size if group is None else dist.get_world_size(group))
+    dist.all_gather_object(out, value, group=group)
     return out
 
 
@@ -148,12 +158,13 @@ def clip_grad_(model: Qwen2, max_norm: float) -> float:
 
 @torch.no_grad()
 def publish(trainer: Qwen2, sampler: Qwen2):
-    """Copies the trainer's sharded weights into the sampler's replica, one parameter at a time, cast before
-    it is gathered."""
+    """Copies the trainer's sharded weights into the sampler's replica, or its tensor-parallel slice of one, a
+    parameter at a time, cast before it is gathered."""
     target = dict(sampler.named_parameters())
     for name, p in trainer.named_parameters():
         full = p.detach().to(target[name].dtype)
-        target[name].copy_(full.full_tensor() if isinstance(full, DTensor) else full)
+        full = full.full_tensor() if isinstance(full, DTensor) else full
+        target[name].copy_(tp_slice(name, full, sampler.tp_rank, sampler.tp))
 
 
 # ---------------------------------------------------------------------- checkpoints

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from model import ModelConfig, Qwen2
+from model import CheckpointError, ModelConfig, Qwen2
 
 
 class Product:
@@ -41,6 +41,8 @@ class Product:
         return y.split_with_sizes(self.sizes, -1) if len(self.sizes) > 1 else y
 
 
+@torch.inference_mode(False)  # the parameters' new storage is to be trained too
+@torch.no_grad()
 def prepare_(model: Qwen2):
     """Fuses the products of every layer that read the same input, and packs the weights as they are now."""
     for layer in model.layers:
@@ -83,10 +85,11 @@ def packed_product(x: torch.Tensor, packed: torch.Tensor, bias: torch.Tensor | N
 
 
 def check_tp(config: ModelConfig, tp: int):
-    """Raises ValueError if a model cannot be split over tp ranks."""
+    """Raises CheckpointError if a model cannot be split over tp ranks."""
     for name in ("num_attention_heads", "num_key_value_heads", "intermediate_size", "vocab_size"):
         if getattr(config, name) % tp:
-            raise ValueError(f"tp {tp} does not divide the model's {name}, {getattr(config, name)}")
+            raise CheckpointError(f"tp {tp} does not divide the model's {name} of {getattr(config, name)}: "
+                                  "choose one that does")
 
 
 def tp_slice(name: str, parameter: torch.Tensor, rank: int, tp: int) -> torch.Tensor:

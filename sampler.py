@@ -225,8 +225,8 @@ class Sampler:
         if model.group is not None:  # the ranks' schedules must be the same
             dist.all_reduce(pages, dist.ReduceOp.MIN, group=model.group)
         if pages < columns + 2:
-            raise ValueError(f"the KV pool can have {pages} pages of {self.page_size} tokens, but the longest "
-                             f"request needs {columns + 2}: lower max_new_tokens, or free memory")
+            raise ValueError(f"the KV pool can have {pages} pages of {self.page_size} tokens, but the "
+                             f"longest request needs {columns + 2}: lower max_new_tokens, or free memory")
         return int(pages)
 
     def workspace(self, rows: int, columns: int) -> int:

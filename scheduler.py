@@ -168,7 +168,7 @@ class Scheduler:
                     f"{self.pages.num_pages}")
 
     def add(self, requests: list[Request]):
-        """Queues requests, the longest expected first; those of one prompt share its prefill and its pages."""
+        """Queues requests, the longest expected first; those of one prompt share its prefill and pages."""
         prompts: dict[tuple[int, ...], list[Sequence]] = {}
         for i, r in enumerate(requests):
             prompts.setdefault(tuple(r.prompt_ids), []).extend(Sequence(i, n, r) for n in range(r.n))
@@ -320,3 +320,18 @@ class Scheduler:
                     if not prefix.sequences:
                         self.pages.release_(prefix.pages)
                         queue.remove(prefix)
+
+
+# ---------------------------------------------------------------------- over the ranks
+
+
+def assign(expected: list[int], ranks: int) -> list[list[int]]:
+    """Which rank samples which group, equally many each: the longest expected first, always to the rank that
+    has least to write so far. Indices of each rank's groups, in order."""
+    shares, load = [[] for _ in range(ranks)], [0] * ranks
+    most = -(-len(expected) // ranks)
+    for i in sorted(range(len(expected)), key=lambda i: -expected[i]):
+        rank = min((r for r in range(ranks) if len(shares[r]) < most), key=lambda r: load[r])
+        shares[rank].append(i)
+        load[rank] += expected[i]
+    return [sorted(share) for share in shares]

@@ -11,7 +11,9 @@ import math
 import os
 import sys
 import time
-from dataclasses import dataclass
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -20,12 +22,14 @@ import grpo
 import model as qwen
 import options
 import parallel
+import replica
 import run
 from data import prompts as prompt_data
 from kernels import linear_logprob
 from options import ConfigError
 from rewards import REWARDS, RewardError, count_words, is_batched, score, structure
-from sampler import Completion, Request, Sampler
+from sampler import Completion, Sampler
+from scheduler import Request, assign
 from tokenizer import Tokenizer, TokenizerError
 
 
@@ -65,6 +69,7 @@ class Config:
     recompute: bool = False  # recompute each layer's activations in backward: less memory, a third more time
     max_sequences: int = 64  # sequences that each rank decodes at a time
     page_size: int = 16  # tokens of a KV page
+    tp: int = 1  # GPUs of a node that share a sampler by tensor parallelism, for models too large for one
     sampler_dtype: str = "auto"  # auto: bfloat16 on CUDA, float32 on CPU; or either by name
     eval_prompts: str = "data/tiny/eval_prompts.jsonl"  # empty: no evaluation
     eval_every: int = 10  # steps between evaluations, the first before training
@@ -99,7 +104,7 @@ def locate(path: str) -> str:
 def check(config: Config, world: parallel.World):
     """Everything that can be known without reading a file. Raises ConfigError."""
     positive = ("steps", "prompts_per_step", "max_new_tokens", "temperature", "clip_grad",
-                "updates_per_batch", "micro_batch_tokens", "max_sequences", "page_size", "eval_every",
+                "updates_per_batch", "micro_batch_tokens", "max_sequences", "page_size", "tp", "eval_every",
                 "save_every", "keep_checkpoints")
     for name in positive:
         if not getattr(config, name) > 0:
@@ -134,6 +139,9 @@ def check(config: Config, world: parallel.World):
             f"prompts_per_step {config.prompts_per_step} does not divide by updates_per_batch "
             f"{config.updates_per_batch}: groups stay whole in an update"
         )
+    if (here := int(os.environ.get("LOCAL_WORLD_SIZE", 1))) % config.tp:
+        raise ConfigError(
+            f"tp {config.tp} does not divide the {here} processes of a node: a sampler stays inside a node")
     if config.reference and not config.beta:
         raise ConfigError(
             f"reference {config.reference} is given, but beta is 0 and it would not be used: set beta too")
@@ -162,7 +170,38 @@ def request_seed(*key) -> int:
 def make_requests(tokenizer: Tokenizer, prompts: list, n: int, when, config: Config) -> list[Request]:
     """n samples of each prompt. Their seeds come from the run's, `when` (the step) and the prompt's id."""
     return [Request(tokenizer.encode(p.text), n, config.max_new_tokens, config.temperature,
-                    stop=config.stop_strings, seed=request_seed(config.seed, when, p.id)) for p in prompts]
+                    stop=config.stop_strings, seed=request_seed(config.seed, when, p.id),
+                    expected_tokens=expected_tokens(p, config)) for p in prompts]
+
+
+def expected_tokens(prompt, config: Config) -> int:
+    """A guess at a sample's tokens, which decides when and on which rank it is written: two for each word of
+    the longest answer asked for, thinking included."""
+    asked = 2 * prompt.length_range[1] if prompt.length_range else config.max_new_tokens
+    return max(1, min(asked, config.max_new_tokens))
+
+
+def share_out(prompts: list, config: Config, world) -> list[list[int]]:
+    """Indices of the prompts that each rank samples, scores and trains."""
+    return assign([expected_tokens(p, config) for p in prompts], world.size)
+
+
+def generate(sampler: Sampler, requests: list[Request], world) -> Iterator[Completion]:
+    """Completions of this rank's requests. The ranks that share a sampler write all of theirs together, and
+    none may leave before the last is written."""
+    model = sampler.model
+    if model.group is None:
+        yield from sampler.generate(requests)
+        return
+    everyone = parallel.gather(requests, world, model.group)
+    first = sum(map(len, everyone[:model.tp_rank]))
+    stream = sampler.generate(sum(everyone, []))
+    try:
+        for c in stream:
+            if first <= c.prompt_index < first + len(requests):
+                yield replace(c, prompt_index=c.prompt_index - first)
+    finally:
+        deque(stream, maxlen=0)
 
 
 def sample_and_score(sampler: Sampler, prompts: list, requests: list[Request], config: Config,
@@ -179,7 +218,7 @@ def sample_and_score(sampler: Sampler, prompts: list, requests: list[Request], c
     at_the_end = [(r, name) for r, name in enumerate(config.reward_names) if is_batched(name)]
     with parallel.agreed(RewardError, world):
         try:
-            for c in sampler.generate(requests):
+            for c in generate(sampler, requests, world):
                 completions[c.prompt_index][c.sample_index] = c
                 with clock("score"):
                     for r, name in inline:
@@ -242,14 +281,14 @@ def costs(samples: list[grpo.Sample], seconds: dict[str, float], world) -> dict[
             "tokens_per_second/update": (tokens["new"] + tokens["prompt"]) / slowest["update"]}
 
 
-def minibatches(completions: list[list[Completion]], config: Config, world) -> list[list[int]]:
+def minibatches(completions: list[list[Completion]], share: list[int], config: Config) -> list[list[int]]:
     """Indices of this rank's samples, group after group, for each optimiser step. Groups are split by their
-    place in the whole batch, so that an update is the same on any number of ranks; `overlong` mask leaves
-    samples out."""
+    place in the whole batch (share), so that an update is the same on any number of ranks; `overlong` mask
+    leaves samples out."""
     out = [[] for _ in range(config.updates_per_batch)]
     groups = config.prompts_per_step // config.updates_per_batch
     for i, c in enumerate(sum(completions, [])):
-        place = i // config.group_size * world.size + world.rank
+        place = share[i // config.group_size]
         if config.overlong == "keep" or c.finish_reason != "length":
             out[place // groups].append(i)
     return out
@@ -344,8 +383,9 @@ def update(model, reference, optimizer, samples: list[grpo.Sample], minibatches:
 
 
 def records(prompts: list, completions: list[list[Completion]], rewards_BGR: torch.Tensor, names: list[str],
-            world, extra: list[list[dict]] | None = None) -> list[dict]:
-    """Rollout records of all ranks, in the order of its prompts; extra[b][g] joins a sample's record."""
+            share: list[int], world, extra: list[list[dict]] | None = None) -> list[dict]:
+    """Rollout records of all ranks, in the order of the whole batch, in which this rank's groups are `share`;
+    extra[b][g] joins a sample's record."""
 
     def record(b: int, g: int, c: Completion) -> dict:
         values = {name: None if v != v else v for name, v in zip(names, rewards_BGR[b, g].tolist())}
@@ -353,10 +393,10 @@ def records(prompts: list, completions: list[list[Completion]], rewards_BGR: tor
                 "tokens": len(c.token_ids), "finish_reason": c.finish_reason, "rewards": values,
                 **(extra[b][g] if extra else {})}
 
-    mine = [[record(b, g, c) for g, c in enumerate(group)] for b, group in enumerate(completions)]
-    ranks = parallel.gather(mine, world)
-    depth = max(len(groups) for groups in ranks)  # ranks take prompts in turn
-    return [r for b in range(depth) for groups in ranks if b < len(groups) for r in groups[b]]
+    mine = {place: [record(b, g, c) for g, c in enumerate(group)]
+            for b, (place, group) in enumerate(zip(share, completions))}
+    groups = {place: group for rank in parallel.gather(mine, world) for place, group in rank.items()}
+    return [r for place in sorted(groups) for r in groups[place]]
 
 
 # ---------------------------------------------------------------------- the run
@@ -382,6 +422,7 @@ def read_inputs(config: Config, world) -> Inputs:
     shapes, tokenizer = {path: qwen.read_config(path) for path in (model, reference)}, Tokenizer(model)
     for path, shape in shapes.items():
         qwen.check_tensors(shape, path)
+        replica.check_tp(shape, config.tp)
         if tokenizer.n_valid > shape.vocab_size:
             raise ConfigError(f"{model}/tokenizer.json has {tokenizer.n_valid} ids, but the model in {path} "
                               f"has only {shape.vocab_size} rows: they do not belong together")
@@ -426,22 +467,24 @@ def open_run(config: Config, world) -> tuple[Path, Path | None, int]:
 
 
 def make_sampler(model, tokenizer: Tokenizer, config: Config, world) -> Sampler:
-    """A sampler with a replica of the trainer's model, whose weights `parallel.publish` fills."""
+    """A sampler with a replica of the trainer's model, or a slice of one, which `parallel.publish` fills."""
     dtype = {"auto": torch.bfloat16 if world.device.type == "cuda" else torch.float32,
              "float32": torch.float32, "bfloat16": torch.bfloat16}[config.sampler_dtype]
     with torch.device("meta"):
-        replica = qwen.Qwen2(model.config).to(dtype).requires_grad_(False)
-    return Sampler(replica.to_empty(device=world.device), tokenizer, config.max_sequences, config.page_size)
+        policy = qwen.Qwen2(model.config, parallel.tp_group(config.tp)).to(dtype).requires_grad_(False)
+    return Sampler(policy.to_empty(device=world.device), tokenizer, config.max_sequences, config.page_size)
 
 
 def evaluate(step: int, prompts: list, sampler: Sampler, config: Config, folder: Path, world) -> dict:
     """One sample of each evaluation prompt, the same seeds every time: metrics, and texts in rollouts/."""
-    mine = prompts[world.rank::world.size]
+    share = share_out(prompts, config, world)[world.rank]
+    mine = [prompts[i] for i in share]
     requests = make_requests(sampler.tokenizer, mine, 1, "eval", config)
     progress = run.Progress(f"evaluation after step {step}", len(mine), world.main)
     completions, rewards_BGR = sample_and_score(sampler, mine, requests, config, run.Clock(), progress, world)
     metrics = summarise(mine, completions, rewards_BGR, config.reward_names, world)
-    texts = records(mine, completions, rewards_BGR, config.reward_names, world)
+    sampler.sleep()
+    texts = records(mine, completions, rewards_BGR, config.reward_names, share, world)
     if world.main:
         run.write_jsonl(folder / "rollouts" / f"eval_{step:06d}.jsonl", texts)
         shown = "  ".join(f"{name} {metrics[f'reward/{name}']:.3f}" for name in config.reward_names)
@@ -495,7 +538,9 @@ def train(config: Config):
         clock = run.Clock()
         # Sample: each rank its own groups. Score each sample as it finishes.
         order = prompt_data.order(len(prompts), config.prompts_per_step, config.seed, state["cursor"])
-        mine = [prompts[i] for i in order[world.rank::world.size]]
+        shares = share_out([prompts[i] for i in order], config, world)
+        share = shares[world.rank]
+        mine = [prompts[order[i]] for i in share]
         requests = make_requests(tokenizer, mine, config.group_size, step, config)
         progress = run.Progress(f"step {step}", len(mine) * config.group_size, world.main)
         try:
@@ -507,10 +552,12 @@ def train(config: Config):
                 save()
             raise
         clock.seconds["sample"] -= clock.seconds["score"]
+        sampler.sleep()  # its pages' memory is the update's now
 
         # Advantages, of all ranks' groups: each reward on its own within its group, then averaged.
-        everyone_BGR = torch.stack(parallel.gather(rewards_BGR, world), 1).flatten(0, 1)  # in prompt order
-        advantage_BG, per_reward_BGR = (x[world.rank::world.size] for x in grpo.advantages(
+        by_rank_BGR, place_B = torch.cat(parallel.gather(rewards_BGR, world)), torch.tensor(sum(shares, []))
+        everyone_BGR = torch.empty_like(by_rank_BGR).index_copy_(0, place_B, by_rank_BGR)
+        advantage_BG, per_reward_BGR = (x[share] for x in grpo.advantages(
             everyone_BGR, weights_R, config.advantage, config.std_floor, config.normalise_std))
 
         # Update: logprobs of the packed samples, the clipped loss, one step of AdamW.
@@ -521,7 +568,7 @@ def train(config: Config):
                    for b, group in enumerate(completions) for g, c in enumerate(group)]
         with clock("update"):
             trained, gaps = update(model, reference, optimizer, samples,
-                                   minibatches(completions, config, world), config, tokenizer.n_valid, world)
+                                   minibatches(completions, share, config), config, tokenizer.n_valid, world)
         with clock("publish"):
             parallel.publish(model, sampler.model)
         state = {"step": step, "cursor": state["cursor"] + config.prompts_per_step}
@@ -532,7 +579,7 @@ def train(config: Config):
         extra = [[{"advantages": dict(zip(names, per_reward_BGR[b, g].tolist())),
                    "advantage": advantage_BG[b, g].item(), "gap_mean": gaps[b * config.group_size + g]}
                   for g in range(config.group_size)] for b in range(len(mine))]
-        texts = records(mine, completions, rewards_BGR, names, world, extra)
+        texts = records(mine, completions, rewards_BGR, names, share, world, extra)
         if world.main:
             run.write_jsonl(folder / "rollouts" / f"step_{step:06d}.jsonl", texts)
             print(run.describe(metrics, config.steps, names), flush=True)

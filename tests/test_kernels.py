@@ -233,7 +233,8 @@ def test_a_prompt_in_chunks_equals_the_prompt_at_once(fused, kernels, monkeypatc
         assert relative(torch.cat(parts), whole.double()) < 1e-6
 
 
-@pytest.mark.parametrize("kv_heads, group, dim", [(2, 4, 64), (2, 2, 16), (1, 7, 128), (4, 1, 64), (1, 5, 32)])
+@pytest.mark.parametrize("kv_heads, group, dim", [(2, 4, 64), (2, 2, 16), (1, 7, 128), (4, 1, 64),
+                                                  (1, 5, 32)])
 def test_on_a_cpu_a_row_has_the_same_bits_alone_in_a_batch_and_in_a_chunk(kv_heads, group, dim, kernels,
                                                                           monkeypatch):
     """Across all lengths at which SDPA's products change their order."""
@@ -241,8 +242,8 @@ def test_on_a_cpu_a_row_has_the_same_bits_alone_in_a_batch_and_in_a_chunk(kv_hea
     n, heads = 1100, kv_heads * group
     keys, values, table = cache_of([n], kv_heads, dim, 16)
     keys, values, q = keys.nan_to_num(), values.nan_to_num(), normal(n, heads, dim, seed=5)
-    contexts = torch.tensor([1, 2, 15, 16, 17, 100, 255, 256, 257, 300, 383, 384, 385, 400, 511, 512, 513, 640,
-                             896, 897, 1000, 1024, 1025, 1100])
+    contexts = torch.tensor([1, 2, 15, 16, 17, 100, 255, 256, 257, 300, 383, 384, 385, 400, 511, 512, 513,
+                             640, 896, 897, 1000, 1024, 1025, 1100])
     alone = torch.cat([PagedDecode(keys, table, c[None])(q[c - 1][None], keys, values) for c in contexts])
     batch = PagedDecode(keys, table.expand(len(contexts), -1), contexts)(q[contexts - 1], keys, values)
     assert torch.equal(batch, alone)

@@ -1,0 +1,105 @@
+"""One engine over several ranks, and several engines side by side: the same samples as on one."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import model as qwen
+from bench.exactness import compare, split
+from data import prompts as prompt_data
+from replica import check_tp, tp_slice
+from sampler import Sampler
+from scheduler import Request, assign
+from tokenizer import Tokenizer
+
+ROOT = Path(__file__).parent.parent
+BASE = ROOT / "data" / "tiny" / "base"
+
+
+@pytest.fixture(scope="module")
+def requests():
+    tokenizer = Tokenizer(BASE)
+    prompts, _ = prompt_data.read(str(ROOT / "data/tiny/eval_prompts.jsonl"), "think", 256, True)
+    return [Request(tokenizer.encode(p.text), 2, 48, 0.8, seed=i) for i, p in enumerate(prompts[:6])]
+
+
+def test_two_ranks_with_half_the_heads_each_draw_what_one_draws(requests):
+    """Bit for bit it cannot be: two sums of halves round otherwise. At most one draw in a thousand flips."""
+    completions = split(str(BASE), requests, 2)
+    found = compare(qwen.load(BASE), Tokenizer(BASE).n_valid, requests, completions)
+    assert found["draws"] > 400 and found["flip_share"] <= 1e-3
+    assert 0 < found["gap_max"] < 1e-4  # 0 would say that nothing was split
+
+
+TWO_ENGINES = """
+import json, sys
+import torch, torch.distributed as dist
+import model as qwen, parallel
+from replica import tp_slice
+from sampler import Sampler
+from scheduler import Request
+
+world = parallel.setup("cpu")
+group = parallel.tp_group(2)
+whole = qwen.load(sys.argv[1])
+model = qwen.Qwen2(whole.config, group).requires_grad_(False)
+parallel.publish(whole, model)
+engine = world.rank // 2
+requests = [Request(list(range(3, 40 + 7 * engine)), 2 + engine, 30 - 9 * engine, 0.8, seed=engine)]
+sampler = Sampler(model)
+out = sorted((c.sample_index, c.token_ids) for c in sampler.generate(requests))
+print("OUT", json.dumps([world.rank, out, sampler.pool is None]), flush=True)
+parallel.close()
+"""
+
+
+def test_two_engines_of_two_ranks_on_one_node_do_not_disturb_each_other(tmp_path):
+    """Weights by `publish`, different requests and numbers of steps in each."""
+    script = tmp_path / "two_engines.py"
+    script.write_text(TWO_ENGINES)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=4"]
+    done = subprocess.run([*launch, str(script), str(BASE)], cwd=ROOT, capture_output=True, text=True,
+                          env=os.environ | {"PYTHONPATH": str(ROOT)})
+    assert done.returncode == 0, done.stderr[-3000:]
+    ranks = {rank: out for rank, out, _ in (json.loads(line[4:]) for line in done.stdout.splitlines()
+                                            if line.startswith("OUT"))}
+    model = qwen.load(BASE)
+    for engine in (0, 1):
+        request = Request(list(range(3, 40 + 7 * engine)), 2 + engine, 30 - 9 * engine, 0.8, seed=engine)
+        alone = sorted([c.sample_index, c.token_ids] for c in Sampler(model).generate([request]))
+        assert ranks[2 * engine] == ranks[2 * engine + 1] == alone
+
+
+@pytest.mark.parametrize("tp", [2, 4])
+def test_slices_of_a_checkpoint_put_together_are_the_checkpoint(tp):
+    config = qwen.ModelConfig(64, 32, 48, 1, 4, 4)
+    for name, p in qwen.Qwen2(config).init_weights_(0).named_parameters():
+        parts = [tp_slice(name, p, rank, tp) for rank in range(tp)]
+        if "norm" in name:
+            assert all(torch.equal(part, p) for part in parts)
+            continue
+        dim = 1 if name.endswith(("o_proj.weight", "down_proj.weight")) else 0
+        assert torch.equal(torch.cat(parts, dim), p) and parts[0].shape[dim] == p.shape[dim] // tp
+
+
+@pytest.mark.parametrize("tp, named", [(3, "num_attention_heads"), (4, "num_key_value_heads")])
+def test_a_split_that_does_not_divide_the_model_is_refused(tp, named):
+    with pytest.raises(qwen.CheckpointError, match=f"tp {tp} does not divide the model's {named}"):
+        check_tp(qwen.ModelConfig(64, 32, 48, 1, 4, 2), tp)
+
+
+def test_groups_go_to_ranks_longest_first_and_evenly():
+    assert assign([5, 9, 1, 7, 3, 8], 2) == [[0, 1, 4], [2, 3, 5]]  # 9 5 3 | 8 7 1
+    assert assign([1, 1, 1, 1], 2) == [[0, 2], [1, 3]]
+    assert assign([4, 4, 4, 4, 4], 4) == [[0, 4], [1], [2], [3]]
+    expected = [(i * 7919) % 1000 + 1 for i in range(64)]
+    shares = assign(expected, 8)
+    assert sorted(sum(shares, [])) == list(range(64)) and {len(s) for s in shares} == {8}
+    loads = [sum(expected[i] for i in share) for share in shares]
+    assert max(loads) / min(loads) < 1.05
+    assert max(loads) < max(sum(expected[r::8]) for r in range(8))  # dealing in turn would be worse
