@@ -6,6 +6,7 @@
     kernels    bench.bench_kernels: each kernel beside what a user would otherwise call, with the bars
     sanitizer  compute-sanitizer's memcheck and racecheck over the kernels at small shapes
     sampler    bench.bench_sampler in bf16 against transformers' generate
+    engine     bench.bench_engine: decoding as a share of the bandwidth limit, with and without graphs
     step       bench.bench_step on the GPU
 
 Writes FOLDER/gpu.json (default bench/results) after each command, with device and versions; stages measured
@@ -38,6 +39,7 @@ def stages() -> dict[str, list[list[str]]]:
         "kernels": [PYTHON + ["bench.bench_kernels", "--only", name] for name in KERNELS],
         "sanitizer": [[*SANITIZER, tool, *SMOKE] for tool in ("memcheck", "racecheck")],
         "sampler": [PYTHON + ["bench.bench_sampler", "--device", "cuda", "--dtype", "bfloat16"]],
+        "engine": [PYTHON + ["bench.bench_engine", "--shapes", shape] for shape in ("7b", "1.5b", "0.5b")],
         "step": [PYTHON + ["bench.bench_step", "--device", "cuda"]]
     }
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
-from bench import bench_kernels, bench_sampler, gpu_check, tune  # noqa: E402 - they need triton
+from bench import bench_engine, bench_kernels, bench_sampler, gpu_check, tune  # noqa: E402 - they need triton
 from kernels import backend  # noqa: E402
 
 ROOT = Path(__file__).parent.parent
@@ -19,7 +19,7 @@ def script(text: str) -> list[str]:
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="about a machine without a GPU")
-@pytest.mark.parametrize("module", [gpu_check, bench_kernels, tune])
+@pytest.mark.parametrize("module", [gpu_check, bench_engine, bench_kernels, tune])
 def test_without_a_gpu_a_bench_says_so_and_writes_nothing(module, monkeypatch):
     table = backend.TABLE.read_text()
     monkeypatch.setattr(sys, "argv", [module.__name__])
@@ -126,3 +126,17 @@ def test_the_sampler_bench_runs_vllm_in_a_process_of_its_own(tmp_path, monkeypat
     assert result["tokens"] == sum(r.max_new_tokens for r in requests)
     assert result["vllm_tokens_per_second"] > result["ours_tokens_per_second"] > 0
     assert result["ratio_vllm"] == 0
+
+
+def test_the_engines_bench_runs_and_counts_what_has_to_be_read(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["bench_engine", "--smoke", "--no_peer"])
+    bench_engine.main()
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert [case["case"] for case in result["cases"]] == ["smoke rows 1 output 64", "smoke rows 3 output 64"]
+    config = bench_engine.SHAPES["smoke"]
+    weights = 2 * (config.num_parameters - config.vocab_size * config.hidden_size)
+    for rows, case in zip((1, 3), result["cases"]):
+        cache = rows * 36 * 2 * 2 * 2 * 16 * 2  # tokens, K and V, layers, heads, head dim, bytes
+        assert case["ms_per_step"]["limit"] == pytest.approx(
+            1e3 * (weights + cache) / result["copy_bytes_per_s"])
+        assert case["tokens_per_second"]["graphs"] > 0 and not case["bars"]
