@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 from torch.nn.utils.rnn import pad_sequence
 
-from kernels.attention import PagedDecode, PagedPrefill, write_kv
+from kernels.attention import Gathered, PagedDecode, PagedPrefill, write_kv
 from kernels.sample import head_draw, streams, uniforms
 from model import Qwen2
 from replica import pack_head, prepare_
@@ -131,7 +131,7 @@ class Sampler:
         self.n_valid = tokenizer.n_valid if tokenizer else model.config.vocab_size
         self.eos_ids = frozenset(tokenizer.eos_ids if tokenizer else ())
         self.stats = Stats()
-        self.scheduler, self.pool, self.rows, self.graphs = None, None, None, {}
+        self.scheduler, self.pool, self.rows, self.graphs, self.gathered = None, None, None, {}, Gathered()
         if self.n_valid > model.config.vocab_size:
             raise ValueError(
                 f"the tokenizer has {self.n_valid} ids, the model only {model.config.vocab_size} rows: they "
@@ -242,6 +242,7 @@ class Sampler:
         """Gives back the pool, the graphs and their memory; the weights stay."""
         self.pool = self.rows = self.head = None
         self.graphs = {}
+        self.gathered.clear()
         if self.cuda:
             torch.cuda.empty_cache()
 
@@ -282,6 +283,7 @@ class Sampler:
     def seat(self, sequences: list[Sequence]):
         """Writes the state of rows that begin: the next draw is the sample's drawn-th."""
         state = self.rows
+        self.gathered.clear()
         integers = [(s.row, s.cached, s.drawn - 1, s.request.top_k, s.request.seed, s.sample)
                     for s in sequences]
         row, state.position[row], state.drawn[row], state.top_k[row], seed, sample = self.send(integers).T
@@ -295,6 +297,7 @@ class Sampler:
         numbers += [self.rows.padding] * (size - len(numbers))
         if numbers != self.decoding:
             self.decoding, self.numbers = numbers, self.send(numbers)
+            self.gathered.clear()
         return self.numbers
 
     def forward(self, step: Step, filtered: bool) -> tuple[torch.Tensor, torch.Tensor]:
@@ -328,7 +331,7 @@ class Sampler:
         """(attention, tokens, positions, pages) of rows that feed their newest token."""
         table, positions = self.rows.table[row_S, :columns], self.rows.position[row_S]
         pages = table.gather(1, (positions // self.page_size)[:, None])[:, 0]
-        attend = PagedDecode(self.pool.keys[0], table, positions + 1)
+        attend = PagedDecode(self.pool.keys[0], table, positions + 1, self.gathered)
         return [(attend, len(row_S))], self.rows.token[row_S], positions, pages
 
     def prefill_part(self, chunks: list[Chunk]):

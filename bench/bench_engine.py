@@ -56,7 +56,8 @@ def ours(model, texts: list[list[int]], steps: int, graphs: bool) -> float:
 
     sampler.launch = timed
     prefill = sum(map(len, texts)) // (4096 - len(texts)) + 1  # steps in which the first ones already decode
-    for _ in sampler.generate([Request(text, 1, prefill + steps + 8, seed=i) for i, text in enumerate(texts)]):
+    new = prefill + steps + 8
+    for _ in sampler.generate([Request(text, 1, new, seed=i) for i, text in enumerate(texts)]):
         pass
     sampler.sleep()
     return (clock[3 + steps] - clock[3]) / steps

@@ -139,12 +139,17 @@ class PagedDecode:
     means nothing. Everything runs on the device, without a synchronisation and with shapes that depend on
     the table's alone, so that a CUDA graph can hold it.
     """
-    def __init__(self, cache: torch.Tensor, table_SP: torch.Tensor, context_S: torch.Tensor):
+    def __init__(self, cache: torch.Tensor, table_SP: torch.Tensor, context_S: torch.Tensor,
+                 gathered: Gathered | None = None):
         self.table_SP, self.context_S = table_SP.contiguous(), context_S.contiguous()
         slots = table_SP.shape[1] * cache.shape[1]
         if not backend.fused(cache):
+            self.gathered = gathered or Gathered()
             self.parts = [(rows, *attended(cache, table_SP[rows], context_S[rows, None, None] - 1))
-                          for rows in by_length(context_S)]
+                          for rows in self.gathered.partition(context_S)]
+            page_size, self.last_S = cache.shape[1], (context_S - 1).clamp(min=0)
+            page_S = table_SP.gather(1, (self.last_S // page_size)[:, None])[:, 0]
+            self.slot_S = page_S * page_size + self.last_S % page_size
             return
         self.size = backend.blocks("decode", cache.dtype, cache.shape[-1])
         self.programs, chunk = backend.processors() * self.size.pop("PROGRAMS"), self.size["CHUNK"]
@@ -174,8 +179,9 @@ class PagedDecode:
         if padding := max(4, 1 << (group - 1).bit_length()) - group:  # see `attended`
             q = F.pad(q, (0, 0, 0, padding))
         out = torch.empty_like(q) if len(self.parts) > 1 else None
-        for rows, table, mask in self.parts:
-            k, v = (gather(x, table, mask.shape[-1]) for x in (keys, values))
+        for i, (rows, table, mask) in enumerate(self.parts):
+            k, v = (self.gathered(x, i, table, mask.shape[-1], self.slot_S[rows], self.last_S[rows])
+                    for x in (keys, values))
             part = F.scaled_dot_product_attention(q[rows], k, v, attn_mask=mask)
             if out is None:
                 out = part
@@ -187,14 +193,45 @@ class PagedDecode:
 SHORT = 384  # on a CPU, see `attended`
 
 
-def by_length(context_S: torch.Tensor) -> list[torch.Tensor | slice]:
-    """Rows whose contexts are short, or differ by less than a factor of two: a CPU attends to a batch at the
-    length of its longest row."""
-    sizes = [SHORT if n <= SHORT else 1 << (n - 1).bit_length() for n in context_S.tolist()]
-    if len(set(sizes)) == 1:
-        return [slice(None)]
-    return [torch.tensor([i for i, other in enumerate(sizes) if other == size])
-            for size in sorted(set(sizes))]
+class Gathered:
+    """On a CPU, the keys and values of a batch's rows end to end, kept from step to step: while the same rows
+    decode, a step copies a token of each instead of all contexts. Whoever gives a row to another sequence
+    calls `clear`."""
+    LIMIT = 2**30  # bytes; beyond it nothing is kept
+
+    def __init__(self):
+        self.clear()
+
+    def clear(self):
+        self.sizes, self.buffers, self.bytes = None, {}, 0
+
+    def partition(self, context_S: torch.Tensor) -> list[torch.Tensor | slice]:
+        """Rows whose contexts are short, or differ by less than a factor of two: a batch is attended to at
+        the length of its longest row."""
+        sizes = [SHORT if n <= SHORT else 1 << (n - 1).bit_length() for n in context_S.tolist()]
+        if sizes != self.sizes:
+            self.clear()
+            self.sizes = sizes
+        if len(set(sizes)) == 1:
+            return [slice(None)]
+        return [torch.tensor([i for i, other in enumerate(sizes) if other == size])
+                for size in sorted(set(sizes))]
+
+    def __call__(self, cache, part: int, table, length: int, slot_S, last_S) -> torch.Tensor:
+        """(S, K, L, D) of a layer's keys or values, for a part of the rows, whose newest are in slot_S."""
+        key = part, cache.data_ptr()
+        buffer = self.buffers.get(key)
+        if buffer is not None and buffer.shape[1] >= length:
+            buffer[torch.arange(len(last_S)), last_S] = cache.flatten(0, 1).index_select(0, slot_S)
+            return buffer[:, :length].transpose(1, 2)
+        found = gather(cache, table, length)
+        size = found.nbytes * (length + 128) // length
+        if buffer is not None:
+            self.bytes -= self.buffers.pop(key).nbytes
+        if self.bytes + size <= self.LIMIT:
+            self.buffers[key] = F.pad(found.transpose(1, 2), (0, 0, 0, 0, 0, 128))
+            self.bytes += size
+        return found
 
 
 def attended(cache: torch.Tensor, table_SP: torch.Tensor,
