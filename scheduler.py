@@ -148,12 +148,17 @@ class Pages:
 
 class Scheduler:
     """num_pages and page_size: of the pool. rows: sequences that decode at a time. token_budget: tokens of a
-    forward, one for each row that decodes and the rest for prefill."""
+    forward, one for each row that decodes and the rest for prefill.
+
+    reserve: the share of the pages that everyone is expected to need yet which admission sets aside. At 1 and
+    with right guesses nobody ever gives way, and half of the pool idles. Where guesses are off by 40 %, a
+    third took 0.6 times the steps of 1, and prefilled 11 % of the tokens again; 0 takes 0.55 and 90 %.
+    """
     def __init__(self, num_pages: int, page_size: int, rows: int, token_budget: int,
-                 stats: Stats | None = None):
+                 stats: Stats | None = None, reserve: float = 1 / 3):
         self.pages = Pages(num_pages, page_size)
         self.free_rows = deque(range(rows))
-        self.token_budget = token_budget
+        self.token_budget, self.reserve = token_budget, reserve
         self.stats = stats or Stats()
         self.waiting: deque[Prefix] = deque()
         self.prefilling: deque[Prefix] = deque()  # one at a time
@@ -167,10 +172,11 @@ class Scheduler:
             return (f"{len(r.prompt_ids)} + {r.max_new_tokens} tokens need {need} pages, the pool has "
                     f"{self.pages.num_pages}")
 
-    def add(self, requests: list[Request]):
-        """Queues requests, the longest expected first; those of one prompt share its prefill and pages."""
+    def add(self, requests: list[Request], first: int = 0):
+        """Queues requests, numbered from `first`, the longest expected first; those of one prompt share its
+        prefill and pages."""
         prompts: dict[tuple[int, ...], list[Sequence]] = {}
-        for i, r in enumerate(requests):
+        for i, r in enumerate(requests, first):
             prompts.setdefault(tuple(r.prompt_ids), []).extend(Sequence(i, n, r) for n in range(r.n))
         prefixes = [Prefix(sorted(group, key=lambda s: -s.remaining)) for group in prompts.values()]
         self.waiting.extend(sorted(prefixes, key=lambda prefix: -prefix.sequences[0].remaining))
@@ -198,6 +204,8 @@ class Scheduler:
                 continue
             fresh = s.cached == len(s.pages) * self.pages.page_size
             if fresh or self.pages.references[s.pages[-1]] > 1:
+                if not self.pages.free and any(x.drawn == x.request.max_new_tokens for x in self.running):
+                    continue  # their pages are about to come back
                 while not self.pages.free and s.row >= 0:
                     self.reclaim()
                     step.preempted = True
@@ -205,9 +213,8 @@ class Scheduler:
                     continue
                 page = self.pages.take()
                 if not fresh:
-                    shared = s.pages.pop()
-                    self.pages.references[shared] -= 1
-                    step.copies.append((shared, page))
+                    step.copies.append((s.pages[-1], page))
+                    self.pages.release_([s.pages.pop()])
                     s.shared = max(0, s.shared - 1)
                 s.pages.append(page)
                 step.table.append((s.row, len(s.pages) - 1, page))
@@ -224,7 +231,7 @@ class Scheduler:
             self.pages.release_(prefix.pages)
             prefix.cached, prefix.hidden = 0, None
         else:
-            youngest = next(s for s in reversed(self.running) if s.drawn < s.request.max_new_tokens)
+            youngest = self.running[-1]
             self.unseat(youngest)
             prefix = Prefix([youngest])
         self.waiting.appendleft(prefix)
@@ -250,7 +257,8 @@ class Scheduler:
         first = prefix.sequences[0]
         tokens = first.request.prompt_ids + first.token_ids
         need, starters = self.pages.needed(len(tokens)), prefix.sequences[:rows]
-        if (self.running or self.ready) and need + self.growth(starters) > len(self.pages.free):
+        soon = max(self.reserve * self.growth(starters), len(self.running) + len(starters))
+        if (self.running or self.ready) and need + soon > len(self.pages.free):
             return False
         prefix.tokens, prefix.pages = tokens, [self.pages.take() for _ in range(need)]
         self.prefilling.append(self.waiting.popleft())
