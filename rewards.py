@@ -4,10 +4,14 @@ A reward is called as `reward(completion, prompt) -> float | None` with the samp
 Prompt it answers. None means that it could not be computed: the reward is then missing for this sample, which
 is not the same as 0. Each reward is normalised within its group on its own (grpo.advantages), so its scale
 does not matter; its weight does. A reward marked `@batched`, a model, is called with lists, once a step.
+One marked `@remote` waits for a network: it is called in a thread, while other samples decode.
 """
 
 import math
+import queue
 import re
+import threading
+import time
 import traceback
 import unicodedata
 from pathlib import Path
@@ -30,6 +34,24 @@ def batched(reward):
     """Marks a reward as called with a list of completions and a list of their prompts: it returns a list."""
     reward.batched = True
     return reward
+
+
+def remote(reward=None, *, threads: int = 8, patience: float = 60.0):
+    """Marks a reward that waits for a network, as `@remote` or `@remote(threads=..., patience=...)`.
+
+    It is called in one of `threads` threads as soon as a sample ends, and must not use torch. Where it
+    raises, or is not back `patience` seconds after the step's last sample, it is missing. Other ranks wait
+    too: patience must stay below torch.distributed's timeout, which is 10 minutes with NCCL.
+    """
+    if not (threads >= 1 and 0 <= patience <= threading.TIMEOUT_MAX):
+        raise ValueError(f"@remote: threads {threads} must be at least 1, and patience {patience} finite and "
+                         "not negative")
+
+    def mark(reward):
+        reward.remote = (threads, patience)
+        return reward
+
+    return mark if reward is None else mark(reward)
 
 
 # ---------------------------------------------------------------------- structure
@@ -157,6 +179,10 @@ def is_batched(name: str) -> bool:
     return getattr(REWARDS[name][0], "batched", False)
 
 
+def is_remote(name: str) -> bool:
+    return hasattr(REWARDS[name][0], "remote")
+
+
 def score(name: str, completions: list, prompts: list) -> list[float]:
     """One reward of each completion, NaN where it is missing. Raises RewardError."""
     function = REWARDS[name][0]
@@ -164,15 +190,75 @@ def score(name: str, completions: list, prompts: list) -> list[float]:
         values = function(completions, prompts) if is_batched(name) else map(function, completions, prompts)
         values = list(values)
     except Exception as e:  # whatever a user's function raises
-        at = traceback.extract_tb(e.__traceback__)[-1]
-        raise RewardError(f"reward {name!r} raised {type(e).__name__} ({e}) in {Path(at.filename).name}, "
-                          f"line {at.lineno}, on an answer to prompt {prompts[0].id!r}: repair it, or leave "
-                          "it out with --reward") from e
+        raise RewardError(f"reward {name!r} raised {describe(e)}, on an answer to prompt "
+                          f"{prompts[0].id!r}: repair it, or leave it out with --reward") from e
     if len(values) != len(completions):
         raise RewardError(f"reward {name!r} returned {len(values)} values for {len(completions)} "
                           "completions: it must return one for each, None where it cannot be computed")
+    return checked(name, values, prompts)
+
+
+def describe(e: BaseException) -> str:
+    at, said = traceback.extract_tb(e.__traceback__)[-1], " ".join(str(e).split())
+    return f"{type(e).__name__} ({said[:200]}) in {Path(at.filename).name}, line {at.lineno}"
+
+
+def checked(name: str, values: list, prompts: list) -> list[float]:
+    """What a reward returned, as numbers, NaN for None. Raises RewardError for anything else."""
     for value, prompt in zip(values, prompts):
         if value is not None and not (np.isscalar(value) and np.isreal(value) and math.isfinite(value)):
             raise RewardError(f"reward {name!r} returned {value!r} for an answer to prompt {prompt.id!r}: it "
                               "must be a finite number, or None where it cannot be computed")
     return [math.nan if value is None else float(value) for value in values]
+
+
+class Remote:
+    """One remote reward of one step: as a context, its threads live while the step's samples are scored.
+
+    They are daemons. Those of concurrent.futures are joined when the interpreter exits: one that hangs would
+    keep the process for ever.
+    """
+
+    def __init__(self, name: str):
+        self.name, self.function = name, REWARDS[name][0]
+        self.threads, self.patience = self.function.remote
+        self.todo, self.done, self.closed = queue.SimpleQueue(), queue.SimpleQueue(), False
+
+    def __enter__(self):
+        for _ in range(self.threads):
+            threading.Thread(target=self.work, name=f"reward {self.name}", daemon=True).start()
+        return self
+
+    def __exit__(self, *error):
+        """Samples that no thread has begun are given up; a thread ends when its call is back."""
+        self.closed = True
+        for _ in range(self.threads):
+            self.todo.put(None)
+
+    def submit(self, i: int, completion, prompt):
+        """Returns at once; i is the sample's place in `collect`."""
+        self.todo.put((i, completion, prompt))
+
+    def work(self):
+        while (sample := self.todo.get()) and not self.closed:
+            i, completion, prompt = sample
+            try:
+                self.done.put((i, self.function(completion, prompt), None))
+            except BaseException as e:  # asyncio's CancelledError is no Exception
+                self.done.put((i, None, describe(e)))
+
+    def collect(self, prompts: list, since: float) -> tuple[list[float], list[str]]:
+        """(scores, NaN where missing; the reason of each that failed). prompts: one a sample, all submitted.
+
+        Waits until `patience` seconds after `since`, a time.monotonic(). Raises RewardError as `score` does.
+        """
+        deadline = since + self.patience
+        values, errors, waiting = [None] * len(prompts), [], len(prompts)
+        try:
+            while waiting:
+                i, value, error = self.done.get(timeout=max(0.0, deadline - time.monotonic()))
+                values[i], waiting = value, waiting - 1
+                errors += [error] if error else []
+        except queue.Empty:
+            errors += [f"not back {self.patience:g} s after the last sample"] * waiting
+        return checked(self.name, values, prompts), errors

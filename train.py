@@ -11,8 +11,9 @@ import math
 import os
 import sys
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -27,7 +28,7 @@ import run
 from data import prompts as prompt_data
 from kernels import linear_logprob
 from options import ConfigError
-from rewards import REWARDS, RewardError, count_words, is_batched, score, structure
+from rewards import REWARDS, Remote, RewardError, count_words, is_batched, is_remote, score, structure
 from sampler import Completion, Sampler
 from scheduler import Request, assign
 from tokenizer import Tokenizer, TokenizerError
@@ -209,17 +210,23 @@ def sample_and_score(sampler: Sampler, prompts: list, requests: list[Request], c
                      world) -> tuple[list[list[Completion]], torch.Tensor]:
     """Completions of this rank's prompts, scored as they finish: completions[b][g], rewards_BGR.
 
-    Rewards marked `batched` see all of them at the end. Raises RewardError on all ranks if one has it.
+    Rewards marked `remote` are called in threads meanwhile and waited for at the end; those marked `batched`
+    see all samples then. Raises RewardError on all ranks if one has it.
     """
-    n = requests[0].n
+    n, names = requests[0].n, config.reward_names
     completions: list[list] = [[None] * n for _ in prompts]
-    rewards_BGR = torch.full((len(prompts), n, len(config.reward_names)), torch.nan)
-    inline = [(r, name) for r, name in enumerate(config.reward_names) if not is_batched(name)]
-    at_the_end = [(r, name) for r, name in enumerate(config.reward_names) if is_batched(name)]
-    with parallel.agreed(RewardError, world):
+    rewards_BGR = torch.full((len(prompts), n, len(names)), torch.nan)
+    answered = [prompt for prompt in prompts for _ in range(n)]
+    inline = [(r, name) for r, name in enumerate(names) if not is_batched(name) and not is_remote(name)]
+    at_the_end = [(r, name) for r, name in enumerate(names) if is_batched(name)]
+    failures = {}
+    with parallel.agreed(RewardError, world), ExitStack() as stack:
+        remote = [(r, stack.enter_context(Remote(name))) for r, name in enumerate(names) if is_remote(name)]
         try:
             for c in generate(sampler, requests, world):
                 completions[c.prompt_index][c.sample_index] = c
+                for _, pool in remote:
+                    pool.submit(c.prompt_index * n + c.sample_index, c, prompts[c.prompt_index])
                 with clock("score"):
                     for r, name in inline:
                         (value,) = score(name, [c], [prompts[c.prompt_index]])
@@ -227,10 +234,20 @@ def sample_and_score(sampler: Sampler, prompts: list, requests: list[Request], c
                 progress.update(sampler.stats)
         finally:
             progress.close()
+        sampled = time.monotonic()
         with clock("score"):
             for r, name in at_the_end:
-                values = score(name, sum(completions, []), [prompt for prompt in prompts for _ in range(n)])
+                values = score(name, sum(completions, []), answered)
                 rewards_BGR[..., r] = torch.tensor(values).view(len(prompts), n)
+            for r, pool in remote:
+                values, failures[pool.name] = pool.collect(answered, sampled)
+                rewards_BGR[..., r] = torch.tensor(values).view(len(prompts), n)
+    for name, errors in failures.items():
+        reasons = Counter(sum(parallel.gather(errors, world), []))
+        if reasons and world.main:
+            shown = "; ".join(f"{count} x {reason}" for reason, count in reasons.most_common(2))
+            print(f"warning: {progress.label}: reward {name!r} is missing for {reasons.total()} samples, "
+                  f"because it failed: {shown}", file=sys.stderr, flush=True)
     return completions, rewards_BGR
 
 
@@ -432,8 +449,10 @@ def read_inputs(config: Config, world) -> Inputs:
     if config.eval_prompts:
         eval_prompts, _ = read_prompts(config, "eval_prompts", world.size, "every rank", tokenizer, context)
     for name in config.reward_names:  # a dry run: a reward that raises should do so now
+        if is_batched(name) and is_remote(name):
+            raise RewardError(f"reward {name!r} is marked both @batched and @remote: choose one")
         for text in ("<think>A plan.</think><answer>A text.</answer>", ""):
-            if not is_batched(name):
+            if not is_batched(name) and not is_remote(name):
                 ids = tokenizer.encode(text) + tokenizer.eos_ids[:1]  # no sample is without a token
                 made_up = Completion(0, 0, ids, [0.0] * len(ids), text, "stop", config.max_new_tokens)
                 score(name, [made_up], prompts[:1])

@@ -263,7 +263,9 @@ def raises(completion, prompt):
     (lambda c, p: float("nan"), ["nan", "finite number"]),
     (lambda c, p: "good", ["'good'"]), (lambda c, p: [1.0], ["[1.0]"]),
     (rewards.batched(lambda c, p: [1.0] * (len(c) - 1)), ["7 values for 8 completions"]),
-    (rewards.batched(lambda c, p: None), ["TypeError"])])
+    (rewards.batched(lambda c, p: None), ["TypeError"]),
+    (rewards.remote(lambda c, p: "good"), ["'good'"]), (rewards.remote(lambda c, p: float("nan")), ["nan"]),
+    (rewards.remote(rewards.batched(lambda c, p: [])), ["both @batched and @remote"])])
 def test_a_reward_that_is_none(function, parts, tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(rewards.REWARDS, "mine", (function, 1.0))
     line = fails(capsys, monkeypatch, *SMALL, "--eval_prompts", "", "--run_dir", str(tmp_path / "run"))

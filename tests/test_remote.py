@@ -1,0 +1,187 @@
+"""Rewards marked `@remote`: they overlap with decoding, and whatever they do, training goes on."""
+
+import json
+import os
+import random
+import threading
+import time
+
+import pytest
+import torch
+
+import rewards
+import train
+from rewards import Remote, batched, remote
+from tests.test_run import launch, metrics
+
+LONG = 20  # seconds that a test waits for what must happen
+SMALL = ["--prompts_per_step", "2", "--group_size", "8", "--max_new_tokens", "24", "--unreachable",
+         "keep", "--eval_prompts", "", "--save_every", "100", "--steps", "1"]
+
+
+def step(folder, monkeypatch, **functions) -> tuple[dict, list[dict], torch.Tensor]:
+    """A run of one step with these rewards: its metrics, rollouts and rewards_BGR."""
+    seen, score = [], train.sample_and_score
+    monkeypatch.setattr(train, "sample_and_score", lambda *a: seen.append(score(*a)) or seen[-1])
+    for name, function in functions.items():
+        monkeypatch.setitem(rewards.REWARDS, name, (function, 1.0))
+    train.train(train.parse([*SMALL, "--run_dir", str(folder), "--reward", ",".join(functions)]))
+    lines = (folder / "rollouts" / "step_000001.jsonl").read_text().splitlines()
+    return metrics(folder)[0], [json.loads(line) for line in lines], seen[0][1]
+
+
+def place(completion) -> int:
+    return completion.prompt_index * 8 + completion.sample_index
+
+
+def test_a_remote_reward_is_called_while_others_decode_and_none_waits_for_it(tmp_path, monkeypatch):
+    """No call returns before all 16 samples are there, 8 are under way then, and the first began before
+    the last sample was scored by a rule."""
+    begun, generated, rule_calls, judge_threads = threading.Semaphore(0), threading.Event(), [], []
+
+    @remote(threads=8)
+    def judge(completion, prompt):
+        judge_threads.append(threading.current_thread())
+        begun.release()
+        assert generated.wait(LONG)
+        return float(len(completion.text))
+
+    def rule(completion, prompt):
+        rule_calls.append(threading.current_thread())
+        if len(rule_calls) == 2 + 16:  # 2 in the dry run
+            assert begun.acquire(timeout=LONG)
+        return 1.0
+
+    @batched
+    def model(completions, prompts):
+        assert all(begun.acquire(timeout=LONG) for _ in range(7))
+        assert not begun.acquire(timeout=0.1), "more than 8 at a time"
+        generated.set()
+        return [None for c in completions]
+
+    m, records, _ = step(tmp_path / "run", monkeypatch, judge=judge, rule=rule, model=model)
+    assert m["missing/judge"] == 0 and m["missing/model"] == 16
+    assert [r["rewards"]["judge"] for r in records] == [len(r["text"]) for r in records]
+    assert set(rule_calls) == {threading.main_thread()} and len(judge_threads) == 16, "no dry run"
+    for thread in set(judge_threads):
+        thread.join(LONG)
+        assert not thread.is_alive(), "threads end with their step"
+
+
+def test_scores_belong_to_their_samples_whenever_they_are_back(tmp_path, monkeypatch, capsys):
+    """A None is missing, but no failure."""
+    rng = random.Random(1)
+    delays = [rng.uniform(0, 0.05) for _ in range(16)]
+
+    @remote
+    def judge(completion, prompt):
+        time.sleep(delays[place(completion)])
+        return None if place(completion) == 5 else place(completion)
+
+    m, records, rewards_BGR = step(tmp_path / "run", monkeypatch, judge=judge)
+    expected = [None if i == 5 else i for i in range(16)]
+    assert [r["rewards"]["judge"] for r in records] == expected
+    assert rewards_BGR.flatten().isnan().tolist() == [i == 5 for i in range(16)]
+    assert m["missing/judge"] == 1 and m["reward/judge"] == pytest.approx((120 - 5) / 15)
+    assert not capsys.readouterr().err
+
+
+def test_where_a_remote_reward_raises_it_is_missing_and_a_line_says_so(tmp_path, monkeypatch, capsys):
+    """CancelledError and SystemExit are no Exception, and end no thread."""
+    refused = ConnectionError("refused\nby peer")
+    errors = {3: refused, 4: SystemExit(1), 11: refused}
+
+    @remote(threads=1, patience=LONG)
+    def judge(completion, prompt):
+        if place(completion) in errors:
+            raise errors[place(completion)]
+        return place(completion)
+
+    start = time.monotonic()
+    m, records, rewards_BGR = step(tmp_path / "run", monkeypatch, judge=judge)
+    assert time.monotonic() - start < LONG
+    assert [r["rewards"]["judge"] for r in records] == [None if i in errors else i for i in range(16)]
+    assert rewards_BGR.flatten().isnan().tolist() == [i in errors for i in range(16)]
+    assert m["missing/judge"] == 3
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert line.startswith("warning: step 1: reward 'judge' is missing for 3 samples, because it failed: "
+                           "2 x ConnectionError (refused by peer) in test_remote.py, line ")
+    assert "; 1 x SystemExit (1) in " in line
+
+
+def test_a_server_that_vanishes_ends_no_run(tmp_path, monkeypatch, capsys):
+    @remote
+    def judge(completion, prompt):
+        raise ConnectionError("gone")
+
+    m, _, rewards_BGR = step(tmp_path / "run", monkeypatch, judge=judge)
+    assert rewards_BGR.isnan().all() and m["missing/judge"] == 16 and m["grad_norm"] == m["loss"] == 0
+    assert "16 x ConnectionError (gone)" in capsys.readouterr().err
+
+
+@remote(patience=0.5)
+def hangs_on_one_rank(completion, prompt):
+    if os.environ["RANK"] == "1" and place(completion) % 4 == 1:
+        time.sleep(3600)
+    return place(completion)
+
+
+def test_a_call_that_hangs_is_given_up_and_keeps_no_process(tmp_path):
+    """One rank speaks for all."""
+    code = "import rewards, tests.test_remote as t; rewards.REWARDS['judge'] = (t.hangs_on_one_rank, 1.0)"
+    start = time.monotonic()
+    done = launch(tmp_path / "run", ranks=2, code=code, small=SMALL)
+    assert done.returncode == 0 and time.monotonic() - start < 100, done.stderr
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("warning: step")]
+    assert "is missing for 2 samples, because it failed: 2 x not back 0.5 s after the last" in line
+    record = json.loads((tmp_path / "run" / "metrics.jsonl").read_text())
+    assert record["missing/judge"] == 2 and 0.3 < record["time/score"] < 20
+
+
+def test_what_no_thread_has_begun_is_given_up_with_the_step(monkeypatch):
+    """A server that is late must not be asked about the last step during the next."""
+    calls, begun, release = [], threading.Event(), threading.Event()
+
+    @remote(threads=1, patience=0)
+    def judge(completion, prompt):
+        calls.append((completion, threading.current_thread()))
+        begun.set()
+        release.wait(LONG)
+
+    monkeypatch.setitem(rewards.REWARDS, "judge", (judge, 1.0))
+    with Remote("judge") as pool:
+        for i in range(3):
+            pool.submit(i, i, None)
+        assert begun.wait(LONG)
+        values, errors = pool.collect([None] * 3, time.monotonic())
+    assert all(v != v for v in values) and errors == ["not back 0 s after the last sample"] * 3
+    release.set()
+    thread = calls[0][1]
+    thread.join(LONG)
+    assert not thread.is_alive() and [c for c, _ in calls] == [0]
+
+
+def test_patience_is_counted_from_the_last_sample_once_for_all_rewards(monkeypatch):
+    """Asked when it is over: what is back counts, what is not is not waited for."""
+    @remote(patience=LONG, threads=1)
+    def judge(completion, prompt):
+        return completion if completion is not None else time.sleep(LONG)
+
+    monkeypatch.setitem(rewards.REWARDS, "judge", (judge, 1.0))
+    with Remote("judge") as pool:
+        for i in range(16):
+            pool.submit(i, i, None)
+        pool.submit(16, None, None)
+        while pool.done.qsize() < 16:
+            time.sleep(0.001)
+        start = time.monotonic()
+        values, errors = pool.collect([None] * 17, start - LONG)
+        assert time.monotonic() - start < LONG / 2
+    assert values[:16] == list(range(16)) and values[16] != values[16] and len(errors) == 1
+
+
+@pytest.mark.parametrize("options", [
+    {"threads": 0}, {"patience": -1}, {"patience": float("inf")}, {"patience": float("nan")}])
+def test_threads_and_patience_that_cannot_be(options):
+    with pytest.raises(ValueError, match=f"{[*options][0]} {[*options.values()][0]}"):
+        remote(**options)
