@@ -54,7 +54,7 @@ def test_a_remote_reward_is_called_while_others_decode_and_none_waits_for_it(tmp
 
     @batched
     def model(completions, prompts):
-        assert all(begun.acquire(timeout=LONG) for _ in range(7))
+        assert all(begun.acquire(timeout=LONG / 2) for _ in range(7)), "fewer than 8 at a time"
         assert not begun.acquire(timeout=0.1), "more than 8 at a time"
         generated.set()
         return [None for c in completions]
