@@ -13,7 +13,7 @@ import sys
 import time
 from collections import Counter, deque
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -222,8 +222,9 @@ def sample_and_score(sampler: Sampler, prompts: list, requests: list[Request], c
     failures = {}
     with parallel.agreed(RewardError, world), ExitStack() as stack:
         remote = [(r, stack.enter_context(Remote(name))) for r, name in enumerate(names) if is_remote(name)]
+        stream = stack.enter_context(closing(generate(sampler, requests, world)))  # whoever raises, ends it
         try:
-            for c in generate(sampler, requests, world):
+            for c in stream:
                 completions[c.prompt_index][c.sample_index] = c
                 for _, pool in remote:
                     pool.submit(c.prompt_index * n + c.sample_index, c, prompts[c.prompt_index])
