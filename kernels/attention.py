@@ -208,6 +208,7 @@ class Gathered:
     def partition(self, context_S: torch.Tensor) -> list[torch.Tensor | slice]:
         """Rows whose contexts are short, or differ by less than a factor of two: a batch is attended to at
         the length of its longest row."""
+        self.place = None
         sizes = [SHORT if n <= SHORT else 1 << (n - 1).bit_length() for n in context_S.tolist()]
         if sizes != self.sizes:
             self.clear()
@@ -222,7 +223,10 @@ class Gathered:
         key = part, cache.data_ptr()
         buffer = self.buffers.get(key)
         if buffer is not None and buffer.shape[1] >= length:
-            buffer[torch.arange(len(last_S)), last_S] = cache.flatten(0, 1).index_select(0, slot_S)
+            if self.place is None or self.place[0] != (part, buffer.shape[1]):
+                first_S = torch.arange(len(last_S)) * buffer.shape[1]
+                self.place = (part, buffer.shape[1]), first_S + last_S
+            buffer.flatten(0, 1).index_copy_(0, self.place[1], cache.flatten(0, 1).index_select(0, slot_S))
             return buffer[:, :length].transpose(1, 2)
         found = gather(cache, table, length)
         size = found.nbytes * (length + 128) // length

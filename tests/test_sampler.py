@@ -80,7 +80,7 @@ def long_requests(guess=0):
 
 @pytest.mark.parametrize("options", [
     {"max_sequences": 1}, {"token_budget": 16, "max_sequences": 8}, {"token_budget": 100, "max_sequences": 3},
-    {"num_pages": 75, "overlap": True}, {"num_pages": 75, "page_size": 16, "max_sequences": 64}])
+    {"num_pages": 65, "overlap": True}, {"num_pages": 65, "page_size": 16, "max_sequences": 64}])
 def test_long_contexts_are_bitwise_the_same_alone_in_chunks_and_after_preemption(long_reference, options):
     """With a guess of one token for each sample the pool is overfilled, and the youngest gives way."""
     out, sampler = run(perturbed(), long_requests(guess=1), **options)
