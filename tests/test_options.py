@@ -297,8 +297,9 @@ def test_some_reward_needs_a_weight(monkeypatch):
 
 
 @pytest.mark.parametrize("file", sorted((ROOT / "configs").glob("*.json")), ids=lambda f: f.name)
-def test_every_config_is_one(file):
+def test_every_config_is_one(file, monkeypatch):
     """Its names and types; and that check() finds nothing wrong, on the number of GPUs that it is for."""
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
     config = parse(["--config", str(file)])
     ranks = {"tiny": 2, "qwen2.5-7b": 8, "qwen2.5-32b": 64}[file.stem]
     check(config, World(0, ranks, None))
