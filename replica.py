@@ -44,7 +44,8 @@ class Product:
 @torch.inference_mode(False)  # the parameters' new storage is to be trained too
 @torch.no_grad()
 def prepare_(model: Qwen2):
-    """Fuses the products of every layer that read the same input, and packs the weights as they are now."""
+    """Fuses the products of every layer that read the same input. On a CPU a forward without gradients then
+    computes with the weights as they are now, in oneDNN's layout, until the next call."""
     for layer in model.layers:
         attention, mlp = layer.self_attn, layer.mlp
         if not (isinstance(attention.qkv, Product) and attention.qkv.holds()):
@@ -91,7 +92,7 @@ def pack(weight: torch.Tensor) -> torch.Tensor | None:
 def pack_head(weight: torch.Tensor):
     """A function from hidden states to fp32 logits, None where nothing better than a plain product is known.
     In fp32 even for a bf16 weight: oneDNN would round a bf16 product's result to bf16."""
-    packed = pack(weight.float())
+    packed = pack(weight.float()) if weight.device.type == "cpu" else None
     return None if packed is None else lambda x: packed_product(x.float(), packed)
 
 

@@ -169,10 +169,10 @@ class Clock:
         self.seconds = dict.fromkeys(("sample", "score", "update", "publish", "save"), 0.0)
 
     @contextmanager
-    def __call__(self, phase: str) -> Iterator[None]:
+    def __call__(self, phase: str, wait: bool = True) -> Iterator[None]:
         start = time.perf_counter()
         yield
-        if torch.cuda.is_available():
+        if wait and torch.cuda.is_available():
             torch.cuda.synchronize()
         self.seconds[phase] += time.perf_counter() - start
 

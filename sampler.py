@@ -7,8 +7,8 @@ of a sequence.
 `scheduler.Scheduler` decides, in Python integers; this file carries out. What a row needs to decode (its page
 table, position, newest token, key of its draws) lives on the device and is written only where it changes: a
 step that admits nobody costs the host a few numbers for each row, however long the contexts. On a GPU a step
-is launched before the tokens of the one before are looked at, so that the device never waits for the host; a
-sample that has ended is then found one step late, and what it drew meanwhile is dropped. Steps that only
+is launched before the tokens of the one before are looked at, so that the device does not wait for the host;
+a sample that has ended is then found one step late, and what it drew meanwhile is dropped. Steps that only
 decode are CUDA graphs there.
 """
 
@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 from torch.nn.utils.rnn import pad_sequence
 
-from kernels.attention import Gathered, PagedDecode, PagedPrefill, write_kv
+from kernels.attention import Gathered, PagedDecode, PagedPrefill, sent, write_kv
 from kernels.sample import head_draw, streams, uniforms
 from model import Qwen2
 from replica import pack_head, prepare_
@@ -113,12 +113,13 @@ class Sampler:
     num_pages: of the pool; default: what max_sequences of the longest request can need, if there is memory.
     token_budget: tokens of a forward, decoding rows and chunks of prompts together.
     memory: share of the memory that is free when the pool is made that it may take, with what a forward
-        needs beside it.
+        needs beside it; on a CPU of half of the machine's memory, divided by its ranks.
     overlap: launch a step before the one before is looked at; default: on a GPU.
     graphs: decode by CUDA graphs, on a GPU.
 
     A model that is split by tensor parallelism (`Qwen2(config, group)`) samples on all ranks of its group:
-    each is given the same requests and yields the same completions.
+    each is given the same requests and yields the same completions. None may cancel a request, or walk away,
+    unless all do after the same completion.
     """
     def __init__(self, model: Qwen2, tokenizer=None, max_sequences: int = 64, page_size: int = 16,
                  num_pages: int | None = None, token_budget: int = 2048, memory: float = 0.9,
@@ -131,6 +132,8 @@ class Sampler:
         self.n_valid = tokenizer.n_valid if tokenizer else model.config.vocab_size
         self.eos_ids = frozenset(tokenizer.eos_ids if tokenizer else ())
         self.stats = Stats()
+        # One stream for all captures: cuBLAS keeps a workspace for each stream that it has seen.
+        self.side = torch.cuda.Stream(self.device) if self.cuda else None
         self.scheduler, self.pool, self.rows, self.graphs, self.gathered = None, None, None, {}, Gathered()
         if self.n_valid > model.config.vocab_size:
             raise ValueError(
@@ -173,14 +176,14 @@ class Sampler:
         if not requests:
             return
         self.stats = Stats()
-        self.wake(requests)
-        self.scheduler = scheduler = Scheduler(self.pool.num_pages, self.page_size, self.rows.padding,
-                                               self.token_budget, self.stats)
-        self.refuse(requests, scheduler)
-        scheduler.add(requests)
         under_way: deque[Drawn] = deque()
         self.decoding, self.numbers = None, None
         try:
+            self.wake(requests)
+            self.scheduler = scheduler = Scheduler(self.pool.num_pages, self.page_size, self.rows.padding,
+                                                   self.token_budget, self.stats)
+            self.refuse(requests, scheduler)
+            scheduler.add(requests)
             while scheduler.busy:
                 step = scheduler.step()
                 if step:
@@ -189,8 +192,8 @@ class Sampler:
                 if not step or len(under_way) > self.overlap:
                     yield from self.collect(under_way.popleft())
         finally:  # also when the consumer walks away
-            for i in range(len(requests)):
-                scheduler.cancel(i)
+            for i in range(len(requests) if self.scheduler else 0):
+                self.scheduler.cancel(i)
             if not self.cuda:
                 self.sleep()
 
@@ -215,6 +218,8 @@ class Sampler:
         model, wanted = self.model, (rows + 1) * (columns + 1) + 1
         config, dtype = model.config, model.head_weight.dtype
         if self.cuda:
+            if model.group is not None:
+                dist.barrier(group=model.group)  # NCCL takes its buffers now
             torch.cuda.empty_cache()
             room = self.memory * torch.cuda.mem_get_info()[0] - self.workspace(rows, columns)
         else:
@@ -250,12 +255,12 @@ class Sampler:
 
     def send(self, values: list, dtype: torch.dtype = torch.int64) -> torch.Tensor:
         """Python numbers to a tensor on the device, without waiting for it."""
-        x = torch.tensor(values, dtype=dtype, pin_memory=self.cuda)
+        x = torch.tensor(values, dtype=dtype)
         self.stats.host_elements += x.numel()
-        return x.to(self.device, non_blocking=True)
+        return sent(x, self.device)
 
     def launch(self, step: Step) -> Drawn:
-        """Carries out a step: everything on the device, nothing waited for."""
+        """Carries out a step on the device, and waits for nothing."""
         if step.copies:
             self.pool.copy_(*self.send(step.copies).T)
         if step.table:
@@ -341,10 +346,10 @@ class Sampler:
         positions = [torch.arange(c.start, c.end) for c in chunks]
         pages = [row[p // self.page_size] for row, p in zip(table, positions)]
         heads = self.model.config.num_attention_heads // self.model.tp
-        attend = PagedPrefill(self.pool.keys[0], heads, table.to(self.device), lengths, ends)
+        attend = PagedPrefill(self.pool.keys[0], heads, sent(table, self.device), lengths, ends)
         self.stats.host_elements += table.numel() + 2 * sum(lengths)
         return ([(attend, sum(lengths))], self.send([t for c in chunks for t in c.tokens]),
-                torch.cat(positions).to(self.device), torch.cat(pages).to(self.device))
+                *(sent(torch.cat(x), self.device) for x in (positions, pages)))
 
     def advance(self, row_S: torch.Tensor):
         self.rows.position[row_S] += (row_S != self.rows.padding).long()
@@ -370,7 +375,7 @@ class Sampler:
     def replay(self, sequences: list[Sequence]) -> tuple[torch.Tensor, torch.Tensor]:
         """A step that only decodes, as a graph for the next larger of a few batch sizes, captured when it is
         first needed. Its table has all columns: the kernels read what the contexts reach."""
-        size = min((n for n in GRAPH_ROWS if n >= len(sequences)), default=len(sequences))
+        size = min((n for n in GRAPH_ROWS if n >= len(sequences)), default=-(-len(sequences) // 256) * 256)
         row_S = self.decoders(sequences, size)
         if size not in self.graphs:
             self.graphs[size] = self.capture(size)
@@ -390,15 +395,15 @@ class Sampler:
             self.advance(row_S)
             return self.draw(hidden_SC, row_S)
 
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
+        self.side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.side):
             for _ in range(2):
                 decode()
-        torch.cuda.current_stream().wait_stream(stream)
+        torch.cuda.current_stream().wait_stream(self.side)
         graph = torch.cuda.CUDAGraph()
         memory = next(iter(self.graphs.values()))[0].pool() if self.graphs else None  # they run one at a time
-        with torch.cuda.graph(graph, pool=memory):
+        # thread_local: threads of remote rewards may do what they like meanwhile
+        with torch.cuda.graph(graph, memory, self.side, capture_error_mode="thread_local"):
             token_S, logp_S = decode()
         return graph, row_S, [None], token_S, logp_S
 

@@ -190,7 +190,7 @@ class Scheduler:
     def step(self) -> Step:
         step = Step()
         self.grow(step)
-        if not step.preempted:  # who has just given way must not come back before the pool has room
+        if not step.preempted:  # under overlap the newest token of who gave way is not known yet
             self.prefill(step)
             self.fork(step)
         self.stats.peak_pages = max(self.stats.peak_pages, self.pages.used)
@@ -300,7 +300,7 @@ class Scheduler:
         self.running.remove(s)
         self.pages.release_(s.pages)
         self.free_rows.append(s.row)
-        s.row, s.cached = -1, 0
+        s.row, s.cached, s.shared = -1, 0, 0
 
     def finish(self, s: Sequence):
         """Its end has been seen, wherever it is by now."""

@@ -68,7 +68,7 @@ class Config:
     overlong: str = "keep"  # samples cut at max_new_tokens: keep, or mask (not specified by the paper)
     micro_batch_tokens: int = 4096  # tokens of a packed micro-batch on each rank
     recompute: bool = False  # recompute each layer's activations in backward: less memory, a third more time
-    max_sequences: int = 64  # sequences that each rank decodes at a time
+    max_sequences: int = 64  # sequences that each sampler decodes at a time
     page_size: int = 16  # tokens of a KV page
     tp: int = 1  # GPUs of a node that share a sampler by tensor parallelism, for models too large for one
     sampler_dtype: str = "auto"  # auto: bfloat16 on CUDA, float32 on CPU; or either by name
@@ -220,26 +220,29 @@ def sample_and_score(sampler: Sampler, prompts: list, requests: list[Request], c
     inline = [(r, name) for r, name in enumerate(names) if not is_batched(name) and not is_remote(name)]
     at_the_end = [(r, name) for r, name in enumerate(names) if is_batched(name)]
     failures = {}
-    with parallel.agreed(RewardError, world), ExitStack() as stack:
+    with ExitStack() as stack:
         remote = [(r, stack.enter_context(Remote(name))) for r, name in enumerate(names) if is_remote(name)]
-        stream = stack.enter_context(closing(generate(sampler, requests, world)))  # whoever raises, ends it
-        try:
-            for c in stream:
-                completions[c.prompt_index][c.sample_index] = c
-                for _, pool in remote:
-                    pool.submit(c.prompt_index * n + c.sample_index, c, prompts[c.prompt_index])
-                with clock("score"):
-                    for r, name in inline:
-                        (value,) = score(name, [c], [prompts[c.prompt_index]])
-                        rewards_BGR[c.prompt_index, c.sample_index, r] = value
-                progress.update(sampler.stats)
-        finally:
-            progress.close()
+        with parallel.agreed(RewardError, world):
+            try:
+                with closing(generate(sampler, requests, world)) as stream:  # whoever raises, ends it
+                    for c in stream:
+                        completions[c.prompt_index][c.sample_index] = c
+                        for _, pool in remote:
+                            pool.submit(c.prompt_index * n + c.sample_index, c, prompts[c.prompt_index])
+                        with clock("score", wait=False):  # a step is under way on the device
+                            for r, name in inline:
+                                (value,) = score(name, [c], [prompts[c.prompt_index]])
+                                rewards_BGR[c.prompt_index, c.sample_index, r] = value
+                        progress.update(sampler.stats)
+            finally:
+                progress.close()
+                sampler.sleep()  # its pages' memory is the update's now
         sampled = time.monotonic()
-        with clock("score"):
-            for r, name in at_the_end:
+        for r, name in at_the_end:  # perhaps sharded models, which nobody enters alone
+            with parallel.agreed(RewardError, world), clock("score"):
                 values = score(name, sum(completions, []), answered)
                 rewards_BGR[..., r] = torch.tensor(values).view(len(prompts), n)
+        with parallel.agreed(RewardError, world), clock("score"):
             for r, pool in remote:
                 values, failures[pool.name] = pool.collect(answered, sampled)
                 rewards_BGR[..., r] = torch.tensor(values).view(len(prompts), n)
@@ -503,7 +506,6 @@ def evaluate(step: int, prompts: list, sampler: Sampler, config: Config, folder:
     progress = run.Progress(f"evaluation after step {step}", len(mine), world.main)
     completions, rewards_BGR = sample_and_score(sampler, mine, requests, config, run.Clock(), progress, world)
     metrics = summarise(mine, completions, rewards_BGR, config.reward_names, world)
-    sampler.sleep()
     texts = records(mine, completions, rewards_BGR, config.reward_names, share, world)
     if world.main:
         run.write_jsonl(folder / "rollouts" / f"eval_{step:06d}.jsonl", texts)
@@ -572,7 +574,6 @@ def train(config: Config):
                 save()
             raise
         clock.seconds["sample"] -= clock.seconds["score"]
-        sampler.sleep()  # its pages' memory is the update's now
 
         # Advantages, of all ranks' groups: each reward on its own within its group, then averaged.
         by_rank_BGR, place_B = torch.cat(parallel.gather(rewards_BGR, world)), torch.tensor(sum(shares, []))
@@ -627,6 +628,8 @@ def main():
             RewardError) as e:
         if int(os.environ.get("RANK", 0)) == 0:
             print(f"error: {e}", file=sys.stderr, flush=True)
+        else:  # torchrun ends all with the first that exits: not before rank 0 has spoken
+            time.sleep(5)
         raise SystemExit(2) from None
     finally:
         parallel.close()

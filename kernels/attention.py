@@ -11,8 +11,8 @@ heads of a KV head are rows like the tokens are, so that grouped queries cost no
 programs walks over the chunks of all sequences, and `combine` puts a sequence's chunks together: one context
 of 14,000 tokens among short ones is 28 pieces of work like theirs. Where the cuts lie depends on the
 sequence alone, so that its result does not depend on the rest of the batch.
-`PagedPrefill`: any number of queries a sequence, the last ones of its context: whole prompts, chunks of one,
-forked prefixes, and decode rows among them. A tile's rows are (token, head of the group) pairs, tiles with
+`PagedPrefill`: any number of queries a sequence, the last ones of its context: whole prompts and chunks of
+one. A tile's rows are (token, head of the group) pairs, tiles with
 the longest contexts start first.
 """
 
@@ -289,11 +289,11 @@ class PagedPrefill:
         tiles = [(m - n + part * block // group, s, part)  # what its first row sees, about
                  for s, (n, m) in enumerate(zip(query_lengths, context_lengths))
                  for part in range(-(-n * group // block))]
-        order = torch.tensor(sorted(tiles, reverse=True), device=cache.device).T
+        order = sent(torch.tensor(sorted(tiles, reverse=True)), cache.device).T
         self.sequence_of, self.part_of = (x.clone() for x in order[1:])  # aligned, whatever their length
-        self.num_tiles = torch.tensor([len(tiles)], device=cache.device)
-        self.context_S = torch.tensor(context_lengths, device=cache.device)
-        self.first_token_S1 = F.pad(torch.tensor(query_lengths, device=cache.device).cumsum(0), (1, 0))
+        self.num_tiles = torch.full((1,), len(tiles), device=cache.device)
+        self.context_S = sent(torch.tensor(context_lengths), cache.device)
+        self.first_token_S1 = F.pad(sent(torch.tensor(query_lengths), cache.device).cumsum(0), (1, 0))
 
     def __call__(self, q_THD: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
         if not backend.fused(q_THD):
@@ -310,6 +310,11 @@ class PagedPrefill:
             q = F.pad(q, (0, 0, 0, 0, 0, mask.shape[2] - n)).transpose(0, 1)[None]
             out.append(F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)[0, :, :n])
         return torch.cat(out, dim=1).transpose(0, 1)
+
+
+def sent(x: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A CPU tensor on the device, without waiting for what is under way there."""
+    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x
 
 
 def run_attend(q_THD, keys, values, out, lse, table_SP, context_S, first_token_S1, sequence_of, part_of,

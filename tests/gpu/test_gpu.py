@@ -267,10 +267,10 @@ def test_sleep_gives_all_memory_back_and_the_engine_wakes_again():
 
 
 def test_the_pool_takes_no_more_than_its_share_of_free_memory():
-    sampler = engine(memory=0.02)
+    sampler = engine(memory=0.1)
     sampler.wake([Request([1] * 16, 4096, 30000)])
     free, total = torch.cuda.mem_get_info()
-    assert sum(x.nbytes for x in (*sampler.pool.keys, *sampler.pool.values)) < 0.02 * total
+    assert sum(x.nbytes for x in (*sampler.pool.keys, *sampler.pool.values)) < 0.1 * total
     sampler.sleep()
 
 
