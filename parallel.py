@@ -65,7 +65,9 @@ def setup(device: str = "auto") -> World:
         local = torch.device("cpu")
         here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         if here > 1 and os.environ.get("OMP_NUM_THREADS") == "1":  # torchrun's own setting: share the cores
-            torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // here))
+            # not every system says which cores are ours
+            cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+            torch.set_num_threads(max(1, cores // here))
     if not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
         try:

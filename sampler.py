@@ -204,7 +204,7 @@ class Sampler:
         On a GPU all of it stays until `sleep`."""
         prepare_(self.model)
         rows = min(self.max_sequences, sum(r.n for r in requests))
-        columns = max(-(-(len(r.prompt_ids) + r.max_new_tokens) // self.page_size) for r in requests)
+        columns = max(r.most_pages(self.page_size) for r in requests)
         if self.pool is None or self.rows.padding < rows or self.rows.table.shape[1] < columns:
             self.sleep()
             self.pool = PagePool(self.model, self.num_pages or self.affordable(rows, columns), self.page_size)

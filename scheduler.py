@@ -26,6 +26,10 @@ class Request:
     seed: int = 0  # int64; with sample index and position it determines every draw
     expected_tokens: int = 0  # a guess at the new tokens, for the schedule alone; 0: max_new_tokens
 
+    def most_pages(self, page_size: int) -> int:
+        """Pages that one sample can come to hold."""
+        return -(-(len(self.prompt_ids) + self.max_new_tokens) // page_size)
+
 
 @dataclass
 class Stats:
@@ -167,7 +171,7 @@ class Scheduler:
 
     def refusal(self, r: Request) -> str | None:
         """Why the pool can never serve a request; None if it can."""
-        need = self.pages.needed(len(r.prompt_ids) + r.max_new_tokens) + 2  # page 0, and a copied one
+        need = r.most_pages(self.pages.page_size) + 2  # page 0, and a copied one
         if need > self.pages.num_pages:
             return (f"{len(r.prompt_ids)} + {r.max_new_tokens} tokens need {need} pages, the pool has "
                     f"{self.pages.num_pages}")

@@ -12,8 +12,7 @@ programs walks over the chunks of all sequences, and `combine` puts a sequence's
 of 14,000 tokens among short ones is 28 pieces of work like theirs. Where the cuts lie depends on the
 sequence alone, so that its result does not depend on the rest of the batch.
 `PagedPrefill`: any number of queries a sequence, the last ones of its context: whole prompts and chunks of
-one. A tile's rows are (token, head of the group) pairs, tiles with
-the longest contexts start first.
+one. A tile's rows are (token, head of the group) pairs, tiles with the longest contexts start first.
 """
 
 from __future__ import annotations
