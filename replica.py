@@ -4,6 +4,8 @@ The model stays the one of model.py, with the same parameters under the same nam
 how its linear layers are computed.
 """
 
+from functools import cache
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -36,8 +38,7 @@ class Product:
         if torch.is_grad_enabled():  # the model can still be trained
             parts = tuple(layer(x) for layer in self.layers)
             return parts if len(parts) > 1 else parts[0]
-        y = packed_product(x, self.packed, self.bias) if self.packed is not None else F.linear(
-            x, self.weight, self.bias)
+        y = (self.packed or F.linear)(x, self.weight, self.bias)
         return y.split_with_sizes(self.sizes, -1) if len(self.sizes) > 1 else y
 
 
@@ -75,29 +76,49 @@ def short_norm(norm: RMSNorm):
     return forward
 
 
-# ---------------------------------------------------------------------- oneDNN
+# ---------------------------------------------------------------------- packed weights
 
 
-def pack(weight: torch.Tensor) -> torch.Tensor | None:
-    """A copy in oneDNN's own layout for products with few rows, None where there is no oneDNN. In fp32 a row
-    of a packed product has the same bits whatever the number of rows, from two on."""
+def pack(weight: torch.Tensor):
+    """F.linear for this weight as it is now, with a copy of it in the layout in which MKL (fp32) or oneDNN
+    reads it fastest for few rows; None where there is neither. In fp32 a row has the same bits whatever the
+    number of rows, from four on."""
+    if weight.device.type != "cpu":
+        return None
+    weight = weight.contiguous()
+    if weight.dtype == torch.float32 and mkl_packs():
+        return mkl_product(weight)
     mkldnn = torch.backends.mkldnn
-    if weight.device.type != "cpu" or not (mkldnn.is_available() and mkldnn.enabled):
+    if not (mkldnn.is_available() and mkldnn.enabled):
         return None
     if weight.dtype != torch.float32 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         return None
-    return torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), 32)
+    packed = torch.ops.mkldnn._reorder_linear_weight(weight, 32)
+    return lambda x, _, bias=None: torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
+
+
+def mkl_product(weight: torch.Tensor):
+    packed = torch.ops.mkl._mkl_reorder_linear_weight(weight, 32)
+    return lambda x, _, bias=None: torch.ops.mkl._mkl_linear(x, packed, weight, bias, x.shape[0])
+
+
+@cache
+def mkl_packs() -> bool:
+    """Whether MKL is there, and a weight that it packed for 32 rows serves any number, which its manual does
+    not promise."""
+    if not torch.backends.mkl.is_available():
+        return False
+    weight, x = torch.linspace(-1, 1, 320 * 640).sin().view(320, 640), torch.linspace(-1, 1, 640).cos()
+    product = mkl_product(weight)
+    return all(torch.allclose(product(rows, None), rows @ weight.T, atol=1e-3)
+               for rows in (x.expand(n, -1) * torch.arange(1, n + 1)[:, None] / n for n in (4, 100)))
 
 
 def pack_head(weight: torch.Tensor):
     """A function from hidden states to fp32 logits, None where nothing better than a plain product is known.
     In fp32 even for a bf16 weight: oneDNN would round a bf16 product's result to bf16."""
-    packed = pack(weight.float()) if weight.device.type == "cpu" else None
-    return None if packed is None else lambda x: packed_product(x.float(), packed)
-
-
-def packed_product(x: torch.Tensor, packed: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    return torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
+    product = pack(weight.float()) if weight.device.type == "cpu" else None
+    return product and (lambda x: product(x.float(), None))
 
 
 # ---------------------------------------------------------------------- tensor parallelism

@@ -93,8 +93,8 @@ def write_kv(q_THD: torch.Tensor, k_TKD: torch.Tensor, v_TKD: torch.Tensor, cos_
 
 def write_reference(q_THD, k_TKD, v_TKD, cos_T1D, sin_T1D, slots_T, keys, values) -> torch.Tensor:
     q_THD, k_TKD = rotate(q_THD, k_TKD, cos_T1D, sin_T1D)
-    keys.view(-1, *k_TKD.shape[1:])[slots_T] = k_TKD
-    values.view(-1, *v_TKD.shape[1:])[slots_T] = v_TKD
+    keys.flatten(0, 1).index_copy_(0, slots_T, k_TKD)
+    values.flatten(0, 1).index_copy_(0, slots_T, v_TKD)
     return q_THD
 
 
@@ -220,19 +220,20 @@ class Gathered:
     def __call__(self, cache, part: int, table, length: int, slot_S, last_S) -> torch.Tensor:
         """(S, K, L, D) of a layer's keys or values, for a part of the rows, whose newest are in slot_S."""
         key = part, cache.data_ptr()
-        buffer = self.buffers.get(key)
+        buffer, *flat = self.buffers.get(key, (None,))
         if buffer is not None and buffer.shape[1] >= length:
             if self.place is None or self.place[0] != (part, buffer.shape[1]):
                 first_S = torch.arange(len(last_S)) * buffer.shape[1]
                 self.place = (part, buffer.shape[1]), first_S + last_S
-            buffer.flatten(0, 1).index_copy_(0, self.place[1], cache.flatten(0, 1).index_select(0, slot_S))
+            flat[1].index_copy_(0, self.place[1], flat[0].index_select(0, slot_S))
             return buffer[:, :length].transpose(1, 2)
         found = gather(cache, table, length)
-        size = found.nbytes * (length + 128) // length
         if buffer is not None:
-            self.bytes -= self.buffers.pop(key).nbytes
+            self.bytes -= self.buffers.pop(key)[0].nbytes
+        size = found.nbytes * (length + 128) // length
         if self.bytes + size <= self.LIMIT:
-            self.buffers[key] = F.pad(found.transpose(1, 2), (0, 0, 0, 0, 0, 128))
+            buffer = F.pad(found.transpose(1, 2), (0, 0, 0, 0, 0, 128))
+            self.buffers[key] = buffer, cache.flatten(0, 1), buffer.flatten(0, 1)
             self.bytes += size
         return found
 

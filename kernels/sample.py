@@ -93,9 +93,13 @@ def draw(logits_SV: torch.Tensor, uniform_S: torch.Tensor, temperature_S: torch.
     Temperature 0 is greedy. The log-probability is that under the full softmax at the sampling temperature
     (greedy: at 1), whatever top-p and top-k leave. top_p_S and top_k_S come together or not at all.
     """
+    return draw_(logits_SV.clone(), uniform_S, temperature_S, top_p_S, top_k_S)
+
+
+def draw_(z: torch.Tensor, uniform_S, temperature_S, top_p_S=None, top_k_S=None):
+    """`draw` in the memory of its logits: fresh pages for a batch's logits cost a CPU more than its sums."""
     greedy_S = temperature_S == 0
-    scale_S1 = torch.where(greedy_S, 1.0, temperature_S)[:, None]
-    z = logits_SV / scale_S1
+    z.div_(torch.where(greedy_S, 1.0, temperature_S)[:, None])
     if z.shape[1] % TILE:
         z = F.pad(z, (0, -z.shape[1] % TILE), value=-torch.inf)
     tiles = z.unflatten(-1, (-1, TILE))
@@ -108,9 +112,8 @@ def draw(logits_SV: torch.Tensor, uniform_S: torch.Tensor, temperature_S: torch.
     cdf_SN = tile_cdf(tiles)
     drawn = pick_id(tiles, cdf_SN, uniform_S) if top_p_S is None else inverse_cdf(
         keep_top(z, top_p_S, top_k_S), uniform_S)
-    token = torch.where(greedy_S, best, drawn)
-    logp_S1 = logits_SV.gather(-1, token[:, None]) / scale_S1 - peak_S1 - cdf_SN[:, -1:].log().float()
-    return token, logp_S1[:, 0]
+    token_S = torch.where(greedy_S, best, drawn)
+    return token_S, z[rows, token_S].log() - cdf_SN[:, -1].log().float()
 
 
 # ---------------------------------------------------------------------- from the hidden state
@@ -129,8 +132,8 @@ def head_draw(hidden_SC: torch.Tensor, weight_VC: torch.Tensor, n_valid: int, un
     """
     size, rank = (1, 0) if group is None else (dist.get_world_size(group), dist.get_rank(group))
     if top_p_S is not None or not backend.fused(hidden_SC):
-        logits_SV = product(hidden_SC, weight_VC if size > 1 else weight_VC[:n_valid])
-        return draw(gathered(logits_SV, size, group)[:, :n_valid], uniform_S, temperature_S, top_p_S, top_k_S)
+        logits_SV = gathered(product(hidden_SC, weight_VC if size > 1 else weight_VC[:n_valid]), size, group)
+        return draw_(logits_SV[:, :n_valid], uniform_S, temperature_S, top_p_S, top_k_S)
     assert hidden_SC.stride(1) == weight_VC.stride(1) == 1
     uniform_S, temperature_S = uniform_S.contiguous(), temperature_S.contiguous()
     columns = min(max(n_valid - rank * len(weight_VC), 0), len(weight_VC))

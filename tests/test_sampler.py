@@ -7,8 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 import model as qwen
+import replica
 from kernels import linear_logprob
 from sampler import Sampler
 from scheduler import Request
@@ -357,3 +359,22 @@ def test_the_end_of_text_token_is_trained_but_not_shown():
 def test_the_budget_ends_a_sample_with_reason_length():
     c, ids, _ = scripted(" the fog came over the harbour".replace(" the h", " h"), (), new=3)
     assert c.finish_reason == "length" and c.token_ids == ids[:3]
+
+
+# ---------------------------------------------------------------------- packed weights
+
+
+@pytest.mark.parametrize("library", ["whichever there is", "oneDNN"])
+def test_a_row_of_a_packed_product_has_the_same_bits_among_any_number_of_rows(library, monkeypatch):
+    if library == "oneDNN":
+        monkeypatch.setattr(replica, "mkl_packs", lambda: False)
+    torch.manual_seed(0)
+    for width, columns in ((512, 768), (1408, 512), (96, 130)):
+        weight, bias, x = torch.randn(columns, width), torch.randn(columns), torch.randn(300, width)
+        product = replica.pack(weight)
+        if product is None:
+            pytest.skip("neither MKL nor oneDNN")
+        few = torch.cat([product(rows, weight, bias) for rows in x.split(4)])
+        torch.testing.assert_close(few, F.linear(x, weight, bias), rtol=1e-5, atol=1e-4)
+        for rows in (5, 16, 33, 64, 100, 300):
+            assert torch.equal(product(x[:rows], weight, bias), few[:rows])
