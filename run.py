@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-import parallel
+import checkpoints
 from options import ConfigError
 
 ROOT = Path(__file__).parent
@@ -63,7 +63,7 @@ def open_folder(config) -> tuple[Path, Path | None, int]:
                 f"{folder} holds a run of another config: {'; '.join(changed)}; choose another run_dir, or "
                 "the same options"
             )
-        if newest := parallel.newest_checkpoint(folder / "checkpoints"):
+        if newest := checkpoints.newest(folder / "checkpoints"):
             checkpoint, step = newest[0], newest[1]["step"]
     if config.resume == "true" and checkpoint is None:
         raise ConfigError(f"resume is true, but {folder} has no checkpoint to go on from")

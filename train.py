@@ -19,6 +19,7 @@ from pathlib import Path
 
 import torch
 
+import checkpoints
 import grpo
 import model as qwen
 import options
@@ -533,7 +534,7 @@ def train(config: Config):
     reference = parallel.shard(qwen.load(inputs.reference), world) if config.beta else None
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, betas=(0.9, 0.95),
                                   weight_decay=config.weight_decay, fused=True)
-    state = parallel.load_checkpoint(checkpoint, model, optimizer) if checkpoint else {"step": 0, "cursor": 0}
+    state = checkpoints.load(checkpoint, model, optimizer) if checkpoint else {"step": 0, "cursor": 0}
     sampler = make_sampler(model, tokenizer, config, world)
     parallel.publish(model, sampler.model)
     log = run.open_wandb(config, folder) if config.wandb and world.main else run.NoLog()
@@ -552,8 +553,8 @@ def train(config: Config):
         record({"step": 0, **evaluate(0, eval_prompts, sampler, config, folder, world)})
 
     def save():
-        parallel.save_checkpoint(folder / "checkpoints", model, optimizer, state, world,
-                                 config.keep_checkpoints)
+        checkpoints.save(folder / "checkpoints", model, optimizer, state, world,
+                         config.keep_checkpoints)
 
     save_seconds = 0.0
     for step in range(start + 1, config.steps + 1):

@@ -127,7 +127,7 @@ KILLS = {
     "before the rename": {
         "module": "os", "function": "rename", "nth": 2, "when": "'writing' in str(args[0])"},
     "while metrics are ahead": {
-        "module": "parallel", "function": "save_checkpoint", "nth": 2, "when": True},
+        "module": "checkpoints", "function": "save", "nth": 2, "when": True},
 }
 
 
