@@ -1,10 +1,15 @@
-"""Checkpoints of a run: safetensors through torch.distributed.checkpoint, beside a manifest of checksums."""
+"""Checkpoints of a run: safetensors through torch.distributed.checkpoint, beside a manifest of checksums.
+
+Weights and AdamW's moments are saved by parameter name, in as many files as there are ranks, and read by any
+number of ranks. Nothing is pickled.
+"""
 
 import hashlib
 import json
 import os
 import shutil
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -13,11 +18,15 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
 
 from model import Qwen2
-from parallel import World
+from parallel import World, agreed, broadcast, gather
 
 
 class BadCheckpoint(ValueError):
     """A checkpoint of a run that fails its manifest; the message names the file."""
+
+
+class DiskError(Exception):
+    """A file of a run that cannot be written; the message names it."""
 
 
 def tensors_of(model: Qwen2, optimizer: torch.optim.Optimizer) -> dict[str, dict[str, torch.Tensor]]:
@@ -47,36 +56,54 @@ def write_durably(file: Path, text: str):
         os.fsync(f.fileno())
 
 
-def save(folder: Path, model: Qwen2, optimizer: torch.optim.Optimizer, state: dict, world: World,
-                    keep: int):
+def save(folder: Path, model: Qwen2, optimizer: torch.optim.Optimizer, state: dict, world: World, keep: int,
+         keep_every: int = 0):
     """Writes `folder`/step_NNNNNN for state["step"]: beside it first, then renamed, so that a crash leaves no
     half checkpoint.
 
-    Each rank writes its shards as safetensors through DCP; the manifest names every file with its sha256. The
-    last `keep` are kept.
+    Each rank writes its shards as safetensors through DCP and hashes what it wrote; the manifest names every
+    file with its sha256. The last `keep` are kept, and those of every `keep_every`th step. Raises DiskError
+    on all ranks, with the checkpoints before it as they were.
     """
     final, beside = folder / f"step_{state['step']:06d}", folder / f"writing_{state['step']:06d}"
-    if world.main:
-        for broken_off in folder.glob("writing_*"):
-            shutil.rmtree(broken_off)
-        beside.mkdir(parents=True)
-    dist.barrier()
-    for part, tensors in tensors_of(model, optimizer).items():
-        dcp.save(tensors, storage_writer=HuggingFaceStorageWriter(str(beside / part), save_distributed=True))
-    updates = next(iter(optimizer.state.values()))["step"].item()
-    dist.barrier()
-    if world.main:
-        write_durably(beside / "state.json",
-                      json.dumps(state | {"updates": updates, "torch": torch.__version__}))
-        files = sorted(f for f in beside.rglob("*") if f.is_file())
-        write_durably(beside / "manifest.json",
-                      json.dumps({str(f.relative_to(beside)): digest(f)
-                                  for f in files}, indent=1))
-        shutil.rmtree(final, ignore_errors=True)
-        os.rename(beside, final)
-        for old in complete(folder)[keep:]:
-            shutil.rmtree(old)
-    dist.barrier()
+    tensors = tensors_of(model, optimizer)
+    try:
+        with agreed(OSError, world):
+            if world.main:
+                for broken_off in folder.glob("writing_*"):
+                    shutil.rmtree(broken_off)
+                beside.mkdir(parents=True)
+        for part in tensors:
+            writer = HuggingFaceStorageWriter(str(beside / part), save_distributed=True)
+            dcp.save(tensors[part], storage_writer=writer)
+        with agreed(OSError, world):  # DCP numbers its files by rank, from 1 on
+            mine = {str(f.relative_to(beside)): digest(f)
+                    for f in beside.glob(f"*/shard-{world.rank + 1:05d}-*")}
+        manifest = {name: sha for part in gather(mine, world) for name, sha in part.items()}
+        with agreed(OSError, world):
+            if world.main:
+                updates = next(iter(optimizer.state.values()))["step"].item()
+                write_durably(beside / "state.json",
+                              json.dumps(state | {"updates": updates, "torch": torch.__version__}))
+                manifest["state.json"] = digest(beside / "state.json")
+                write_durably(beside / "manifest.json", json.dumps(manifest, indent=1))
+                shutil.rmtree(final, ignore_errors=True)
+                os.rename(beside, final)
+    except (OSError, dcp.CheckpointException) as e:
+        reasons = [e] if isinstance(e, OSError) else [error for error, _ in e.failures.values()]
+        if not isinstance(reasons[0], OSError):
+            raise
+        if world.main:
+            shutil.rmtree(beside, ignore_errors=True)
+        dist.barrier()
+        needed = sum(t.numel() * t.element_size() for part in tensors.values() for t in part.values())
+        there = next(p for p in folder.parents if p.exists())
+        raise DiskError(f"checkpoint {final} cannot be written ({reasons[0].strerror or reasons[0]}): it "
+                        f"needs {needed:,} bytes, and {shutil.disk_usage(there).free:,} are free; those "
+                        "before it stay: make room, and the same command goes on from them") from None
+    for old in complete(folder)[keep:] if world.main else []:
+        if not keep_every or int(old.name.removeprefix("step_")) % keep_every:
+            shutil.rmtree(old, ignore_errors=True)
 
 
 def complete(folder: Path) -> list[Path]:
@@ -84,25 +111,33 @@ def complete(folder: Path) -> list[Path]:
     return sorted(folder.glob("step_*"), reverse=True)
 
 
-def verify(path: Path) -> dict:
+def verify(path: Path, world: World | None = None) -> dict:
     """Returns the state of a checkpoint whose files all match its manifest; raises BadCheckpoint for one that
-    was cut or changed."""
-    try:
-        for name, expected in json.loads((path / "manifest.json").read_text()).items():
-            if digest(path / name) != expected:
-                raise BadCheckpoint(f"{path / name} does not match its checksum")
-        return json.loads((path / "state.json").read_text())
-    except (OSError, json.JSONDecodeError) as e:
-        raise BadCheckpoint(f"{path} is incomplete ({e})") from None
-
-
-def newest(folder: Path) -> tuple[Path, dict] | None:
-    """The newest checkpoint that is whole, and its state; warns of each newer one that is not."""
-    for path in complete(folder):
+    was cut or changed. The ranks of a world share the hashing and its verdict."""
+    with agreed(BadCheckpoint, world) if world else nullcontext():
         try:
-            return path, verify(path)
+            files = sorted(json.loads((path / "manifest.json").read_text()).items())
+            for name, expected in files[world.rank::world.size] if world else files:
+                if digest(path / name) != expected:
+                    raise BadCheckpoint(f"{path / name} does not match its checksum")
+            return json.loads((path / "state.json").read_text())
+        except (OSError, json.JSONDecodeError, UnicodeDecodeError, AttributeError) as e:
+            raise BadCheckpoint(f"{path} is incomplete ({e})") from None
+
+
+def newest(folder: Path, world: World | None = None) -> tuple[Path, dict] | None:
+    """The newest checkpoint that is whole, and its state; warns of each newer one that is not. None where
+    there is none yet; BadCheckpoint where none is whole."""
+    paths = broadcast(complete(folder), world) if world else complete(folder)
+    for path in paths:
+        try:
+            return path, verify(path, world)
         except BadCheckpoint as e:
-            print(f"warning: {e}; trying the checkpoint before it", file=sys.stderr, flush=True)
+            if not world or world.main:
+                print(f"warning: {e}; trying the checkpoint before it", file=sys.stderr, flush=True)
+    if paths:
+        raise BadCheckpoint(f"none of the {len(paths)} checkpoints in {folder} is whole: put one of them "
+                            "back, or begin anew in another run_dir")
     return None
 
 

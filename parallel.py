@@ -6,9 +6,16 @@ different numbers of tokens.
 """
 
 import os
+import re
+import select
+import signal
+import socket
+import threading
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -19,25 +26,78 @@ from model import Qwen2
 from replica import tp_slice
 
 
+class Stopped(Exception):
+    """The run was told to end, by SIGTERM at one of its ranks at least."""
+
+
 @dataclass(frozen=True)
 class World:
     rank: int
     size: int
     device: torch.device
+    timeout: timedelta = timedelta(minutes=30)  # of a collective
+    stopping: threading.Event = field(default_factory=threading.Event)  # see Watch
 
     @property
     def main(self) -> bool:
         return self.rank == 0
+
+    def heed(self):
+        """Raises Stopped if this rank has been told to stop; `agreed` passes it on."""
+        if self.stopping.is_set():
+            raise Stopped
 
 
 class SetupError(ValueError):
     """Processes or devices that torchrun was asked for and that are not there."""
 
 
-def setup(device: str = "auto") -> World:
+class Watch:
+    """Hears, in a thread of its own, what must be heard while the main thread is inside a collective: SIGTERM
+    at this rank or any other, which sets `stopping`, and the end of this rank's torchrun, which ends the
+    process, so that no orphan keeps a GPU."""
+    def __init__(self):
+        self.stopping, self.thread = threading.Event(), None
+
+    def start(self, store: dist.Store, key: str):
+        """key: of the store that all ranks share; set by the first that is told to stop."""
+        self.ear, self.voice = socket.socketpair()
+        self.voice.setblocking(False)
+        signal.set_wakeup_fd(self.voice.fileno())  # a byte for each signal that has a handler, at once
+        signal.signal(signal.SIGTERM, lambda *_: None)
+        self.thread = threading.Thread(target=self.listen, args=(store, key), daemon=True)
+        self.thread.start()
+
+    def listen(self, store: dist.Store, key: str):
+        parent = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
+        while True:
+            heard = self.ear.recv(64) if select.select([self.ear], [], [], 1.0)[0] else b""
+            if 0 in heard:
+                return
+            if parent and os.getppid() != parent:
+                os._exit(1)
+            if signal.SIGTERM in heard:
+                self.stopping.set()
+            try:
+                if self.stopping.is_set():
+                    store.set(key, "")
+                elif store.check([key]):
+                    self.stopping.set()
+            except RuntimeError:  # whoever holds the store is gone; collectives fail soon
+                pass
+
+    def close(self):
+        if self.thread:
+            signal.set_wakeup_fd(-1)
+            self.voice.send(b"\0")
+            self.thread.join()
+
+
+def setup(device: str = "auto", timeout: int = 1800, watch: Watch | None = None) -> World:
     """Joins the process group that torchrun describes in the environment, or makes one of a single rank.
 
-    device: "cpu", "cuda", or "auto" for CUDA where there is one. NCCL on CUDA, gloo on CPU. Raises
+    device: "cpu", "cuda", or "auto" for CUDA where there is one. NCCL on CUDA, gloo on CPU.
+    timeout: seconds that a collective may take. watch: is started, and World.stopping is its. Raises
     SetupError.
     """
     if device == "auto":
@@ -60,18 +120,24 @@ def setup(device: str = "auto") -> World:
             # not every system says which cores are ours
             cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
             torch.set_num_threads(max(1, cores // here))
+    limit = timedelta(seconds=timeout)
     if not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
         try:
+            store, rank, size = dist.HashStore(), 0, 1
             if "RANK" in os.environ:
-                dist.init_process_group(backend)
-            else:
-                dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+                store, rank, size = next(dist.rendezvous("env://", timeout=limit))
+            dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=limit)
         except (dist.DistError, ValueError) as e:
             address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
             raise SetupError(f"cannot join the process group at {address} ({str(e).splitlines()[0]}): choose "
                              "another --master_port, or let torchrun do it with --standalone") from None
-    return World(dist.get_rank(), dist.get_world_size(), local)
+        if watch:  # torchrun's store may outlive a restart: a key that only these processes know
+            key = [uuid.uuid4().hex]
+            dist.broadcast_object_list(key, src=0)
+            watch.start(store, key[0])
+    world = World(dist.get_rank(), dist.get_world_size(), local, limit)
+    return replace(world, stopping=watch.stopping) if watch else world
 
 
 def close():
@@ -79,10 +145,15 @@ def close():
         dist.destroy_process_group()
 
 
-def shard(model: Qwen2, world: World) -> Qwen2:
+def shard(model: Qwen2, world: World, replicate: int = 1) -> Qwen2:
     """FSDP2, a unit per layer and one for embedding, norm and head. fp32 master weights; bf16 compute and
     fp32 reduction on CUDA."""
     mesh = dist.init_device_mesh(world.device.type, (world.size, ))
+    if replicate > 1:
+        mesh = dist.init_device_mesh(world.device.type, (replicate, world.size // replicate),
+                                     mesh_dim_names=("replicate", "shard"))
+        for group in mesh.get_all_groups():
+            dist.distributed_c10d._set_pg_timeout(world.timeout, group)
     policy = MixedPrecisionPolicy()
     if world.device.type == "cuda":
         policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
@@ -93,10 +164,10 @@ def shard(model: Qwen2, world: World) -> Qwen2:
     return model
 
 
-def tp_group(tp: int):
+def tp_group(tp: int, timeout: timedelta | None = None):
     """The process group of the ranks that share this rank's sampler: tp consecutive ones, so that a node
     holds them all. None for 1."""
-    return dist.new_subgroups(tp)[0] if tp > 1 else None
+    return dist.new_subgroups(tp, timeout=timeout)[0] if tp > 1 else None
 
 
 def total(values: dict[str, float], world: World, op=dist.ReduceOp.SUM) -> dict[str, float]:
@@ -127,22 +198,38 @@ def broadcast(value, world: World):
 
 @contextmanager
 def agreed(kind: type[Exception], world: World) -> Iterator[None]:
-    """An exception of this kind that the body raises on some rank is raised on all, so that none waits for
-    another."""
+    """An exception of this kind, or Stopped, that the body raises on some rank is raised on all, so that none
+    waits for another."""
     error = None
     try:
         yield
-    except kind as e:
+    except (kind, Stopped) as e:
         error = e
     if first := next((e for e in gather(error, world) if e), None):
         raise first
+
+
+def heed(world: World, group=None):
+    """Raises Stopped on all ranks (of a group) if one of them has been told to stop."""
+    told = torch.tensor(int(world.stopping.is_set()))  # on the CPU: by gloo, so that no GPU waits for it
+    dist.all_reduce(told, dist.ReduceOp.MAX, group=group)
+    if told:
+        raise Stopped
+
+
+def lost(e: BaseException) -> str:
+    """What a collective says that has waited too long or has lost a rank; empty for any other exception."""
+    if not isinstance(e, dist.DistError) and "gloo/" not in str(e):
+        return ""
+    return re.sub(r"^\[.*?\] ", "", str(e).splitlines()[0]).split(". ")[0]
 
 
 def clip_grad_(model: Qwen2, max_norm: float) -> float:
     """Scales the gradient to a global norm of at most `max_norm`; returns the norm before."""
     grads = [p.grad.to_local() for p in model.parameters() if p.grad is not None]
     square = torch.stack([g.double().square().sum() for g in grads]).sum()
-    dist.all_reduce(square)
+    mesh = next(model.parameters()).device_mesh
+    dist.all_reduce(square, group=mesh.get_group(mesh.ndim - 1))  # replicas hold the same
     norm = square.sqrt().item()
     if norm > max_norm:
         for g in grads:
