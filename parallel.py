@@ -79,18 +79,32 @@ class Watch:
             if signal.SIGTERM in heard:
                 self.stopping.set()
             try:
-                if self.stopping.is_set():
+                if store and self.stopping.is_set():
                     store.set(key, "")
-                elif store.check([key]):
+                elif store and store.check([key]):
                     self.stopping.set()
-            except RuntimeError:  # whoever holds the store is gone; collectives fail soon
-                pass
+            except RuntimeError:  # whoever holds it is gone: the next collective will say so
+                store = None
 
     def close(self):
         if self.thread:
             signal.set_wakeup_fd(-1)
             self.voice.send(b"\0")
             self.thread.join()
+
+
+def attempt() -> str:
+    """A name of this start of the processes. torchrun keeps one store for all of its restarts, and what the
+    processes before have left in it sends these to addresses where nobody answers. Raises SetupError where
+    the nodes cannot know how often it was."""
+    environment = os.environ.get
+    several_nodes = environment("GROUP_WORLD_SIZE", "1") != "1"
+    shared = environment("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    if shared and several_nodes and environment("TORCHELASTIC_MAX_RESTARTS", "0") != "0":
+        raise SetupError("restarts on several nodes need a store of their own each time: export "
+                         "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 for torchrun on every node, with "
+                         "--rdzv_backend=c10d; or leave --max-restarts out")
+    return "" if several_nodes else environment("TORCHELASTIC_RESTART_COUNT", "0")
 
 
 def setup(device: str = "auto", timeout: int = 1800, watch: Watch | None = None) -> World:
@@ -127,6 +141,7 @@ def setup(device: str = "auto", timeout: int = 1800, watch: Watch | None = None)
             store, rank, size = dist.HashStore(), 0, 1
             if "RANK" in os.environ:
                 store, rank, size = next(dist.rendezvous("env://", timeout=limit))
+                store = dist.PrefixStore(attempt(), store)
             dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=limit)
         except (dist.DistError, ValueError) as e:
             address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"

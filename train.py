@@ -738,8 +738,8 @@ def main():
     except RuntimeError as e:
         if not (said := parallel.lost(e)):
             raise
-        print(f"error: rank {rank} in phase {clock.phase!r} of step {clock.step} has lost the others ({said}): "
-              "see what else was said; the same command goes on from the last checkpoint",
+        print(f"error: rank {rank} in phase {clock.phase!r} of step {clock.step} has lost the others "
+              f"({said}): see what they said; the same command goes on from the last checkpoint",
               file=sys.stderr, flush=True)
         os._exit(1)  # nobody is left to say goodbye to
     finally:
