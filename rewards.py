@@ -247,18 +247,24 @@ class Remote:
             except BaseException as e:  # asyncio's CancelledError is no Exception
                 self.done.put((i, None, describe(e)))
 
-    def collect(self, prompts: list, since: float) -> tuple[list[float], list[str]]:
+    def collect(self, prompts: list, since: float, interrupt=lambda: None) -> tuple[list[float], list[str]]:
         """(scores, NaN where missing; the reason of each that failed). prompts: one a sample, all submitted.
 
-        Waits until `patience` seconds after `since`, a time.monotonic(). Raises RewardError as `score` does.
+        Waits until `patience` seconds after `since`, a time.monotonic(), and calls `interrupt` meanwhile,
+        which may raise. Raises RewardError as `score` does.
         """
         deadline = since + self.patience
         values, errors, waiting = [None] * len(prompts), [], len(prompts)
-        try:
-            while waiting:
-                i, value, error = self.done.get(timeout=max(0.0, deadline - time.monotonic()))
-                values[i], waiting = value, waiting - 1
-                errors += [error] if error else []
-        except queue.Empty:
-            errors += [f"not back {self.patience:g} s after the last sample"] * waiting
+        while waiting:
+            interrupt()
+            left = max(0.0, deadline - time.monotonic())
+            try:
+                i, value, error = self.done.get(timeout=min(1.0, left))
+            except queue.Empty:
+                if left > 1:
+                    continue
+                errors += [f"not back {self.patience:g} s after the last sample"] * waiting
+                break
+            values[i], waiting = value, waiting - 1
+            errors += [error] if error else []
         return checked(self.name, values, prompts), errors

@@ -1,7 +1,9 @@
 """The folder of a run, its display and its clock: what surrounds the algorithm in train.py."""
 
 import dataclasses
+import hashlib
 import json
+import math
 import os
 import resource
 import sys
@@ -12,14 +14,14 @@ from pathlib import Path
 
 import torch
 
-import parallel
+from checkpoints import DiskError
 from options import ConfigError
 
 ROOT = Path(__file__).parent
 
 # What a run may change when it goes on: nothing that its steps depend on.
-MAY_DIFFER = {"run_dir", "resume", "steps", "save_every", "keep_checkpoints", "device", "wandb",
-              "max_sequences"}
+MAY_DIFFER = {"run_dir", "resume", "steps", "save_every", "keep_checkpoints", "keep_every", "device", "wandb",
+              "max_sequences", "replicate", "timeout", "max_skipped"}
 
 # ---------------------------------------------------------------------- folder of the run
 
@@ -32,24 +34,18 @@ def differences(config, recorded: dict) -> list[str]:
     ]
 
 
-def choose_folder(config) -> Path:
+def choose_folder(config, restarted: bool) -> Path:
     """run_dir, or a new folder; after an elastic restart the newest one with this config, which is the run
-    that broke off."""
-    if config.run_dir:
-        return Path(config.run_dir)
-    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0:
-        for folder in sorted(Path("runs").glob("*/config.json"), key=lambda f: -f.stat().st_mtime):
-            if not differences(config, json.loads(folder.read_text())):
-                return folder.parent
-    name = time.strftime("%Y%m%d-%H%M%S")
-    taken = [p.name for p in Path("runs").glob(f"{name}*")]
-    return Path("runs") / (f"{name}-{len(taken) + 1}" if taken else name)
-
-
-def open_folder(config) -> tuple[Path, Path | None, int]:
-    """Prepares the folder: (folder, checkpoint to go on from, steps that it has done). Main rank only. Raises
-    ConfigError before anything is changed."""
-    folder, checkpoint, step = choose_folder(config), None, -1
+    that broke off. Raises ConfigError if it holds a run of another config."""
+    folder = Path(config.run_dir) if config.run_dir else None
+    if not folder and restarted:
+        for record in sorted(Path("runs").glob("*/config.json"), key=lambda f: -f.stat().st_mtime):
+            if not differences(config, json.loads(record.read_text())):
+                return record.parent
+    if not folder:
+        name = time.strftime("%Y%m%d-%H%M%S")
+        taken = [p.name for p in Path("runs").glob(f"{name}*")]
+        return Path("runs") / (f"{name}-{len(taken) + 1}" if taken else name)
     record = folder / "config.json"
     if record.exists():
         if config.resume == "false":
@@ -63,18 +59,25 @@ def open_folder(config) -> tuple[Path, Path | None, int]:
                 f"{folder} holds a run of another config: {'; '.join(changed)}; choose another run_dir, or "
                 "the same options"
             )
-        if newest := parallel.newest_checkpoint(folder / "checkpoints"):
-            checkpoint, step = newest[0], newest[1]["step"]
-    if config.resume == "true" and checkpoint is None:
+    return folder
+
+
+def open_folder(config, folder: Path, newest: tuple[Path, dict] | None):
+    """Prepares the folder for going on from its newest checkpoint, or for beginning. Main rank only. Raises
+    ConfigError."""
+    if config.resume == "true" and not newest:
         raise ConfigError(f"resume is true, but {folder} has no checkpoint to go on from")
+    path, state = newest or (None, {"step": -1})
     try:
         (folder / "rollouts").mkdir(parents=True, exist_ok=True)
-        replace(record, json.dumps(dataclasses.asdict(config), indent=2) + "\n")
+        replace(folder / "config.json", json.dumps(dataclasses.asdict(config), indent=2) + "\n")
+        kept = keep_source(folder, state["step"])
+        cut_back(folder, state["step"] - ("unlogged" in state))
     except OSError as e:
         raise ConfigError(f"run_dir {folder} cannot be written ({e}): choose another") from None
-    keep_source(folder, step)
-    cut_back(folder, step)
-    return folder, checkpoint, max(0, step)
+    if state.get("code", code_hash()) != code_hash():
+        print(f"warning: {path} was made by other code than this: {kept.name} holds what runs from here on",
+              file=sys.stderr, flush=True)
 
 
 def replace(file: Path, text: str):
@@ -84,18 +87,28 @@ def replace(file: Path, text: str):
     beside.replace(file)
 
 
-def keep_source(folder: Path, step: int):
-    """Copies the code into source/; changed code of a resumed run into source_from_step_NNNNNN/."""
-    code = {f.relative_to(ROOT): f.read_text(encoding="utf-8")
-            for pattern in ("*.py", "kernels/*.py", "data/*.py") for f in ROOT.glob(pattern)}
-    kept = max(folder.glob("source*"), default=None)
+def source() -> dict[str, str]:
+    """The code that runs, by file."""
+    return {str(f.relative_to(ROOT)): f.read_text(encoding="utf-8")
+            for pattern in ("*.py", "kernels/*.py", "data/*.py") for f in sorted(ROOT.glob(pattern))}
+
+
+def code_hash() -> str:
+    return hashlib.sha256(json.dumps(source()).encode()).hexdigest()
+
+
+def keep_source(folder: Path, step: int) -> Path:
+    """Copies the code into source/; changed code of a resumed run into source_from_step_NNNNNN/. Returns the
+    folder that holds it."""
+    code, kept = source(), max(folder.glob("source*"), default=None)
     if step > 0 and kept and all((kept / name).exists() and (kept / name).read_text(encoding="utf-8") == text
                                  for name, text in code.items()):
-        return
+        return kept
     target = folder / (f"source_from_step_{step + 1:06d}" if step > 0 else "source")
     for name, text in code.items():
         (target / name).parent.mkdir(parents=True, exist_ok=True)
         (target / name).write_text(text, encoding="utf-8")
+    return target
 
 
 def cut_back(folder: Path, step: int):
@@ -109,14 +122,20 @@ def cut_back(folder: Path, step: int):
             file.unlink()
 
 
-def write_jsonl(file: Path, records: list[dict]):
-    with file.open("w", encoding="utf-8") as f:
-        f.writelines(json.dumps(r, ensure_ascii=False) + "\n" for r in records)
+def write_jsonl(file: Path, records: list[dict], mode: str = "w"):
+    """Raises DiskError."""
+    try:
+        with file.open(mode, encoding="utf-8") as f:
+            f.writelines(json.dumps(r, ensure_ascii=False) + "\n" for r in records)
+    except OSError as e:
+        raise DiskError(f"{file} cannot be written ({e.strerror}): make room, or mend it, and the same "
+                        "command goes on") from None
 
 
 def append_metrics(folder: Path, metrics: dict):
-    with (folder / "metrics.jsonl").open("a") as f:
-        f.write(json.dumps(metrics) + "\n")
+    """Numbers that are not finite become null, which every reader of JSON knows."""
+    finite = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
+    write_jsonl(folder / "metrics.jsonl", [finite], "a")
 
 
 class NoLog:
@@ -164,17 +183,23 @@ class Progress:
 
 
 class Clock:
-    """Seconds by phase of a step."""
+    """Seconds by phase of a step, and where the run is. `save` keeps the time of the last checkpoint."""
     def __init__(self):
-        self.seconds = dict.fromkeys(("sample", "score", "update", "publish", "save"), 0.0)
+        self.step, self.phase, self.seconds = 0, "start", {"save": 0.0}
+        self.begin(0)
+
+    def begin(self, step: int):
+        self.step, self.phase = step, "log"  # whatever is no phase of its own
+        self.seconds |= dict.fromkeys(("sample", "score", "update", "publish"), 0.0)
 
     @contextmanager
     def __call__(self, phase: str, wait: bool = True) -> Iterator[None]:
-        start = time.perf_counter()
+        start, outer, self.phase = time.perf_counter(), self.phase, phase
         yield
         if wait and torch.cuda.is_available():
             torch.cuda.synchronize()
         self.seconds[phase] += time.perf_counter() - start
+        self.phase = outer  # after an exception it stays what it was
 
 
 def peak_memory_gb(device: torch.device) -> float:

@@ -14,7 +14,7 @@ decode are CUDA graphs there.
 
 import os
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -116,6 +116,7 @@ class Sampler:
         needs beside it; on a CPU of half of the machine's memory, divided by its ranks.
     overlap: launch a step before the one before is looked at; default: on a GPU.
     graphs: decode by CUDA graphs, on a GPU.
+    interrupt: called before each step; what it raises ends the generation.
 
     A model that is split by tensor parallelism (`Qwen2(config, group)`) samples on all ranks of its group:
     each is given the same requests and yields the same completions. None may cancel a request, or walk away,
@@ -123,7 +124,8 @@ class Sampler:
     """
     def __init__(self, model: Qwen2, tokenizer=None, max_sequences: int = 64, page_size: int = 16,
                  num_pages: int | None = None, token_budget: int = 2048, memory: float = 0.9,
-                 overlap: bool | None = None, graphs: bool = True):
+                 overlap: bool | None = None, graphs: bool = True,
+                 interrupt: Callable[[], None] = lambda: None):
         self.model, self.tokenizer, self.device = model, tokenizer, model.head_weight.device
         self.max_sequences, self.page_size, self.num_pages = max_sequences, page_size, num_pages
         self.token_budget, self.memory = max(token_budget, max_sequences + 1), memory
@@ -131,7 +133,7 @@ class Sampler:
         self.overlap, self.use_graphs = self.cuda if overlap is None else overlap, graphs and self.cuda
         self.n_valid = tokenizer.n_valid if tokenizer else model.config.vocab_size
         self.eos_ids = frozenset(tokenizer.eos_ids if tokenizer else ())
-        self.stats = Stats()
+        self.stats, self.interrupt = Stats(), interrupt
         # One stream for all captures: cuBLAS keeps a workspace for each stream that it has seen.
         self.side = torch.cuda.Stream(self.device) if self.cuda else None
         self.scheduler, self.pool, self.rows, self.graphs, self.gathered = None, None, None, {}, Gathered()
@@ -185,6 +187,7 @@ class Sampler:
             self.refuse(requests, scheduler)
             scheduler.add(requests)
             while scheduler.busy:
+                self.interrupt()
                 step = scheduler.step()
                 if step:
                     under_way.append(self.launch(step))

@@ -6,25 +6,29 @@ With no option it trains the embedded default, a small world that runs on a lapt
 field of Config.
 """
 
+import faulthandler
 import hashlib
+import itertools
 import math
 import os
 import sys
 import time
 from collections import Counter, deque
 from collections.abc import Iterator
-from contextlib import ExitStack, closing
-from dataclasses import dataclass, replace
+from contextlib import ExitStack, closing, contextmanager
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
 
+import checkpoints
 import grpo
 import model as qwen
 import options
 import parallel
 import replica
 import run
+from checkpoints import DiskError
 from data import prompts as prompt_data
 from kernels import linear_logprob
 from options import ConfigError
@@ -54,6 +58,8 @@ class Config:
     warmup: int = 5  # steps of linear warm-up (not specified by the paper)
     weight_decay: float = 0.0  # not specified by the paper
     clip_grad: float = 1.0  # largest global gradient norm (not specified by the paper)
+    skip_grad: float = 0.0  # an update with a larger norm is skipped; 0: only one that is not finite
+    max_skipped: int = 3  # skipped updates in a row that end the run
     advantage: str = "per_reward"  # per_reward: each normalised in its group, then averaged; or sum, gdpo
     normalise_std: bool = True  # false: advantages are not divided by the group's std (Dr. GRPO)
     std_floor: float = 0.1  # added to a group's std: small spreads are noise (not specified by the paper)
@@ -70,14 +76,17 @@ class Config:
     recompute: bool = False  # recompute each layer's activations in backward: less memory, a third more time
     max_sequences: int = 64  # sequences that each sampler decodes at a time
     page_size: int = 16  # tokens of a KV page
+    replicate: int = 1  # HSDP: copies of the sharded weights, each over world / replicate ranks
     tp: int = 1  # GPUs of a node that share a sampler by tensor parallelism, for models too large for one
     sampler_dtype: str = "auto"  # auto: bfloat16 on CUDA, float32 on CPU; or either by name
     eval_prompts: str = "data/tiny/eval_prompts.jsonl"  # empty: no evaluation
     eval_every: int = 10  # steps between evaluations, the first before training
     save_every: int = 10  # steps between checkpoints; the last step is always saved
     keep_checkpoints: int = 2  # newest checkpoints that are kept
+    keep_every: int = 0  # every Nth step's checkpoint is kept for good; a multiple of save_every, 0: none
     seed: int = 0  # of prompt order and sampling
     device: str = "auto"  # auto, cpu or cuda
+    timeout: int = 1800  # seconds that a rank waits for the others before the run ends
     wandb: bool = False  # log to Weights & Biases too (offline without a key)
 
     @property
@@ -105,12 +114,13 @@ def locate(path: str) -> str:
 def check(config: Config, world: parallel.World):
     """Everything that can be known without reading a file. Raises ConfigError."""
     positive = ("steps", "prompts_per_step", "max_new_tokens", "temperature", "clip_grad",
-                "updates_per_batch", "micro_batch_tokens", "max_sequences", "page_size", "tp", "eval_every",
-                "save_every", "keep_checkpoints")
+                "updates_per_batch", "micro_batch_tokens", "max_sequences", "page_size", "tp", "replicate",
+                "eval_every", "save_every", "keep_checkpoints", "max_skipped", "timeout")
     for name in positive:
         if not getattr(config, name) > 0:
             raise ConfigError(f"{name} must be positive, not {getattr(config, name)}")
-    for name in ("lr", "warmup", "weight_decay", "eps_low", "eps_high", "std_floor", "tis_cap", "beta"):
+    for name in ("lr", "warmup", "weight_decay", "eps_low", "eps_high", "std_floor", "tis_cap", "beta",
+                 "skip_grad", "keep_every"):
         if not 0 <= getattr(config, name) < math.inf:
             raise ConfigError(f"{name} must not be negative or infinite, is {getattr(config, name)}")
     for name, choices in (("prompt_style", prompt_data.STYLES), ("unreachable", ("drop", "keep")),
@@ -140,6 +150,11 @@ def check(config: Config, world: parallel.World):
             f"prompts_per_step {config.prompts_per_step} does not divide by updates_per_batch "
             f"{config.updates_per_batch}: groups stay whole in an update"
         )
+    if config.keep_every % config.save_every:
+        raise ConfigError(f"keep_every {config.keep_every} is no multiple of save_every {config.save_every}: "
+                          "those steps have no checkpoint")
+    if world.size % config.replicate:
+        raise ConfigError(f"replicate {config.replicate} does not divide {world.size} ranks")
     if (here := int(os.environ.get("LOCAL_WORLD_SIZE", 1))) % config.tp:
         raise ConfigError(
             f"tp {config.tp} does not divide the {here} processes of a node: a sampler stays inside a node")
@@ -211,7 +226,7 @@ def sample_and_score(sampler: Sampler, prompts: list, requests: list[Request], c
     """Completions of this rank's prompts, scored as they finish: completions[b][g], rewards_BGR.
 
     Rewards marked `remote` are called in threads meanwhile and waited for at the end; those marked `batched`
-    see all samples then. Raises RewardError on all ranks if one has it.
+    see all samples then. Raises RewardError, or Stopped, on all ranks if one has it.
     """
     n, names = requests[0].n, config.reward_names
     completions: list[list] = [[None] * n for _ in prompts]
@@ -244,7 +259,7 @@ def sample_and_score(sampler: Sampler, prompts: list, requests: list[Request], c
                 rewards_BGR[..., r] = torch.tensor(values).view(len(prompts), n)
         with parallel.agreed(RewardError, world), clock("score"):
             for r, pool in remote:
-                values, failures[pool.name] = pool.collect(answered, sampled)
+                values, failures[pool.name] = pool.collect(answered, sampled, world.heed)
                 rewards_BGR[..., r] = torch.tensor(values).view(len(prompts), n)
     for name, errors in failures.items():
         reasons = Counter(sum(parallel.gather(errors, world), []))
@@ -350,11 +365,13 @@ def backward(model, reference, batch: grpo.Batch, old_N: torch.Tensor | None, co
 
 
 def update(model, reference, optimizer, samples: list[grpo.Sample], minibatches: list[list[int]],
-           config: Config, n_valid: int, world) -> tuple[dict[str, float], list[float | None]]:
+           config: Config, n_valid: int,
+           world) -> tuple[dict[str, float], list[float | None], list[bool | None]]:
     """One optimiser step for each minibatch, indices of this rank's samples: (metrics over all of them and
-    all ranks, mean |logprob gap| of each sample, None if it is in no minibatch).
+    all ranks, mean |logprob gap| of each sample, None if it is in no minibatch, whether each step was taken).
 
-    A minibatch without samples on any rank, because all are masked, is skipped and counted.
+    None is taken where all samples are masked on all ranks (None), or where the gradient is not finite or
+    above skip_grad (False). Raises Stopped, on all ranks, as long as the weights are those of the last step.
     """
     plans, counts, budget = [], [], config.micro_batch_tokens
     for chosen in minibatches:
@@ -365,16 +382,20 @@ def update(model, reference, optimizer, samples: list[grpo.Sample], minibatches:
                                       "tokens": sum(len(samples[i].token_ids) for i in chosen)}, world))
     old = {}  # each sample's logprobs before the first update, where there is a second
     for part in (part for plan in plans for part in plan if len(plans) > 1):
+        parallel.heed(world)
         batch = grpo.collate([samples[i] for i in part], world.device)
         with torch.no_grad():
             old |= zip(part, logprobs(model, batch, config, n_valid)[0].split(batch.lengths))
 
     sums = dict.fromkeys(("loss", "clipped", "entropy", "gap/mean", "gap/k3", "kl", "capped"), 0.0)
-    gap_max, gaps, norms = 0.0, [None] * len(samples), []
+    gap_max, gaps, norms, taken = 0.0, [None] * len(samples), [], []
     for plan, count in zip(plans, counts):
         if not count["tokens"]:
+            taken.append(None)
             continue
         for part in plan:
+            if True not in taken:
+                parallel.heed(world)
             batch = grpo.collate([samples[i] for i in part], world.device)
             old_N = torch.cat([old[i] for i in part]) if old and part else None
             seen, gap_N = backward(model, reference, batch, old_N, count, config, n_valid)
@@ -383,13 +404,13 @@ def update(model, reference, optimizer, samples: list[grpo.Sample], minibatches:
             for i, gap in zip(part, gap_N.split(batch.lengths)):
                 gaps[i] = gap.mean().item()
         norms.append(parallel.clip_grad_(model, config.clip_grad))
-        if norms[-1] != norms[-1]:
-            raise FloatingPointError(
-                "the gradient is NaN: lower lr, or look at this step's samples and rewards")
-        optimizer.step()
+        taken.append(math.isfinite(norms[-1]) and not 0 < config.skip_grad < norms[-1])
+        if taken[-1]:
+            optimizer.step()
         optimizer.zero_grad()
     sums, tokens = parallel.total(sums, world), max(1, sum(count["tokens"] for count in counts))
     metrics = {"loss": sums["loss"] / max(1, len(norms)), "grad_norm": sum(norms) / max(1, len(norms)),
+               "skipped_updates": len(taken) - taken.count(True),
                "clip_share": sums["clipped"] / tokens, "entropy": sums["entropy"] / tokens,
                "gap/mean": sums["gap/mean"] / tokens, "gap/k3": sums["gap/k3"] / tokens,
                **parallel.largest({"gap/max": gap_max}, world)}
@@ -398,9 +419,7 @@ def update(model, reference, optimizer, samples: list[grpo.Sample], minibatches:
         metrics["kl"] = sums["kl"] / tokens
     if config.tis_cap:
         metrics["tis_capped"] = sums["capped"] / tokens
-    if config.overlong == "mask":
-        metrics["skipped_updates"] = len(plans) - len(norms)
-    return metrics, gaps
+    return metrics, gaps, taken
 
 
 def records(prompts: list, completions: list[list[Completion]], rewards_BGR: torch.Tensor, names: list[str],
@@ -481,34 +500,62 @@ def read_prompts(config: Config, option: str, need: int, why: str, tokenizer: To
     return prompts, dict(dropped)
 
 
-def open_run(config: Config, world) -> tuple[Path, Path | None, int]:
-    """run.open_folder by the main rank, its answer or its error on all."""
-    opened = None
+class Diverged(Exception):
+    """Too many updates in a row had to be skipped."""
+
+
+def open_run(config: Config, world) -> tuple[Path, tuple[Path, dict] | None]:
+    """The run's folder, and its newest whole checkpoint with its state. What the main rank finds, or its
+    error, is everyone's; all ranks verify."""
+    restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))  # 0 on a node that has just come back
+    restarted, folder = parallel.largest({"restarts": restarts}, world)["restarts"] > 0, None
     with parallel.agreed(ConfigError, world):
-        opened = run.open_folder(config) if world.main else None
-    return parallel.broadcast(opened, world)
+        folder = run.choose_folder(config, restarted) if world.main else None
+    folder = parallel.broadcast(folder, world)
+    newest = checkpoints.newest(folder / "checkpoints", world)
+    with parallel.agreed(ConfigError, world):
+        if world.main and not (newest and finished(newest[1], config)):
+            run.open_folder(config, folder, newest)
+    return folder, newest
+
+
+def finished(state: dict, config: Config) -> bool:
+    return state["step"] >= config.steps and "unlogged" not in state
 
 
 def make_sampler(model, tokenizer: Tokenizer, config: Config, world) -> Sampler:
     """A sampler with a replica of the trainer's model, or a slice of one, which `parallel.publish` fills."""
     dtype = {"auto": torch.bfloat16 if world.device.type == "cuda" else torch.float32,
              "float32": torch.float32, "bfloat16": torch.bfloat16}[config.sampler_dtype]
+    group, steps = parallel.tp_group(config.tp, world.timeout), itertools.count()
+
+    def interrupt():
+        if group is None:
+            world.heed()
+        elif next(steps) % 32 == 0:  # its ranks are in step, and can only stop together
+            parallel.heed(world, group)
+
     with torch.device("meta"):
-        policy = qwen.Qwen2(model.config, parallel.tp_group(config.tp)).to(dtype).requires_grad_(False)
-    return Sampler(policy.to_empty(device=world.device), tokenizer, config.max_sequences, config.page_size)
+        policy = qwen.Qwen2(model.config, group).to(dtype).requires_grad_(False)
+    return Sampler(policy.to_empty(device=world.device), tokenizer, config.max_sequences, config.page_size,
+                   interrupt=interrupt)
 
 
-def evaluate(step: int, prompts: list, sampler: Sampler, config: Config, folder: Path, world) -> dict:
+def evaluate(step: int, prompts: list, sampler: Sampler, config: Config, folder: Path, clock: run.Clock,
+             world) -> dict:
     """One sample of each evaluation prompt, the same seeds every time: metrics, and texts in rollouts/."""
     share = share_out(prompts, config, world)[world.rank]
     mine = [prompts[i] for i in share]
     requests = make_requests(sampler.tokenizer, mine, 1, "eval", config)
     progress = run.Progress(f"evaluation after step {step}", len(mine), world.main)
-    completions, rewards_BGR = sample_and_score(sampler, mine, requests, config, run.Clock(), progress, world)
+    with clock("sample"):
+        completions, rewards_BGR = sample_and_score(sampler, mine, requests, config, clock, progress, world)
     metrics = summarise(mine, completions, rewards_BGR, config.reward_names, world)
     texts = records(mine, completions, rewards_BGR, config.reward_names, share, world)
+    with parallel.agreed(DiskError, world):
+        if world.main:
+            run.write_jsonl(folder / "rollouts" / f"eval_{step:06d}.jsonl", texts)
     if world.main:
-        run.write_jsonl(folder / "rollouts" / f"eval_{step:06d}.jsonl", texts)
         shown = "  ".join(f"{name} {metrics[f'reward/{name}']:.3f}" for name in config.reward_names)
         print(f"eval after step {step}: {shown}  words {metrics['length/answer_words']:.0f} "
               f"on {len(prompts)} prompts", flush=True)
@@ -516,24 +563,29 @@ def evaluate(step: int, prompts: list, sampler: Sampler, config: Config, folder:
     return {f"eval/{name}": v for name, v in metrics.items() if not name.startswith(within_group)}
 
 
-def train(config: Config):
-    world = parallel.setup(config.device)
+def train(config: Config, clock: run.Clock | None = None, watch: parallel.Watch | None = None):
+    clock, world = clock or run.Clock(), parallel.setup(config.device, config.timeout, watch)
     inputs = read_inputs(config, world)
     prompts, eval_prompts, tokenizer = inputs.prompts, inputs.eval_prompts, inputs.tokenizer
     names = config.reward_names
     weights_R = torch.tensor([REWARDS[name][1] for name in names])
-    folder, checkpoint, start = open_run(config, world)
-    if start >= config.steps:
+    folder, newest = open_run(config, world)
+    if newest and finished(newest[1], config):
         if world.main:
-            print(f"{folder} has finished its {start} steps; raise --steps, or choose another run_dir")
+            print(f"{folder} has finished its {newest[1]['step']} steps; raise --steps, or choose another "
+                  "run_dir")
         return
 
-    model = parallel.shard(qwen.load(inputs.model), world)
+    model = parallel.shard(qwen.load(inputs.model), world, config.replicate)
     model.recompute = config.recompute
-    reference = parallel.shard(qwen.load(inputs.reference), world) if config.beta else None
+    reference = parallel.shard(qwen.load(inputs.reference), world, config.replicate) if config.beta else None
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, betas=(0.9, 0.95),
                                   weight_decay=config.weight_decay, fused=True)
-    state = parallel.load_checkpoint(checkpoint, model, optimizer) if checkpoint else {"step": 0, "cursor": 0}
+    saved = checkpoints.load(newest[0], model, optimizer) if newest else {"step": 0, "cursor": 0}
+    made_by = {"code": run.code_hash(), "config": asdict(config)}
+    # state: of the last step; safe: of the last that was not skipped, whose weights these still are
+    state = safe = {name: saved.get(name, 0) for name in ("step", "cursor", "skipped")}
+    start = on_disk = state["step"]
     sampler = make_sampler(model, tokenizer, config, world)
     parallel.publish(model, sampler.model)
     log = run.open_wandb(config, folder) if config.wandb and world.main else run.NoLog()
@@ -543,21 +595,60 @@ def train(config: Config):
         notes += [f"{world.size} x {world.device.type}"] + [f"resumed after step {start}"] * (start > 0)
         print(f"{folder}: {', '.join(notes)}", flush=True)
 
+    def save(**unlogged):
+        nonlocal on_disk
+        clock.seconds["save"] = 0.0
+        with clock("save"):
+            checkpoints.save(folder / "checkpoints", model, optimizer, safe | made_by | unlogged, world,
+                             config.keep_checkpoints, config.keep_every)
+        on_disk = safe["step"]
+
+    @contextmanager
+    def kept(**unlogged):
+        """Where the run ends, on all ranks alike, the last step stays: a checkpoint, with what of it is not
+        in the log yet."""
+        try:
+            yield
+        except (parallel.Stopped, RewardError, DiskError, Diverged) as e:
+            if safe["step"] > on_disk:
+                save(**(unlogged if safe is state else {}))
+            if isinstance(e, parallel.Stopped) and world.main:
+                print(f"stopped by SIGTERM: step {safe['step']} is kept, and the same command goes on from "
+                      "there", flush=True)
+            raise
+
     def record(metrics: dict):
+        with parallel.agreed(DiskError, world):
+            if world.main:
+                run.append_metrics(folder, metrics)
         if world.main:
-            run.append_metrics(folder, metrics)
             log.log(metrics, step=metrics["step"])
 
+    def log_step(metrics: dict, texts: list[dict]):
+        """One line, one object, one record a sample; and the evaluation."""
+        with kept(unlogged={"metrics": metrics, "texts": texts}):
+            with parallel.agreed(DiskError, world):
+                if world.main:
+                    run.write_jsonl(folder / "rollouts" / f"step_{metrics['step']:06d}.jsonl", texts)
+            if world.main:
+                print(run.describe(metrics, config.steps, names), flush=True)
+                if metrics["truncated"] > 0.25:
+                    print(f"warning: {metrics['truncated']:.0%} of the samples were cut at max_new_tokens "
+                          f"{config.max_new_tokens}", flush=True)
+            if eval_prompts and metrics["step"] % config.eval_every == 0:
+                evaluated = evaluate(metrics["step"], eval_prompts, sampler, config, folder, clock, world)
+                metrics = metrics | evaluated
+            record(metrics)
+
     if start == 0 and eval_prompts:
-        record({"step": 0, **evaluate(0, eval_prompts, sampler, config, folder, world)})
+        with kept():
+            record({"step": 0, **evaluate(0, eval_prompts, sampler, config, folder, clock, world)})
+    if "unlogged" in saved:
+        log_step(**saved["unlogged"])
 
-    def save():
-        parallel.save_checkpoint(folder / "checkpoints", model, optimizer, state, world,
-                                 config.keep_checkpoints)
-
-    save_seconds = 0.0
+    due = False
     for step in range(start + 1, config.steps + 1):
-        clock = run.Clock()
+        clock.begin(step)
         # Sample: each rank its own groups. Score each sample as it finishes.
         order = prompt_data.order(len(prompts), config.prompts_per_step, config.seed, state["cursor"])
         shares = share_out([prompts[i] for i in order], config, world)
@@ -565,14 +656,9 @@ def train(config: Config):
         mine = [prompts[order[i]] for i in share]
         requests = make_requests(tokenizer, mine, config.group_size, step, config)
         progress = run.Progress(f"step {step}", len(mine) * config.group_size, world.main)
-        try:
-            with clock("sample"):
-                completions, rewards_BGR = sample_and_score(sampler, mine, requests, config, clock, progress,
-                                                            world)
-        except RewardError:  # the steps so far are kept for when it is repaired
-            if state["step"] % config.save_every:
-                save()
-            raise
+        with kept(), clock("sample"):
+            completions, rewards_BGR = sample_and_score(sampler, mine, requests, config, clock, progress,
+                                                        world)
         clock.seconds["sample"] -= clock.seconds["score"]
 
         # Advantages, of all ranks' groups: each reward on its own within its group, then averaged.
@@ -587,51 +673,77 @@ def train(config: Config):
             parameters["lr"] = lr
         samples = [grpo.Sample(requests[b].prompt_ids, c.token_ids, c.logprobs, advantage_BG[b, g].item())
                    for b, group in enumerate(completions) for g, c in enumerate(group)]
-        with clock("update"):
-            trained, gaps = update(model, reference, optimizer, samples,
-                                   minibatches(completions, share, config), config, tokenizer.n_valid, world)
+        parts = minibatches(completions, share, config)
+        with kept(), clock("update"):
+            trained, gaps, taken = update(model, reference, optimizer, samples, parts, config,
+                                          tokenizer.n_valid, world)
         with clock("publish"):
             parallel.publish(model, sampler.model)
-        state = {"step": step, "cursor": state["cursor"] + config.prompts_per_step}
+        skipped = state["skipped"]
+        for yes in taken:
+            skipped = skipped if yes is None else 0 if yes else skipped + 1
+        state = {"step": step, "cursor": state["cursor"] + config.prompts_per_step, "skipped": skipped}
+        safe = state if True in taken or False not in taken else safe
 
-        # Log: one line, one object, one record a sample.
+        # Log.
         metrics = {"step": step, **summarise(mine, completions, rewards_BGR, names, world), **trained,
-                   "lr": lr, **costs(samples, clock.seconds | {"save": save_seconds}, world)}
+                   "lr": lr, **costs(samples, clock.seconds, world)}
         extra = [[{"advantages": dict(zip(names, per_reward_BGR[b, g].tolist())),
                    "advantage": advantage_BG[b, g].item(), "gap_mean": gaps[b * config.group_size + g]}
                   for g in range(config.group_size)] for b in range(len(mine))]
-        texts = records(mine, completions, rewards_BGR, names, share, world, extra)
-        if world.main:
-            run.write_jsonl(folder / "rollouts" / f"step_{step:06d}.jsonl", texts)
-            print(run.describe(metrics, config.steps, names), flush=True)
-            if metrics["truncated"] > 0.25:
-                print(f"warning: {metrics['truncated']:.0%} of the samples were cut at max_new_tokens "
-                      f"{config.max_new_tokens}", flush=True)
-        if eval_prompts and step % config.eval_every == 0:
-            metrics |= evaluate(step, eval_prompts, sampler, config, folder, world)
-        record(metrics)
+        log_step(metrics, records(mine, completions, rewards_BGR, names, share, world, extra))
+        if False in taken:
+            with kept():
+                keep_bad(folder, step, [samples[i] for part, yes in zip(parts, taken) if yes is False
+                                        for i in part], world)
+                if skipped >= config.max_skipped:
+                    raise Diverged(f"{skipped} updates in a row were skipped, the last with a gradient of "
+                                   f"norm {trained['grad_norm']:.3g}: look at their samples in "
+                                   f"{folder}/bad_batches, at the rewards and at lr; step {safe['step']}, "
+                                   "before them, is kept")
 
         # Save: after the log, so that a resumed run cuts back lines and never lacks one.
-        if step % config.save_every == 0 or step == config.steps:
-            before = time.perf_counter()
+        last = step == config.steps
+        due = due or step % config.save_every == 0 or last
+        if due and (safe is state or last):
+            safe, due = state, False
             save()
-            save_seconds = time.perf_counter() - before
     log.finish()
     if world.main:
         print(f"done: {folder} holds metrics.jsonl, rollouts/ and checkpoints/", flush=True)
 
 
+def keep_bad(folder: Path, step: int, samples: list[grpo.Sample], world):
+    """This rank's samples of updates that were skipped, each line the arguments of a grpo.Sample."""
+    with parallel.agreed(DiskError, world):
+        (folder / "bad_batches").mkdir(exist_ok=True)
+        run.write_jsonl(folder / "bad_batches" / f"step_{step:06d}_rank_{world.rank:05d}.jsonl",
+                        [asdict(s) for s in samples])
+
+
 def main():
+    clock, watch, rank = run.Clock(), parallel.Watch(), int(os.environ.get("RANK", 0))
+    faulthandler.enable()  # where NCCL's watchdog ends a process, it says at least in which line
     try:
-        train(parse(sys.argv[1:]))
-    except (ConfigError, parallel.SetupError, qwen.CheckpointError, prompt_data.PromptError, TokenizerError,
-            RewardError) as e:
-        if int(os.environ.get("RANK", 0)) == 0:
+        train(parse(sys.argv[1:]), clock, watch)
+    except parallel.Stopped:
+        pass
+    except (ConfigError, parallel.SetupError, qwen.CheckpointError, checkpoints.BadCheckpoint, DiskError,
+            prompt_data.PromptError, TokenizerError, RewardError, Diverged) as e:
+        if rank == 0:
             print(f"error: {e}", file=sys.stderr, flush=True)
         else:  # torchrun ends all with the first that exits: not before rank 0 has spoken
             time.sleep(5)
         raise SystemExit(2) from None
+    except RuntimeError as e:
+        if not (said := parallel.lost(e)):
+            raise
+        print(f"error: rank {rank} in phase {clock.phase!r} of step {clock.step} has lost the others "
+              f"({said}): see what they said; the same command goes on from the last checkpoint",
+              file=sys.stderr, flush=True)
+        os._exit(1)  # nobody is left to say goodbye to
     finally:
+        watch.close()
         parallel.close()
 
 

@@ -18,8 +18,8 @@ from pathlib import Path
 import torch
 import torch.distributed.checkpoint as dcp
 
+import checkpoints
 import model as qwen
-import parallel
 from tokenizer import Tokenizer, TokenizerError
 from train import locate
 
@@ -37,9 +37,9 @@ def find_checkpoint(path: Path) -> tuple[Path, Path]:
         raise ExportError(
             f"{path} is neither a run nor a checkpoint of one: {run / 'config.json'} does not exist")
     if run != path:
-        parallel.verify_checkpoint(path)
+        checkpoints.verify(path)
         return run, path
-    if not (newest := parallel.newest_checkpoint(run / "checkpoints")):
+    if not (newest := checkpoints.newest(run / "checkpoints")):
         raise ExportError(f"{path} has no complete checkpoint yet: export it after its first save")
     return run, newest[0]
 
@@ -80,7 +80,7 @@ def main():
     args = parser.parse_args()
     try:
         checkpoint = export(args.source, args.out, args.dtype, args.model)
-    except (ExportError, parallel.BadCheckpoint, qwen.CheckpointError, TokenizerError) as e:
+    except (ExportError, checkpoints.BadCheckpoint, qwen.CheckpointError, TokenizerError) as e:
         print(f"error: {e}", file=sys.stderr)
         raise SystemExit(2) from None
     print(f"{args.out}: the weights of {checkpoint}")

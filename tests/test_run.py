@@ -73,7 +73,8 @@ def test_the_folder_of_a_run_holds_what_the_readme_says(undisturbed):
     assert [m["step"] for m in lines if "eval/reward/length" in m] == [0, 2, 4, 6]
     for m in lines[1:]:
         expected = {
-            "step", "loss", "grad_norm", "entropy", "clip_share", "gap/mean", "gap/max", "gap/k3",
+            "step", "loss", "grad_norm", "skipped_updates", "entropy", "clip_share", "gap/mean", "gap/max",
+            "gap/k3",
             "length/answer_words", "length/tokens", "length/in_range", "truncated", "lr",
             "tokens_per_second/sample", "tokens_per_second/update", "memory/peak_gb",
             *(f"time/{p}" for p in ("sample", "score", "update", "publish", "save")),
@@ -127,7 +128,7 @@ KILLS = {
     "before the rename": {
         "module": "os", "function": "rename", "nth": 2, "when": "'writing' in str(args[0])"},
     "while metrics are ahead": {
-        "module": "parallel", "function": "save_checkpoint", "nth": 2, "when": True},
+        "module": "checkpoints", "function": "save", "nth": 2, "when": True},
 }
 
 

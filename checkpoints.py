@@ -1,0 +1,151 @@
+"""Checkpoints of a run: safetensors through torch.distributed.checkpoint, beside a manifest of checksums.
+
+Weights and AdamW's moments are saved by parameter name, in as many files as there are ranks, and read by any
+number of ranks. Nothing is pickled.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import sys
+from contextlib import nullcontext
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
+
+from model import Qwen2
+from parallel import World, agreed, broadcast, gather
+
+
+class BadCheckpoint(ValueError):
+    """A checkpoint of a run that fails its manifest; the message names the file."""
+
+
+class DiskError(Exception):
+    """A file of a run that cannot be written; the message names it."""
+
+
+def tensors_of(model: Qwen2, optimizer: torch.optim.Optimizer) -> dict[str, dict[str, torch.Tensor]]:
+    """Weights and AdamW's moments by parameter name; moments that do not exist yet are made, so that a
+    checkpoint can be read into them."""
+    moments = {}
+    for name, p in model.named_parameters():
+        state = optimizer.state[p]
+        if not state:
+            state |= {
+                "step": torch.tensor(0.0, device=p.device), "exp_avg": torch.zeros_like(p),
+                "exp_avg_sq": torch.zeros_like(p)
+            }
+        moments |= {f"{name}.{key}": state[key] for key in ("exp_avg", "exp_avg_sq")}
+    return {"weights": {name: p.detach() for name, p in model.named_parameters()}, "optimizer": moments}
+
+
+def digest(file: Path) -> str:
+    with file.open("rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def write_durably(file: Path, text: str):
+    with file.open("w") as f:
+        f.write(text)
+        f.flush()
+        os.fsync(f.fileno())
+
+
+def save(folder: Path, model: Qwen2, optimizer: torch.optim.Optimizer, state: dict, world: World, keep: int,
+         keep_every: int = 0):
+    """Writes `folder`/step_NNNNNN for state["step"]: beside it first, then renamed, so that a crash leaves no
+    half checkpoint.
+
+    Each rank writes its shards as safetensors through DCP and hashes what it wrote; the manifest names every
+    file with its sha256. The last `keep` are kept, and those of every `keep_every`th step. Raises DiskError
+    on all ranks, with the checkpoints before it as they were.
+    """
+    final, beside = folder / f"step_{state['step']:06d}", folder / f"writing_{state['step']:06d}"
+    tensors = tensors_of(model, optimizer)
+    try:
+        with agreed(OSError, world):
+            if world.main:
+                for broken_off in folder.glob("writing_*"):
+                    shutil.rmtree(broken_off)
+                beside.mkdir(parents=True)
+        for part in tensors:
+            writer = HuggingFaceStorageWriter(str(beside / part), save_distributed=True)
+            dcp.save(tensors[part], storage_writer=writer)
+        with agreed(OSError, world):  # DCP numbers its files by rank, from 1 on
+            mine = {str(f.relative_to(beside)): digest(f)
+                    for f in beside.glob(f"*/shard-{world.rank + 1:05d}-*")}
+        manifest = {name: sha for part in gather(mine, world) for name, sha in part.items()}
+        with agreed(OSError, world):
+            if world.main:
+                updates = next(iter(optimizer.state.values()))["step"].item()
+                write_durably(beside / "state.json",
+                              json.dumps(state | {"updates": updates, "torch": torch.__version__}))
+                manifest["state.json"] = digest(beside / "state.json")
+                write_durably(beside / "manifest.json", json.dumps(manifest, indent=1))
+                shutil.rmtree(final, ignore_errors=True)
+                os.rename(beside, final)
+    except (OSError, dcp.CheckpointException) as e:
+        reasons = [e] if isinstance(e, OSError) else [error for error, _ in e.failures.values()]
+        if not isinstance(reasons[0], OSError):
+            raise
+        if world.main:
+            shutil.rmtree(beside, ignore_errors=True)
+        dist.barrier()
+        needed = sum(t.numel() * t.element_size() for part in tensors.values() for t in part.values())
+        there = next(p for p in folder.parents if p.exists())
+        raise DiskError(f"checkpoint {final} cannot be written ({reasons[0].strerror or reasons[0]}): it "
+                        f"needs {needed:,} bytes, and {shutil.disk_usage(there).free:,} are free; those "
+                        "before it stay: make room, and the same command goes on from them") from None
+    for old in complete(folder)[keep:] if world.main else []:
+        if not keep_every or int(old.name.removeprefix("step_")) % keep_every:
+            shutil.rmtree(old, ignore_errors=True)
+
+
+def complete(folder: Path) -> list[Path]:
+    """Complete checkpoints, newest first."""
+    return sorted(folder.glob("step_*"), reverse=True)
+
+
+def verify(path: Path, world: World | None = None) -> dict:
+    """Returns the state of a checkpoint whose files all match its manifest; raises BadCheckpoint for one that
+    was cut or changed. The ranks of a world share the hashing and its verdict."""
+    with agreed(BadCheckpoint, world) if world else nullcontext():
+        try:
+            files = sorted(json.loads((path / "manifest.json").read_text()).items())
+            for name, expected in files[world.rank::world.size] if world else files:
+                if digest(path / name) != expected:
+                    raise BadCheckpoint(f"{path / name} does not match its checksum")
+            return json.loads((path / "state.json").read_text())
+        except (OSError, json.JSONDecodeError, UnicodeDecodeError, AttributeError) as e:
+            raise BadCheckpoint(f"{path} is incomplete ({e})") from None
+
+
+def newest(folder: Path, world: World | None = None) -> tuple[Path, dict] | None:
+    """The newest checkpoint that is whole, and its state; warns of each newer one that is not. None where
+    there is none yet; BadCheckpoint where none is whole."""
+    paths = broadcast(complete(folder), world) if world else complete(folder)
+    for path in paths:
+        try:
+            return path, verify(path, world)
+        except BadCheckpoint as e:
+            if not world or world.main:
+                print(f"warning: {e}; trying the checkpoint before it", file=sys.stderr, flush=True)
+    if paths:
+        raise BadCheckpoint(f"none of the {len(paths)} checkpoints in {folder} is whole: put one of them "
+                            "back, or begin anew in another run_dir")
+    return None
+
+
+def load(path: Path, model: Qwen2, optimizer: torch.optim.Optimizer) -> dict:
+    """Reads weights and optimiser state in place, whatever number of ranks wrote them; returns the state."""
+    state = json.loads((path / "state.json").read_text())
+    for part, tensors in tensors_of(model, optimizer).items():
+        dcp.load(tensors, storage_reader=HuggingFaceStorageReader(str(path / part)))
+    for p in model.parameters():
+        optimizer.state[p]["step"].fill_(state["updates"])
+    return state

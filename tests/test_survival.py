@@ -1,0 +1,455 @@
+"""What ends a run, and what is left of it: kills, signals, full disks, damaged files, gradients that are NaN.
+
+Several ranks are forked from one process that has imported everything, because that takes longer than a run;
+like torchrun's they share one store over all restarts. The long form is bench/chaos.py.
+"""
+
+import json
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+
+import checkpoints
+import grpo
+import model as qwen
+import parallel
+import rewards
+import train
+from bench.chaos import children, differences
+from tests.test_run import ROOT, SMALL, equal, in_process, metrics, rollouts, tensors
+
+BASE = ROOT / "data" / "tiny" / "base"
+QUICK = [*SMALL, "--max_new_tokens", "32", "--group_size", "2", "--prompts_per_step", "4", "--eval_prompts",
+         "", "--seed", "1", "--steps", "4", "--micro_batch_tokens", "400", "--prompts",
+         str(ROOT / "data" / "tiny" / "eval_prompts.jsonl")]
+
+FORKS = """
+import json, os, signal, sys, time
+import torch, torch.distributed as dist
+import train, checkpoints, parallel, rewards
+from bench.chaos import strike
+
+torch.set_num_threads(1)
+store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+for restarts, line in enumerate(sys.stdin):
+    life = json.loads(line)
+    world = {"WORLD_SIZE": life["ranks"], "LOCAL_WORLD_SIZE": life["ranks"], "MASTER_ADDR": "127.0.0.1",
+             "MASTER_PORT": store.port, "TORCHELASTIC_USE_AGENT_STORE": "True",
+             "TORCHELASTIC_RESTART_COUNT": restarts}
+    pids, codes = [], {}
+    for rank in range(life["ranks"]):
+        if pid := os.fork():
+            pids.append(pid)
+            continue
+        out = os.open(f"{life['log']}.{rank}", os.O_CREAT | os.O_WRONLY | os.O_TRUNC)
+        os.dup2(out, 1), os.dup2(out, 2)
+        os.environ.update({k: str(v) for k, v in (world | {"RANK": rank, "LOCAL_RANK": rank}).items()})
+        sys.argv, code = ["train.py", *life["argv"]], 0
+        try:
+            exec(life["code"], {**globals(), "rank": rank})
+            train.main() if life["train"] else None
+        except SystemExit as e:
+            code = e.code
+        except BaseException:
+            import traceback; traceback.print_exc()
+            code = 1
+        sys.stdout.flush()
+        os._exit(code)
+    while len(codes) < len(pids):  # as torchrun: when one has failed, the others are told to stop
+        pid, status = os.wait()
+        codes[pid] = os.waitstatus_to_exitcode(status)
+        if codes[pid] and life["agent"]:
+            for other in set(pids) - set(codes):
+                os.kill(other, signal.SIGTERM)
+    print(json.dumps([codes[pid] for pid in pids]), flush=True)
+"""
+
+
+@pytest.fixture(scope="module")
+def forks(tmp_path_factory):
+    """run(folder, *options, ranks, code): exit codes and what each rank said. `code` runs first, with the
+    number of its `rank`."""
+    logs = tmp_path_factory.mktemp("logs")
+    (logs / "forks.py").write_text(FORKS)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    server = subprocess.Popen([sys.executable, str(logs / "forks.py")], env=environment, text=True,
+                              stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+
+    def run(folder: Path, *options: str, ranks: int = 2, code: str = "", only=False, agent=True):
+        life = {"ranks": ranks, "argv": [*QUICK, "--run_dir", str(folder), *options], "code": code,
+                "train": not only, "agent": agent, "log": str(logs / "log")}
+        server.stdin.write(json.dumps(life) + "\n")
+        server.stdin.flush()
+        codes = json.loads(server.stdout.readline())
+        return codes, [(logs / f"log.{rank}").read_text() for rank in range(ranks)]
+
+    yield run
+    server.stdin.close()
+    assert server.wait(30) == 0
+
+
+@pytest.fixture(scope="module")
+def undisturbed(forks, tmp_path_factory) -> Path:
+    """Four steps on two ranks, with a checkpoint every second."""
+    folder = tmp_path_factory.mktemp("runs") / "undisturbed"
+    codes, said = forks(folder)
+    assert codes == [0, 0], said
+    return folder
+
+
+def cut(run: Path, to: Path, step: int) -> Path:
+    """A copy of a run as it was after a checkpoint."""
+    shutil.copytree(run, to)
+    for later in (to / "checkpoints").iterdir():
+        if int(later.name.removeprefix("step_")) > step:
+            shutil.rmtree(later)
+    return to
+
+
+# ---------------------------------------------------------------------- other numbers of ranks
+
+RESAVE = """
+world = parallel.setup("cpu")
+model = parallel.shard(train.qwen.load("{base}"), world)
+optimizer = torch.optim.AdamW(model.parameters())
+state = checkpoints.load(train.Path("{source}"), model, optimizer)
+checkpoints.save(train.Path("{target}"), model, optimizer, state, world, 9)
+parallel.close()
+"""
+
+
+def whole(checkpoint: Path) -> dict[str, torch.Tensor]:
+    """Its tensors, put together by one process."""
+    shapes = {name: p.detach() for name, p in qwen.load(BASE).named_parameters()}
+    out = {f"{name}.{key}": torch.zeros_like(p)
+           for name, p in shapes.items() for key in ("exp_avg", "exp_avg_sq")}
+    for part, names in (("weights", shapes), ("optimizer", out)):
+        dcp.load(names, storage_reader=dcp.HuggingFaceStorageReader(str(checkpoint / part)), no_dist=True)
+    return out | shapes
+
+
+@pytest.mark.parametrize("ranks", [1, 4])
+def test_what_two_ranks_saved_is_what_another_number_reads(forks, undisturbed, tmp_path, ranks):
+    """And written: in as many files, each hashed by its rank."""
+    source = undisturbed / "checkpoints" / "step_000004"
+    code = RESAVE.format(base=BASE, source=source, target=tmp_path)
+    codes, said = forks(tmp_path, ranks=ranks, code=code, only=True)
+    assert codes == [0] * ranks, said
+    (there,) = checkpoints.complete(tmp_path)
+    a, b = whole(source), whole(there)
+    assert equal(a, b) and all(v.any() for k, v in a.items() if "exp_avg" in k)
+    names = json.loads((there / "manifest.json").read_text())
+    assert len(names) == 2 * ranks + 1 and checkpoints.verify(there)["updates"] == 4
+
+
+@pytest.mark.parametrize("ranks", [1, 4])
+def test_a_run_of_two_ranks_goes_on_with_another_number(forks, undisturbed, tmp_path, ranks):
+    """The same prompts in every step, the same texts in the first; gradients differ by their rounding."""
+    folder = cut(undisturbed, tmp_path / "run", 2)
+    codes, said = forks(folder, ranks=ranks)
+    assert codes == [0] * ranks and "resumed after step 2" in said[0], said
+    ours, theirs = rollouts(folder), rollouts(undisturbed)
+    assert ours.keys() == theirs.keys()
+    for name in ours:
+        a, b = ([json.loads(line) for line in x[name].splitlines()] for x in (ours, theirs))
+        assert [r["prompt_id"] for r in a] == [r["prompt_id"] for r in b]
+        if name <= "step_000003.jsonl":
+            assert [r["text"] for r in a] == [r["text"] for r in b]
+    for a, b in zip(metrics(folder)[2:3], metrics(undisturbed)[2:3], strict=True):
+        assert a["step"] == 3 and a["grad_norm"] > 0
+        assert all(a[k] == pytest.approx(b[k], rel=1e-4, abs=1e-6) for k in a)
+
+
+# ---------------------------------------------------------------------- kills and signals
+
+
+def test_kills_at_any_moment_change_nothing(forks, undisturbed, tmp_path):
+    """A rank is killed, the other told to stop, as torchrun does, and both are started again."""
+    for victim, moment, nth in ((0, "rename", 2), (1, "sampling", 10), (0, "backward", 3)):
+        start = time.monotonic()
+        codes, said = forks(tmp_path / "run", code=f"rank == {victim} and strike('{moment}', {nth})")
+        assert codes[victim] == -signal.SIGKILL and codes[1 - victim] == 1, (moment, codes, said)
+        assert time.monotonic() - start < 30, "the other rank does not wait for one that is gone"
+        assert f"error: rank {1 - victim} in phase " in said[1 - victim], said
+    codes, said = forks(tmp_path / "run")
+    assert codes == [0, 0] and "resumed after step 2" in said[0], said
+    assert differences(tmp_path / "run", undisturbed) == []
+
+
+@pytest.mark.parametrize("moment, nth", [("sampling", 45), ("backward", 3)])
+def test_sigterm_keeps_the_last_step_and_both_ranks_end_with_0(forks, undisturbed, tmp_path, moment, nth):
+    """Sent to one rank alone in the second step, between its micro-batches; no checkpoint is due."""
+    code = f"rank == 1 and strike('{moment}', {nth}, signal.SIGTERM)"
+    codes, said = forks(tmp_path / "run", "--save_every", "100", code=code)
+    assert codes == [0, 0] and "stopped by SIGTERM: step 1 is kept" in said[0], said
+    codes, said = forks(tmp_path / "run")
+    assert codes == [0, 0] and "resumed after step 1" in said[0], said
+    assert differences(tmp_path / "run", undisturbed) == []
+
+
+def test_a_stop_during_an_evaluation_loses_neither_it_nor_the_step(forks, tmp_path):
+    """The step's line waits in the checkpoint for the evaluation that belongs to it."""
+    evaluated = ["--eval_prompts", str(ROOT / "tests" / "eval_small.jsonl"), "--steps", "4"]
+    assert forks(tmp_path / "calm", *evaluated, ranks=1)[0] == [0]
+    codes, said = forks(tmp_path / "run", *evaluated, ranks=1, code="""
+real, calls = train.evaluate, []
+train.evaluate = lambda *a: (calls.append(1), len(calls) == 3 and os.kill(os.getpid(), 15), real(*a))[-1]""")
+    assert codes == [0] and "step 4 is kept" in said[0], said
+    assert [m["step"] for m in metrics(tmp_path / "run")] == [0, 1, 2, 3]
+    codes, said = forks(tmp_path / "run", *evaluated, ranks=1)
+    assert codes == [0] and "eval after step 4" in said[0], said
+    assert differences(tmp_path / "run", tmp_path / "calm") == []
+
+
+def test_torchrun_restarts_a_killed_rank_and_no_rank_outlives_torchrun(tmp_path):
+    """Without a run_dir: the run that broke off is found by its config."""
+    driver = tmp_path / "driver_of_restarts.py"
+    driver.write_text("""
+import os
+from bench.chaos import strike
+if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+    strike("rename", 2)
+import train
+train.main()
+""")
+    arguments = ["--standalone", "--max-restarts=1", str(driver), *QUICK, "--model", str(BASE), "--steps",
+                 "100000"]
+    with (tmp_path / "log").open("w") as log:
+        agent = subprocess.Popen([sys.executable, "-m", "torch.distributed.run", *arguments], cwd=tmp_path,
+                                 env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+                                 stdout=log, stderr=subprocess.STDOUT)
+    def said() -> str:
+        return (tmp_path / "log").read_text()
+
+    wait_for(lambda: "resumed after step 2" in said() or agent.poll() is not None, 90)
+    (rank,) = children(agent.pid)
+    agent.kill()
+    agent.wait()
+    wait_for(lambda: not Path(f"/proc/{rank}").exists(), 10)
+    assert len([*(tmp_path / "runs").iterdir()]) == 1
+
+
+def test_restarts_on_several_nodes_need_a_store_of_their_own(monkeypatch):
+    """What torchrun sets; without it new processes would find the addresses of the old."""
+    for name, value in (("TORCHELASTIC_USE_AGENT_STORE", "True"), ("TORCHELASTIC_MAX_RESTARTS", "3"),
+                        ("TORCHELASTIC_RESTART_COUNT", "2")):
+        monkeypatch.setenv(name, value)
+    assert parallel.attempt() == "2"
+    monkeypatch.setenv("GROUP_WORLD_SIZE", "2")
+    with pytest.raises(parallel.SetupError, match="TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1"):
+        parallel.attempt()
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "False")
+    assert parallel.attempt() == "", "how often each node has restarted may differ"
+
+
+def wait_for(condition, seconds: float):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def test_a_rank_that_is_waited_for_in_vain_ends_the_run_with_a_sentence(forks, tmp_path):
+    code = """
+def hangs(*a, real=train.backward):
+    time.sleep(8 * rank)
+    return real(*a)
+train.backward = hangs"""
+    codes, said = forks(tmp_path / "run", "--timeout", "3", code=code)
+    assert codes == [1, 1]
+    for rank, why in enumerate(("Timed out waiting 3000ms", "")):
+        assert f"error: rank {rank} in phase 'update' of step 1 has lost the others ({why}" in said[rank]
+
+
+# ---------------------------------------------------------------------- disks and files
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory) -> Path:
+    """Four steps on one rank."""
+    folder = tmp_path_factory.mktemp("runs") / "alone"
+    in_process(folder, small=QUICK)
+    return folder
+
+
+def fails(monkeypatch, capfd, folder: Path, *options: str) -> str:
+    """The one sentence before exit code 2."""
+    monkeypatch.setattr(sys, "argv", ["train.py", *QUICK, "--run_dir", str(folder), *options])
+    monkeypatch.setattr(parallel.Watch, "start", lambda *a: None)  # this process keeps its own signals
+    with pytest.raises(SystemExit) as stopped:
+        train.main()
+    (line,) = [x for x in capfd.readouterr().err.splitlines() if x.startswith("error: ")]
+    assert stopped.value.code == 2
+    return line
+
+
+def tmpfs(folder: Path, size: str, *more: str) -> bool:
+    folder.mkdir(exist_ok=True)
+    options = ",".join([*more, f"size={size}"])
+    return subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)],
+                          capture_output=True).returncode == 0
+
+
+def test_a_full_disk_ends_the_run_and_nothing_saved_is_lost(alone, tmp_path, monkeypatch, capfd):
+    """Room for one checkpoint of 11 MB, not for two. Where nothing may be mounted, a limit on the size of a
+    file stands in, of which the first checkpoint knows nothing."""
+    disk, mounted = tmp_path / "disk", tmpfs(tmp_path / "disk", "17m")
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        if not mounted:
+            in_process(disk / "run", "--steps", "2", small=QUICK)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, limit[1]))
+        line = fails(monkeypatch, capfd, disk / "run")
+        assert all(part in line for part in ("step_000004 cannot be written (", "needs 11,036,160 bytes"))
+        assert ("No space left on device" in line) == mounted
+        assert [p.name for p in (disk / "run" / "checkpoints").iterdir()] == ["step_000002"]
+        if mounted:
+            assert tmpfs(disk, "80m", "remount")
+        else:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+        in_process(disk / "run", small=QUICK)
+        assert "resumed after step 2" in capfd.readouterr().out
+        assert differences(disk / "run", alone) == []
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+        subprocess.run(["umount", str(disk)], capture_output=True)
+
+
+def test_where_the_log_cannot_be_written_the_step_is_kept_with_its_line(alone, tmp_path, monkeypatch, capfd):
+    real = rewards.REWARDS["format"]
+    log, calls = tmp_path / "run" / "metrics.jsonl", []
+
+    def fills_the_disk(completion, prompt):
+        calls.append(1)
+        if len(calls) == 2 + 2 * 8:  # the second step, after two calls of the dry run
+            log.rename(tmp_path / "aside")
+            log.symlink_to("/dev/full")
+        return real[0](completion, prompt)
+
+    monkeypatch.setitem(rewards.REWARDS, "format", (fills_the_disk, real[1]))
+    line = fails(monkeypatch, capfd, tmp_path / "run", "--save_every", "100")
+    assert f"{log} cannot be written (No space left on device)" in line
+    (kept,) = (tmp_path / "run" / "checkpoints").iterdir()
+    assert kept.name == "step_000002" and "unlogged" in (kept / "state.json").read_text()
+    (tmp_path / "aside").replace(log)
+    in_process(tmp_path / "run", small=QUICK)
+    assert differences(tmp_path / "run", alone) == []
+
+
+DAMAGE = {
+    "a file that was cut": lambda c: os.truncate(next(c.rglob("*.safetensors")), 1000),
+    "a file that is missing": lambda c: next((c / "optimizer").iterdir()).unlink(),
+    "a flipped bit of the state": lambda c: flip(c / "state.json"),
+    "a flipped bit of the manifest": lambda c: flip(c / "manifest.json"),
+    "an empty manifest": lambda c: (c / "manifest.json").write_text(""),
+    "another manifest": lambda c: (c / "manifest.json").write_text("[1]"),
+}
+
+
+def flip(file: Path):
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
+@pytest.mark.parametrize("what", DAMAGE)
+def test_what_is_damaged_is_named_and_the_checkpoint_before_it_is_taken(alone, tmp_path, capfd, what):
+    run = cut(alone, tmp_path / "run", 4)
+    DAMAGE[what](run / "checkpoints" / "step_000004")
+    path, state = checkpoints.newest(run / "checkpoints")
+    assert path.name == "step_000002" == f"step_{state['step']:06d}"
+    assert f"warning: {run}/checkpoints/step_000004" in capfd.readouterr().err
+
+
+def test_a_run_without_a_whole_checkpoint_is_not_begun_anew(alone, tmp_path, monkeypatch, capfd):
+    run = cut(alone, tmp_path / "run", 4)
+    for checkpoint in (run / "checkpoints").iterdir():
+        flip(next(checkpoint.rglob("*.safetensors")))
+    before = rollouts(run), metrics(run)
+    assert "none of the 2 checkpoints in" in fails(monkeypatch, capfd, run)
+    assert (rollouts(run), metrics(run)) == before
+
+
+def test_the_last_and_every_nth_checkpoint_stay(tmp_path):
+    in_process(tmp_path / "run", "--save_every", "1", "--keep_every", "3", "--keep_checkpoints", "1",
+               "--steps", "7", "--max_new_tokens", "4", small=QUICK)
+    assert [p.name for p in checkpoints.complete(tmp_path / "run" / "checkpoints")] == [
+        "step_000007", "step_000006", "step_000003"]
+
+
+def test_a_checkpoint_names_its_code_and_config_and_other_code_is_told(alone, tmp_path, monkeypatch, capfd):
+    run = cut(alone, tmp_path / "run", 2)
+    state = json.loads((run / "checkpoints" / "step_000002" / "state.json").read_text())
+    assert state["config"] == json.loads((run / "config.json").read_text())
+    assert state["code"] == train.run.code_hash()
+    in_process(run, "--steps", "3", small=QUICK)
+    assert "other code" not in capfd.readouterr().err
+    real, run = train.run.source, cut(alone, tmp_path / "changed", 2)
+    monkeypatch.setattr(train.run, "source", lambda: real() | {"rewards.py": "# nothing"})
+    in_process(run, "--steps", "3", small=QUICK)
+    said = capfd.readouterr().err
+    assert "step_000002 was made by other code than this: source_from_step_000003 holds" in said
+    assert (run / "source_from_step_000003" / "rewards.py").read_text() == "# nothing"
+
+
+# ---------------------------------------------------------------------- gradients
+
+
+def poison(monkeypatch, steps: set[int]):
+    """The gradient of these calls of clip_grad_ is NaN."""
+    real, calls = parallel.clip_grad_, []
+
+    def clip_grad_(model, most):
+        calls.append(1)
+        if len(calls) in steps:
+            next(model.parameters()).grad.to_local().fill_(torch.nan)
+        return real(model, most)
+
+    monkeypatch.setattr(parallel, "clip_grad_", clip_grad_)
+
+
+def test_an_update_whose_gradient_is_nan_is_skipped_counted_and_kept(tmp_path, monkeypatch):
+    poison(monkeypatch, {2})
+    in_process(tmp_path / "run", "--steps", "3", "--save_every", "1", "--keep_checkpoints", "9", small=QUICK)
+    assert [m["skipped_updates"] for m in metrics(tmp_path / "run")] == [0, 1, 0]
+    assert metrics(tmp_path / "run")[1]["grad_norm"] is None
+    assert [p.name for p in checkpoints.complete(tmp_path / "run" / "checkpoints")] == [
+        "step_000003", "step_000001"], "a checkpoint is of a step that was taken"
+    assert all(torch.isfinite(t).all() for t in tensors(tmp_path / "run", 3).values())
+    (file,) = (tmp_path / "run" / "bad_batches").iterdir()
+    samples = [grpo.Sample(**json.loads(line)) for line in file.open()]
+    texts = [json.loads(line) for line in (tmp_path / "run/rollouts/step_000002.jsonl").open()]
+    assert file.name == "step_000002_rank_00000.jsonl" and len(samples) == 8
+    assert sorted((len(s.token_ids), s.advantage) for s in samples) == sorted(
+        (t["tokens"], t["advantage"]) for t in texts)
+
+
+def test_too_many_in_a_row_end_the_run_and_it_goes_on_from_before_them(tmp_path, monkeypatch, capfd):
+    poison(monkeypatch, {2, 4, 5, 6})
+    often = ["--steps", "6", "--save_every", "1", "--keep_checkpoints", "9"]
+    line = fails(monkeypatch, capfd, tmp_path / "run", *often)
+    assert line.startswith("error: 3 updates in a row were skipped, the last with a gradient of norm nan: ")
+    assert "bad_batches" in line and "step 3, before them, is kept" in line
+    assert [p.name for p in checkpoints.complete(tmp_path / "run" / "checkpoints")] == [
+        "step_000003", "step_000001"]
+    assert [m["skipped_updates"] for m in metrics(tmp_path / "run")] == [0, 1, 0, 1, 1, 1]
+    monkeypatch.undo()
+    in_process(tmp_path / "run", small=QUICK)
+    assert "resumed after step 3" in capfd.readouterr().out
+    assert [m["skipped_updates"] for m in metrics(tmp_path / "run")] == [0, 1, 0, 0]
+
+
+def test_a_gradient_above_skip_grad_is_not_taken(tmp_path, monkeypatch, capfd):
+    line = fails(monkeypatch, capfd, tmp_path / "run", "--skip_grad", "1e-6", "--max_skipped", "1")
+    assert "1 updates in a row were skipped" in line and "step 0, before them" in line
+    (m,) = metrics(tmp_path / "run")
+    assert m["skipped_updates"] == 1 and m["grad_norm"] > 1e-6
