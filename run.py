@@ -19,7 +19,7 @@ ROOT = Path(__file__).parent
 
 # What a run may change when it goes on: nothing that its steps depend on.
 MAY_DIFFER = {"run_dir", "resume", "steps", "save_every", "keep_checkpoints", "device", "wandb",
-              "max_sequences"}
+              "max_sequences", "replicate", "recompute", "offload_activations", "offload_optimizer"}
 
 # ---------------------------------------------------------------------- folder of the run
 

@@ -67,7 +67,10 @@ class Config:
     reference: str = ""  # its checkpoint folder; empty: `model`
     overlong: str = "keep"  # samples cut at max_new_tokens: keep, or mask (not specified by the paper)
     micro_batch_tokens: int = 4096  # tokens of a packed micro-batch on each rank
+    replicate: int = 1  # HSDP: so many copies of the weights, each sharded over its part of the GPUs
     recompute: bool = False  # recompute each layer's activations in backward: less memory, a third more time
+    offload_activations: bool = False  # what recompute starts from, a layer's inputs, waits in host memory
+    offload_optimizer: bool = False  # AdamW's moments, half of the training state, wait in host memory
     max_sequences: int = 64  # sequences that each sampler decodes at a time
     page_size: int = 16  # tokens of a KV page
     tp: int = 1  # GPUs of a node that share a sampler by tensor parallelism, for models too large for one
@@ -105,8 +108,8 @@ def locate(path: str) -> str:
 def check(config: Config, world: parallel.World):
     """Everything that can be known without reading a file. Raises ConfigError."""
     positive = ("steps", "prompts_per_step", "max_new_tokens", "temperature", "clip_grad",
-                "updates_per_batch", "micro_batch_tokens", "max_sequences", "page_size", "tp", "eval_every",
-                "save_every", "keep_checkpoints")
+                "updates_per_batch", "micro_batch_tokens", "max_sequences", "page_size", "tp", "replicate",
+                "eval_every", "save_every", "keep_checkpoints")
     for name in positive:
         if not getattr(config, name) > 0:
             raise ConfigError(f"{name} must be positive, not {getattr(config, name)}")
@@ -130,6 +133,11 @@ def check(config: Config, world: parallel.World):
             f"top_p must be 1 in training, not {config.top_p}: the policy that samples would not be the one "
             "that is trained"
         )
+    if world.size % config.replicate:
+        raise ConfigError(f"replicate {config.replicate} does not divide the {world.size} ranks: each copy "
+                          "of the weights is sharded over as many")
+    if config.offload_activations and not config.recompute:
+        raise ConfigError("offload_activations needs recompute: set it to true too")
     if config.prompts_per_step % world.size:
         raise ConfigError(
             f"prompts_per_step {config.prompts_per_step} does not divide by {world.size} ranks: groups stay "
@@ -375,6 +383,7 @@ def update(model, reference, optimizer, samples: list[grpo.Sample], minibatches:
         if not count["tokens"]:
             continue
         for part in plan:
+            model.set_requires_all_reduce(part is plan[-1])  # replicas add up their gradients once
             batch = grpo.collate([samples[i] for i in part], world.device)
             old_N = torch.cat([old[i] for i in part]) if old and part else None
             seen, gap_N = backward(model, reference, batch, old_N, count, config, n_valid)
@@ -517,7 +526,7 @@ def evaluate(step: int, prompts: list, sampler: Sampler, config: Config, folder:
 
 
 def train(config: Config):
-    world = parallel.setup(config.device)
+    world = parallel.setup(config.device, config.replicate)
     inputs = read_inputs(config, world)
     prompts, eval_prompts, tokenizer = inputs.prompts, inputs.eval_prompts, inputs.tokenizer
     names = config.reward_names
@@ -528,12 +537,14 @@ def train(config: Config):
             print(f"{folder} has finished its {start} steps; raise --steps, or choose another run_dir")
         return
 
-    model = parallel.shard(qwen.load(inputs.model), world)
-    model.recompute = config.recompute
-    reference = parallel.shard(qwen.load(inputs.reference), world) if config.beta else None
+    model = parallel.load_sharded(inputs.model, world)
+    model.recompute, model.offload_activations = config.recompute, config.offload_activations
+    reference = parallel.load_sharded(inputs.reference, world) if config.beta else None
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, betas=(0.9, 0.95),
                                   weight_decay=config.weight_decay, fused=True)
     state = parallel.load_checkpoint(checkpoint, model, optimizer) if checkpoint else {"step": 0, "cursor": 0}
+    if config.offload_optimizer:
+        parallel.offload_(optimizer)
     sampler = make_sampler(model, tokenizer, config, world)
     parallel.publish(model, sampler.model)
     log = run.open_wandb(config, folder) if config.wandb and world.main else run.NoLog()
@@ -591,12 +602,13 @@ def train(config: Config):
             trained, gaps = update(model, reference, optimizer, samples,
                                    minibatches(completions, share, config), config, tokenizer.n_valid, world)
         with clock("publish"):
-            parallel.publish(model, sampler.model)
+            fingerprint = parallel.publish(model, sampler.model)
         state = {"step": step, "cursor": state["cursor"] + config.prompts_per_step}
 
         # Log: one line, one object, one record a sample.
         metrics = {"step": step, **summarise(mine, completions, rewards_BGR, names, world), **trained,
-                   "lr": lr, **costs(samples, clock.seconds | {"save": save_seconds}, world)}
+                   "lr": lr, "weights/fingerprint": fingerprint,
+                   **costs(samples, clock.seconds | {"save": save_seconds}, world)}
         extra = [[{"advantages": dict(zip(names, per_reward_BGR[b, g].tolist())),
                    "advantage": advantage_BG[b, g].item(), "gap_mean": gaps[b * config.group_size + g]}
                   for g in range(config.group_size)] for b in range(len(mine))]
@@ -624,8 +636,8 @@ def train(config: Config):
 def main():
     try:
         train(parse(sys.argv[1:]))
-    except (ConfigError, parallel.SetupError, qwen.CheckpointError, prompt_data.PromptError, TokenizerError,
-            RewardError) as e:
+    except (ConfigError, parallel.SetupError, parallel.HandoffError, qwen.CheckpointError,
+            prompt_data.PromptError, TokenizerError, RewardError) as e:
         if int(os.environ.get("RANK", 0)) == 0:
             print(f"error: {e}", file=sys.stderr, flush=True)
         else:  # torchrun ends all with the first that exits: not before rank 0 has spoken
