@@ -261,8 +261,9 @@ class Piece:
 
 
 def buckets(model: Qwen2) -> Iterator[list[Piece]]:
-    """All parameters in order, in buckets of at most a layer's size; what is larger goes by columns."""
-    limit = sum(p.numel() for p in model.layers[0].parameters())
+    """All parameters in order, in buckets of half a layer or a quarter of the embedding, because a gathered
+    one exists up to three times (inside gloo, by rank, by row); what is larger goes by columns."""
+    limit = max(2 * sum(p.numel() for p in model.layers[0].parameters()), model.head_weight.numel()) // 4
     bucket, size = [], 0
     for name, p in model.named_parameters():
         local, row, rows = shard_of(p)
@@ -280,7 +281,7 @@ def buckets(model: Qwen2) -> Iterator[list[Piece]]:
 @torch.no_grad()
 def publish(trainer: Qwen2, sampler: Qwen2) -> int:
     """Copies the trainer's sharded weights into the sampler's replica, or its tensor-parallel slice of one:
-    cast, then gathered inside the shard group, about a layer at a time. Returns the fingerprint of both.
+    cast, then gathered inside the shard group, half a layer at a time. Returns the fingerprint of both.
 
     Takes less memory than max(two layers, one embedding matrix) in the sampler's dtype. Raises HandoffError
     on all ranks if the weights of one are not what was sent.
@@ -316,9 +317,9 @@ def bits(x_RC: torch.Tensor, row: int, column: int) -> torch.Tensor:
     x_RC = x_RC.view({2: torch.int16, 4: torch.int32}[x_RC.element_size()])
     odd_R, odd_C = (2 * torch.arange(first, first + n, device=x_RC.device) + 1
                     for first, n in zip((row, column), x_RC.shape))
-    rows = max(1, 2**(22 if x_RC.is_cuda else 18) // len(odd_C))  # at a time: the products take 8 bytes each
-    return torch.stack([((part * odd_C).sum(1) * odd).sum()
-                        for part, odd in zip(x_RC.split(rows), odd_R.split(rows))]).sum()
+    room = odd_C.new_empty(max(1, 2**(22 if x_RC.is_cuda else 16) // len(odd_C)), len(odd_C))
+    parts = [room[:len(part)].copy_(part).mul_(odd_C).sum(1) for part in x_RC.split(len(room))]
+    return (torch.cat(parts) * odd_R).sum()
 
 
 def agreement(sent: dict[str, torch.Tensor], received: dict[str, torch.Tensor], shard_group, tp_group) -> int:

@@ -17,8 +17,9 @@ import grpo
 import model as qwen
 import parallel
 import train
+from bench import bench_load
 from replica import tp_slice
-from tests.test_run import equal, in_process, metrics, tensors
+from tests.test_run import equal, in_process, metrics, rollouts, tensors
 
 ROOT = Path(__file__).parent.parent
 BASE = ROOT / "data" / "tiny" / "base"
@@ -63,7 +64,9 @@ def replica(config: qwen.ModelConfig, group=None, dtype=torch.float32) -> qwen.Q
 def worker(folder: Path):
     """What each rank does: `folder` holds the checkpoint `odd`, and then what the tests compare."""
     world, found = parallel.setup("cpu"), {}
-    for copies in {1, world.size // 2}:
+    if world.size == 2:  # of `odd` only so that all of torch is there that is loaded at first use
+        found["memory"] = [bench_load.measure(folder / name, world) for name in ("odd", "deep", "wide")][1:]
+    for copies in sorted({1, world.size // 2}):
         world, name = replace(world, replicate=copies), f"{world.size // copies}x{copies}"
         model = parallel.load_sharded(folder / "odd", world)
         model.recompute, model.offload_activations = copies > 1, copies > 1
@@ -79,6 +82,7 @@ def worker(folder: Path):
     sampler = replica(model.config, parallel.tp_group(2))
     found["tp"] = parallel.publish(model, sampler)
     save_file(dict(sampler.named_parameters()), folder / f"slice_{world.size}_{world.rank}.safetensors")
+    in_process(folder / f"run_{world.size}", *STEP, *RUNS[world.size])
     (folder / f"found_{world.size}_{world.rank}.json").write_text(json.dumps(found))
     parallel.close()
 
@@ -109,13 +113,20 @@ def folder(tmp_path_factory) -> Path:
     qwen.save(qwen.Qwen2(ODD).init_weights_(0), folder / "odd")
     script = folder / "ranks.py"
     script.write_text("import pathlib, sys, tests.test_sharding as t; t.worker(pathlib.Path(sys.argv[1]))")
+    bench_load.write(folder / "deep", 30, vocabulary=1000, hidden=512)
+    bench_load.write(folder / "wide", 30, vocabulary=20000, hidden=256)
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    environment["MALLOC_MMAP_THRESHOLD_"] = "65536"  # what is freed is not resident any more
     for ranks in (2, 4):
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
         done = subprocess.run([*command, str(script), str(folder)], env=environment, cwd=ROOT,
                               capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, done.stderr[-3000:]
     return folder
+
+
+STEP = ["--steps", "1", "--prompts_per_step", "4", "--max_new_tokens", "100", "--eval_prompts", ""]
+RUNS = {2: ["--tp", "2"], 4: ["--replicate", "2", "--max_sequences", "3", "--micro_batch_tokens", "500"]}
 
 
 def found(folder: Path, ranks: int) -> list[dict]:
@@ -136,6 +147,21 @@ def test_ranks_and_replicas_have_the_loss_and_the_gradients_of_one_process(folde
         assert (actual[key] - gradient).norm() <= 1e-5 * gradient.norm(), key
     for rank in found(folder, ranks):
         assert {k: rank[name][k] for k in one} == pytest.approx(one, rel=1e-5, abs=1e-6)
+
+
+def test_the_first_step_of_a_run_is_the_same_on_four_ranks_and_under_tensor_parallelism(folder, tmp_path):
+    """The same texts, which under tensor parallelism are only likely; the same loss and gradient."""
+    in_process(tmp_path / "run", *STEP)
+    seen = []
+    for run in (tmp_path / "run", folder / "run_2", folder / "run_4"):
+        texts = [json.loads(line)["text"] for line in rollouts(run)["step_000001.jsonl"].splitlines()]
+        (numbers,) = metrics(run)
+        unlike = ("gap/max", "weights/fingerprint")  # of rounding
+        seen.append((texts, {k: v for k, v in numbers.items() if k not in unlike}))
+    (texts, numbers), *others = seen
+    assert len(set(texts)) > 10 and numbers["grad_norm"] > 0.01
+    for other_texts, other_numbers in others:
+        assert other_texts == texts and other_numbers == pytest.approx(numbers, rel=1e-5, abs=1e-6)
 
 
 @CASES
@@ -170,6 +196,16 @@ def test_a_handoff_that_fails_on_one_rank_ends_all_with_its_name(folder, ranks, 
             assert drifted.startswith(f"publish: on rank {ranks // 2} weights are not rank 0's")
         else:
             assert drifted == ""
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the kernel counts resident pages")
+def test_a_rank_needs_little_more_memory_than_its_shard_to_load_and_a_layer_or_two_to_publish(folder):
+    for rank in found(folder, 2):
+        deep, wide = rank["memory"]
+        assert deep["publish_bar"] == 2 * deep["layer"] and wide["publish_bar"] == wide["embedding"]
+        for m in (deep, wide):
+            assert 0.9 * m["shard"] < m["load"] < m["shard"] + 0.6 * m["checkpoint"]
+            assert 0.1 * m["publish_bar"] < m["publish"] < m["publish_bar"]
 
 
 def test_the_fingerprint_sees_what_a_wrong_copy_would_change():
