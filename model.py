@@ -16,7 +16,9 @@ how to avoid T x V tensors.
 
 import json
 import math
+from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -25,6 +27,7 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
+from torch.autograd.graph import save_on_cpu
 from torch.utils.checkpoint import checkpoint
 
 from kernels.attention import packed_attention, rotate
@@ -222,6 +225,7 @@ class Qwen2(nn.Module):
         if group is not None:
             self.tp, self.tp_rank = dist.get_world_size(group), dist.get_rank(group)
         self.recompute = False  # True: each layer's activations are recomputed in backward
+        self.offload_activations = False  # True: what recomputing starts from waits in host memory
         self.rope = None  # `rope_frequencies`, once they are on the device of the tokens
         self.model = nn.ModuleDict({
             "embed_tokens": nn.Embedding(config.vocab_size // self.tp, config.hidden_size),
@@ -254,7 +258,10 @@ class Qwen2(nn.Module):
         x_TC = self.embed(tokens_T)
         for layer in self.layers:
             if self.recompute and torch.is_grad_enabled():
-                x_TC = checkpoint(layer, x_TC, cos, sin, attention, use_reentrant=False)
+                # x alone is an argument: cos and sin, which all layers share, need not be saved by each
+                run = partial(layer, cos=cos, sin=sin, attention=attention)
+                with save_on_cpu(pin_memory=True) if self.offload_activations else nullcontext():
+                    x_TC = checkpoint(run, x_TC, use_reentrant=False, preserve_rng_state=False)
             else:
                 x_TC = layer(x_TC, cos, sin, attention)
         return self.model["norm"](x_TC)
@@ -409,7 +416,9 @@ def check_tensors(config: ModelConfig, path: str | Path) -> dict[str, Path]:
     tied = ("lm_head.weight", "model.embed_tokens.weight")
     if config.tie_word_embeddings and all(name in found for name in tied):  # some write it twice
         del found["lm_head.weight"]
-        if not torch.equal(*(open_weights(files[name]).get_tensor(name) for name in tied)):
+        head, embedding = (open_weights(files[name]).get_slice(name) for name in tied)
+        if any(not torch.equal(head[i:i + 4096], embedding[i:i + 4096])
+               for i in range(0, config.vocab_size, 4096)):
             raise CheckpointError(f"{path} says tie_word_embeddings, but its lm_head.weight differs from the "
                                   "embedding: set tie_word_embeddings to false in config.json")
         del files["lm_head.weight"]
@@ -442,31 +451,43 @@ def load(path: str | Path, dtype: torch.dtype = torch.float32, device="cpu") -> 
     return model
 
 
+def plan_files(model: Qwen2, itemsize: int, max_shard_bytes: int = 5 * 2**30) -> dict[str, list[str]]:
+    """The names of the tensors that go into each safetensors file of a checkpoint, in the model's order."""
+    groups, size = [[]], 0
+    for name, p in model.named_parameters():
+        if groups[-1] and size + p.numel() * itemsize > max_shard_bytes:
+            groups, size = [*groups, []], 0
+        groups[-1].append(name)
+        size += p.numel() * itemsize
+    if len(groups) == 1:
+        return {"model.safetensors": groups[0]}
+    return {f"model-{i + 1:05d}-of-{len(groups):05d}.safetensors": group for i, group in enumerate(groups)}
+
+
+def write_file(tensors: dict[str, torch.Tensor], file: Path):
+    file.parent.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, file, metadata={"format": "pt"})
+
+
+def write_index(model: Qwen2, path: str | Path, dtype: torch.dtype, files: dict[str, list[str]]):
+    """config.json, and the index where there are several files; what an older checkpoint left is removed."""
+    path, index = Path(path), "model.safetensors.index.json"
+    if len(files) > 1:
+        size = sum(p.numel() for p in model.parameters()) * dtype.itemsize
+        places = {name: file for file, names in files.items() for name in names}
+        content = {"metadata": {"total_size": size}, "weight_map": places}
+        (path / index).write_text(json.dumps(content, indent=2))
+    kept = {*files, *([index] if len(files) > 1 else [])}
+    for stale in (f for f in path.glob("model*.safetensors*") if f.name not in kept):
+        stale.unlink()  # an older index would be read instead of the new file
+    (path / "config.json").write_text(json.dumps(config_json(model.config, dtype), indent=2) + "\n")
+
+
 def save(model: Qwen2, path: str | Path, max_shard_bytes: int = 5 * 2**30):
     """Writes a Hugging Face checkpoint folder: config.json and one safetensors file, or several with an
     index."""
-    path = Path(path)
-    path.mkdir(parents=True, exist_ok=True)
-    shards, size = [{}], 0
-    for name, p in model.named_parameters():
-        if shards[-1] and size + p.nbytes > max_shard_bytes:
-            shards, size = [*shards, {}], 0
-        shards[-1][name] = p.detach().contiguous()
-        size += p.nbytes
-    names = ["model.safetensors"]
-    if len(shards) > 1:
-        names = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
-        index = {
-            "metadata": {"total_size": sum(p.nbytes for p in model.parameters())},
-            "weight_map": {tensor: file
-                           for shard, file in zip(shards, names)
-                           for tensor in shard}
-        }
-        (path / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
-    for shard, file in zip(shards, names):
-        save_file(shard, path / file, metadata={"format": "pt"})
-    kept = {*names, *(["model.safetensors.index.json"] if len(shards) > 1 else [])}
-    for stale in (f for f in path.glob("model*.safetensors*") if f.name not in kept):
-        stale.unlink()  # an older index would be read instead of the new file
-    dtype = next(model.parameters()).dtype
-    (path / "config.json").write_text(json.dumps(config_json(model.config, dtype), indent=2) + "\n")
+    dtype, parameters = next(model.parameters()).dtype, dict(model.named_parameters())
+    files = plan_files(model, dtype.itemsize, max_shard_bytes)
+    for file, names in files.items():
+        write_file({name: parameters[name].detach().contiguous() for name in names}, Path(path) / file)
+    write_index(model, path, dtype, files)

@@ -1,33 +1,32 @@
-"""torch.distributed, in one place: process group, FSDP2, and the handoff of weights to the sampler.
+"""torch.distributed, in one place: process group, FSDP2, weights from and to Hugging Face folders, and their
+handoff to the sampler.
 
 One path for every world size: without torchrun the process group has one rank, and FSDP2 runs all the same.
 Gradients are *summed* over ranks, never averaged: every loss divides by a global count, so ranks may hold
-different numbers of tokens.
+different numbers of tokens. No process ever holds a whole model but the sampler's.
 """
 
 import os
 import re
-import select
-import signal
-import socket
 import threading
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from datetime import timedelta
+from functools import cached_property
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor
+from safetensors import safe_open
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, Shard
 
-from model import Qwen2
-from replica import tp_slice
-
-
-class Stopped(Exception):
-    """The run was told to end, by SIGTERM at one of its ranks at least."""
+from model import Qwen2, check_tensors, plan_files, read_config, write_file, write_index
+from replica import tp_dim, tp_slice
+from watch import Stopped, Watch
 
 
 @dataclass(frozen=True)
@@ -37,6 +36,7 @@ class World:
     device: torch.device
     timeout: timedelta = timedelta(minutes=30)  # of a collective
     stopping: threading.Event = field(default_factory=threading.Event)  # see Watch
+    replicate: int = 1  # copies of the sharded weights; more than 1: HSDP
 
     @property
     def main(self) -> bool:
@@ -47,50 +47,23 @@ class World:
         if self.stopping.is_set():
             raise Stopped
 
+    @cached_property
+    def mesh(self) -> DeviceMesh:
+        """Shard groups are consecutive ranks, so that only sums of gradients have to cross nodes."""
+        shape, names = (self.replicate, self.size // self.replicate), ("replicate", "shard")
+        dims = slice(0 if self.replicate > 1 else 1, 2)
+        mesh = dist.init_device_mesh(self.device.type, shape[dims], mesh_dim_names=names[dims])
+        for group in mesh.get_all_groups():
+            dist.distributed_c10d._set_pg_timeout(self.timeout, group)
+        return mesh
+
 
 class SetupError(ValueError):
     """Processes or devices that torchrun was asked for and that are not there."""
 
 
-class Watch:
-    """Hears, in a thread of its own, what must be heard while the main thread is inside a collective: SIGTERM
-    at this rank or any other, which sets `stopping`, and the end of this rank's torchrun, which ends the
-    process, so that no orphan keeps a GPU."""
-    def __init__(self):
-        self.stopping, self.thread = threading.Event(), None
-
-    def start(self, store: dist.Store, key: str):
-        """key: of the store that all ranks share; set by the first that is told to stop."""
-        self.ear, self.voice = socket.socketpair()
-        self.voice.setblocking(False)
-        signal.set_wakeup_fd(self.voice.fileno())  # a byte for each signal that has a handler, at once
-        signal.signal(signal.SIGTERM, lambda *_: None)
-        self.thread = threading.Thread(target=self.listen, args=(store, key), daemon=True)
-        self.thread.start()
-
-    def listen(self, store: dist.Store, key: str):
-        parent = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
-        while True:
-            heard = self.ear.recv(64) if select.select([self.ear], [], [], 1.0)[0] else b""
-            if 0 in heard:
-                return
-            if parent and os.getppid() != parent:
-                os._exit(1)
-            if signal.SIGTERM in heard:
-                self.stopping.set()
-            try:
-                if store and self.stopping.is_set():
-                    store.set(key, "")
-                elif store and store.check([key]):
-                    self.stopping.set()
-            except RuntimeError:  # whoever holds it is gone: the next collective will say so
-                store = None
-
-    def close(self):
-        if self.thread:
-            signal.set_wakeup_fd(-1)
-            self.voice.send(b"\0")
-            self.thread.join()
+class HandoffError(RuntimeError):
+    """Sampler and trainer, or the trainer's replicas, hold different weights."""
 
 
 def attempt() -> str:
@@ -107,7 +80,7 @@ def attempt() -> str:
     return "" if several_nodes else environment("TORCHELASTIC_RESTART_COUNT", "0")
 
 
-def setup(device: str = "auto", timeout: int = 1800, watch: Watch | None = None) -> World:
+def setup(device: str = "auto", timeout: int = 1800, watch: Watch | None = None, replicate: int = 1) -> World:
     """Joins the process group that torchrun describes in the environment, or makes one of a single rank.
 
     device: "cpu", "cuda", or "auto" for CUDA where there is one. NCCL on CUDA, gloo on CPU.
@@ -151,8 +124,8 @@ def setup(device: str = "auto", timeout: int = 1800, watch: Watch | None = None)
             key = [uuid.uuid4().hex]
             dist.broadcast_object_list(key, src=0)
             watch.start(store, key[0])
-    world = World(dist.get_rank(), dist.get_world_size(), local, limit)
-    return replace(world, stopping=watch.stopping) if watch else world
+    stopping = watch.stopping if watch else threading.Event()
+    return World(dist.get_rank(), dist.get_world_size(), local, limit, stopping, replicate)
 
 
 def close():
@@ -160,23 +133,89 @@ def close():
         dist.destroy_process_group()
 
 
-def shard(model: Qwen2, world: World, replicate: int = 1) -> Qwen2:
+def shard(model: Qwen2, world: World) -> Qwen2:
     """FSDP2, a unit per layer and one for embedding, norm and head. fp32 master weights; bf16 compute and
     fp32 reduction on CUDA."""
-    mesh = dist.init_device_mesh(world.device.type, (world.size, ))
-    if replicate > 1:
-        mesh = dist.init_device_mesh(world.device.type, (replicate, world.size // replicate),
-                                     mesh_dim_names=("replicate", "shard"))
-        for group in mesh.get_all_groups():
-            dist.distributed_c10d._set_pg_timeout(world.timeout, group)
     policy = MixedPrecisionPolicy()
     if world.device.type == "cuda":
         policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
     for module in (*model.layers, model):
-        fully_shard(module, mesh=mesh, mp_policy=policy)
+        fully_shard(module, mesh=world.mesh, mp_policy=policy)
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)
+    # Forward: gather a layer before the one in front of it is launched, not after, or a host that is not
+    # ahead of its GPU leaves the network idle. Backward: FSDP's default does the same.
+    for module, following in zip((model, *model.layers), model.layers):
+        module.set_modules_to_forward_prefetch([following])
     return model
+
+
+def shard_of(p: torch.Tensor) -> tuple[torch.Tensor, int, int]:
+    """This rank's rows of a parameter, the first one's number, and the rows of a full shard: FSDP cuts as
+    torch.chunk does, so that the last ranks may have fewer rows, or none."""
+    if not isinstance(p, DTensor):
+        return p.detach(), 0, len(p)
+    mesh = p.device_mesh["shard"]
+    rows = -(-len(p) // mesh.size())
+    return p.detach().to_local(), min(len(p), rows * mesh.get_local_rank()), rows
+
+
+def load_sharded(path: str | Path, world: World) -> Qwen2:
+    """A Hugging Face checkpoint as a sharded model. Each rank reads its own rows and no others. Raises
+    CheckpointError."""
+    config, files = read_config(path), check_tensors(read_config(path), path)
+    with torch.device("meta"):
+        model = Qwen2(config)
+    shard(model, world).to_empty(device=world.device)
+    for name, p in model.named_parameters():
+        local, first, _ = shard_of(p)
+        if len(local):  # opened for each: what was read of a mapped file is resident until it is closed
+            with safe_open(files[name], framework="pt") as f:
+                local.copy_(f.get_slice(name)[first:first + len(local)])
+    return model
+
+
+def save_sharded(model: Qwen2, path: str | Path, world: World, dtype: torch.dtype = torch.float32,
+                 max_shard_bytes: int = 5 * 2**30):
+    """Writes a Hugging Face folder, as model.save does. The ranks take the files in turn, each holds the one
+    that it writes and a tensor beside it."""
+    files, parameters = plan_files(model, dtype.itemsize, max_shard_bytes), dict(model.named_parameters())
+    for i, (file, names) in enumerate(files.items()):
+        tensors = {}
+        for name in names:
+            whole = parameters[name].detach().to(dtype).full_tensor()
+            if i % world.size == world.rank:
+                tensors[name] = whole.cpu()
+        if tensors:
+            write_file(tensors, Path(path) / file)
+    dist.barrier()
+    if world.main:
+        write_index(model, path, dtype, files)
+    dist.barrier()
+
+
+def offload_(optimizer: torch.optim.Optimizer):
+    """AdamW's moments wait for the next step in pinned host memory. They alone: weights and gradients, which
+    CPUOffloadPolicy moves too, would cross the bus for every micro-batch; moments do so once a step, when no
+    activations need their room."""
+    moments, host = ("exp_avg", "exp_avg_sq"), {}
+
+    def fetch(*_):
+        for p, state in optimizer.state.items():
+            state |= {key: state[key].to(p.device, non_blocking=True) for key in moments}
+
+    def stow(*_):
+        for p, state in optimizer.state.items():
+            for key in moments:
+                if (p, key) not in host:
+                    host[p, key] = torch.empty_like(state[key], device="cpu", pin_memory=p.is_cuda)
+                state[key] = host[p, key].copy_(state[key], non_blocking=True)
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()  # a checkpoint reads them next
+
+    optimizer.register_step_pre_hook(fetch)
+    optimizer.register_step_post_hook(stow)
+    stow()
 
 
 def tp_group(tp: int, timeout: timedelta | None = None):
@@ -242,22 +281,108 @@ def lost(e: BaseException) -> str:
 def clip_grad_(model: Qwen2, max_norm: float) -> float:
     """Scales the gradient to a global norm of at most `max_norm`; returns the norm before."""
     grads = [p.grad.to_local() for p in model.parameters() if p.grad is not None]
-    square = torch.stack([g.double().square().sum() for g in grads]).sum()
     mesh = next(model.parameters()).device_mesh
-    dist.all_reduce(square, group=mesh.get_group(mesh.ndim - 1))  # replicas hold the same
-    norm = square.sqrt().item()
+    replicas = mesh.size() // mesh["shard"].size()
+    square = torch.stack([g.double().square().sum() for g in grads]).sum()
+    dist.all_reduce(square)  # over replicas too, so that all have the same bits
+    norm = (square / replicas).sqrt().item()
     if norm > max_norm:
         for g in grads:
             g.mul_(max_norm / norm)
     return norm
 
 
+# ---------------------------------------------------------------------- handoff
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Some columns of a parameter as this rank's shard has them; a bias is a column."""
+
+    name: str
+    local: torch.Tensor
+    first: tuple[int, int]  # row and column of its corner in the whole
+    rows: int  # of a full shard
+    whole_rows: int
+
+
+def buckets(model: Qwen2) -> Iterator[list[Piece]]:
+    """All parameters in order, in buckets of half a layer or a quarter of the embedding, because a gathered
+    one exists up to three times (inside gloo, by rank, by row); what is larger goes by columns."""
+    limit = max(2 * sum(p.numel() for p in model.layers[0].parameters()), model.head_weight.numel()) // 4
+    bucket, size = [], 0
+    for name, p in model.named_parameters():
+        local, row, rows = shard_of(p)
+        local, column = local.view(len(local), p.numel() // len(p)), 0
+        for part in local.split(max(1, limit // len(p)), dim=1):
+            width = part.shape[1]
+            if bucket and size + width * len(p) > limit:
+                yield bucket
+                bucket, size = [], 0
+            bucket.append(Piece(name, part, (row, column), rows, len(p)))
+            column, size = column + width, size + width * len(p)
+    yield bucket
+
+
 @torch.no_grad()
-def publish(trainer: Qwen2, sampler: Qwen2):
-    """Copies the trainer's sharded weights into the sampler's replica, or its tensor-parallel slice of one, a
-    parameter at a time, cast before it is gathered."""
-    target = dict(sampler.named_parameters())
-    for name, p in trainer.named_parameters():
-        full = p.detach().to(target[name].dtype)
-        full = full.full_tensor() if isinstance(full, DTensor) else full
-        target[name].copy_(tp_slice(name, full, sampler.tp_rank, sampler.tp))
+def publish(trainer: Qwen2, sampler: Qwen2) -> int:
+    """Copies the trainer's sharded weights into the sampler's replica, or its tensor-parallel slice of one:
+    cast, then gathered inside the shard group, half a layer at a time. Returns the fingerprint of both.
+
+    Takes less memory than max(two layers, one embedding matrix) in the sampler's dtype. Raises HandoffError
+    on all ranks if the weights of one are not what was sent.
+    """
+    mesh, head, target = None, sampler.head_weight, dict(sampler.named_parameters())
+    if isinstance(trainer, FSDPModule):
+        trainer.reshard()  # embedding and head are still whole after a forward without a backward
+        mesh = trainer.head_weight.device_mesh["shard"]
+    sent, received = ({name: head.new_zeros((), dtype=torch.int64) for name in target} for _ in range(2))
+    for bucket in buckets(trainer):
+        sizes = [piece.rows * piece.local.shape[1] for piece in bucket]
+        mine = head.new_empty(sum(sizes))
+        for piece, part in zip(bucket, mine.split(sizes)):
+            part = part.view(piece.rows, -1)[:len(piece.local)].copy_(piece.local)
+            sent[piece.name] += bits(part, *piece.first)
+        everyone = DTensor.from_local(mine, mesh, [Shard(0)]).full_tensor() if mesh else mine
+        for piece, part in zip(bucket, everyone.view(-1, len(mine)).split(sizes, dim=1)):
+            width, column = piece.local.shape[1], piece.first[1]
+            whole, to = part.reshape(-1, width)[:piece.whole_rows], target[piece.name]
+            to.view(len(to), -1)[:, column:column + width].copy_(
+                tp_slice(piece.name, whole, sampler.tp_rank, sampler.tp))
+    for name, p in target.items():
+        part, dim = p.view(len(p), -1), tp_dim(name)
+        if dim is not None or sampler.tp_rank == 0:  # what every rank of a tp group has counts once
+            corner = [sampler.tp_rank * part.shape[i] if i == dim else 0 for i in (0, 1)]
+            received[name] = bits(part, *corner)
+    return agreement(sent, received, mesh and mesh.get_group(), sampler.group)
+
+
+def bits(x_RC: torch.Tensor, row: int, column: int) -> torch.Tensor:
+    """The bit patterns of a part of a matrix, each times odd numbers of its row and its column, summed mod
+    2^64: the sums of parts add up to that of the whole, however it is cut."""
+    x_RC = x_RC.view({2: torch.int16, 4: torch.int32}[x_RC.element_size()])
+    odd_R, odd_C = (2 * torch.arange(first, first + n, device=x_RC.device) + 1
+                    for first, n in zip((row, column), x_RC.shape))
+    room = odd_C.new_empty(max(1, 2**(22 if x_RC.is_cuda else 16) // len(odd_C)), len(odd_C))
+    parts = [room[:len(part)].copy_(part).mul_(odd_C).sum(1) for part in x_RC.split(len(room))]
+    return (torch.cat(parts) * odd_R).sum()
+
+
+def agreement(sent: dict[str, torch.Tensor], received: dict[str, torch.Tensor], shard_group, tp_group) -> int:
+    """One number for the weights, the same for any number of ranks; raises HandoffError on all if some rank's
+    disagree. 53 bits, which every reader of JSON keeps."""
+    sums = []
+    for parts, group in ((sent, shard_group), (received, tp_group)):
+        sum_P = torch.stack(list(parts.values()))
+        if group is not None:
+            dist.all_reduce(sum_P, group=group)
+        sums.append(sum_P.tolist())
+    mine = sum((2 * i + 1) * number for i, number in enumerate(sums[0])) % 2**53
+    differ = [name for name, a, b in zip(sent, *sums) if a != b]
+    everyone = gather((mine, differ), None, dist.group.WORLD)
+    for rank, (number, names) in enumerate(everyone):
+        if names or number != everyone[0][0]:
+            what = f"the sampler's {names[0]} is not the trainer's" if names else "weights are not rank 0's"
+            raise HandoffError(f"publish: on rank {rank} {what}. A machine or a change of the code is at "
+                               "fault; the same command goes on from the last checkpoint")
+    return mine

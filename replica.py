@@ -132,9 +132,13 @@ def check_tp(config: ModelConfig, tp: int):
                                   "choose one that does")
 
 
-def tp_slice(name: str, parameter: torch.Tensor, rank: int, tp: int) -> torch.Tensor:
-    """A rank's part of a checkpoint's parameter: rows of what makes heads, MLP columns and logits, columns of
+def tp_dim(name: str) -> int | None:
+    """What is cut of a checkpoint's parameter: rows of what makes heads, MLP columns and logits, columns of
     what reads them; norms are whole."""
-    if tp == 1 or "norm" in name:
-        return parameter
-    return parameter.chunk(tp, dim=1 if name.endswith(("o_proj.weight", "down_proj.weight")) else 0)[rank]
+    return None if "norm" in name else 1 if name.endswith(("o_proj.weight", "down_proj.weight")) else 0
+
+
+def tp_slice(name: str, parameter: torch.Tensor, rank: int, tp: int) -> torch.Tensor:
+    """A rank's part of a checkpoint's parameter."""
+    dim = tp_dim(name)
+    return parameter if tp == 1 or dim is None else parameter.chunk(tp, dim)[rank]

@@ -21,7 +21,8 @@ ROOT = Path(__file__).parent
 
 # What a run may change when it goes on: nothing that its steps depend on.
 MAY_DIFFER = {"run_dir", "resume", "steps", "save_every", "keep_checkpoints", "keep_every", "device", "wandb",
-              "max_sequences", "replicate", "timeout", "max_skipped"}
+              "max_sequences", "replicate", "recompute", "offload_activations", "offload_optimizer",
+              "timeout", "max_skipped"}
 
 # ---------------------------------------------------------------------- folder of the run
 

@@ -36,6 +36,7 @@ from rewards import REWARDS, Remote, RewardError, count_words, is_batched, is_re
 from sampler import Completion, Sampler
 from scheduler import Request, assign
 from tokenizer import Tokenizer, TokenizerError
+from watch import Stopped, Watch
 
 
 @dataclass
@@ -73,7 +74,10 @@ class Config:
     reference: str = ""  # its checkpoint folder; empty: `model`
     overlong: str = "keep"  # samples cut at max_new_tokens: keep, or mask (not specified by the paper)
     micro_batch_tokens: int = 4096  # tokens of a packed micro-batch on each rank
+    replicate: int = 1  # HSDP: so many copies of the weights, each sharded over its part of the GPUs
     recompute: bool = False  # recompute each layer's activations in backward: less memory, a third more time
+    offload_activations: bool = False  # what recompute starts from, a layer's inputs, waits in host memory
+    offload_optimizer: bool = False  # AdamW's moments, half of the training state, wait in host memory
     max_sequences: int = 64  # sequences that each sampler decodes at a time
     page_size: int = 16  # tokens of a KV page
     replicate: int = 1  # HSDP: copies of the sharded weights, each over world / replicate ranks
@@ -140,6 +144,11 @@ def check(config: Config, world: parallel.World):
             f"top_p must be 1 in training, not {config.top_p}: the policy that samples would not be the one "
             "that is trained"
         )
+    if world.size % config.replicate:
+        raise ConfigError(f"replicate {config.replicate} does not divide the {world.size} ranks: each copy "
+                          "of the weights is sharded over as many")
+    if config.offload_activations and not config.recompute:
+        raise ConfigError("offload_activations needs recompute: set it to true too")
     if config.prompts_per_step % world.size:
         raise ConfigError(
             f"prompts_per_step {config.prompts_per_step} does not divide by {world.size} ranks: groups stay "
@@ -396,6 +405,7 @@ def update(model, reference, optimizer, samples: list[grpo.Sample], minibatches:
         for part in plan:
             if True not in taken:
                 parallel.heed(world)
+            model.set_requires_all_reduce(part is plan[-1])  # replicas add up their gradients once
             batch = grpo.collate([samples[i] for i in part], world.device)
             old_N = torch.cat([old[i] for i in part]) if old and part else None
             seen, gap_N = backward(model, reference, batch, old_N, count, config, n_valid)
@@ -563,8 +573,9 @@ def evaluate(step: int, prompts: list, sampler: Sampler, config: Config, folder:
     return {f"eval/{name}": v for name, v in metrics.items() if not name.startswith(within_group)}
 
 
-def train(config: Config, clock: run.Clock | None = None, watch: parallel.Watch | None = None):
-    clock, world = clock or run.Clock(), parallel.setup(config.device, config.timeout, watch)
+def train(config: Config, clock: run.Clock | None = None, watch: Watch | None = None):
+    clock, world = clock or run.Clock(), parallel.setup(config.device, config.timeout, watch,
+                                                        config.replicate)
     inputs = read_inputs(config, world)
     prompts, eval_prompts, tokenizer = inputs.prompts, inputs.eval_prompts, inputs.tokenizer
     names = config.reward_names
@@ -576,12 +587,14 @@ def train(config: Config, clock: run.Clock | None = None, watch: parallel.Watch 
                   "run_dir")
         return
 
-    model = parallel.shard(qwen.load(inputs.model), world, config.replicate)
-    model.recompute = config.recompute
-    reference = parallel.shard(qwen.load(inputs.reference), world, config.replicate) if config.beta else None
+    model = parallel.load_sharded(inputs.model, world)
+    model.recompute, model.offload_activations = config.recompute, config.offload_activations
+    reference = parallel.load_sharded(inputs.reference, world) if config.beta else None
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, betas=(0.9, 0.95),
                                   weight_decay=config.weight_decay, fused=True)
     saved = checkpoints.load(newest[0], model, optimizer) if newest else {"step": 0, "cursor": 0}
+    if config.offload_optimizer:
+        parallel.offload_(optimizer)
     made_by = {"code": run.code_hash(), "config": asdict(config)}
     # state: of the last step; safe: of the last that was not skipped, whose weights these still are
     state = safe = {name: saved.get(name, 0) for name in ("step", "cursor", "skipped")}
@@ -609,10 +622,10 @@ def train(config: Config, clock: run.Clock | None = None, watch: parallel.Watch 
         in the log yet."""
         try:
             yield
-        except (parallel.Stopped, RewardError, DiskError, Diverged) as e:
+        except (Stopped, RewardError, DiskError, Diverged) as e:
             if safe["step"] > on_disk:
                 save(**(unlogged if safe is state else {}))
-            if isinstance(e, parallel.Stopped) and world.main:
+            if isinstance(e, Stopped) and world.main:
                 print(f"stopped by SIGTERM: step {safe['step']} is kept, and the same command goes on from "
                       "there", flush=True)
             raise
@@ -678,7 +691,7 @@ def train(config: Config, clock: run.Clock | None = None, watch: parallel.Watch 
             trained, gaps, taken = update(model, reference, optimizer, samples, parts, config,
                                           tokenizer.n_valid, world)
         with clock("publish"):
-            parallel.publish(model, sampler.model)
+            fingerprint = parallel.publish(model, sampler.model)
         skipped = state["skipped"]
         for yes in taken:
             skipped = skipped if yes is None else 0 if yes else skipped + 1
@@ -687,7 +700,7 @@ def train(config: Config, clock: run.Clock | None = None, watch: parallel.Watch 
 
         # Log.
         metrics = {"step": step, **summarise(mine, completions, rewards_BGR, names, world), **trained,
-                   "lr": lr, **costs(samples, clock.seconds, world)}
+                   "lr": lr, "weights/fingerprint": fingerprint, **costs(samples, clock.seconds, world)}
         extra = [[{"advantages": dict(zip(names, per_reward_BGR[b, g].tolist())),
                    "advantage": advantage_BG[b, g].item(), "gap_mean": gaps[b * config.group_size + g]}
                   for g in range(config.group_size)] for b in range(len(mine))]
@@ -722,14 +735,15 @@ def keep_bad(folder: Path, step: int, samples: list[grpo.Sample], world):
 
 
 def main():
-    clock, watch, rank = run.Clock(), parallel.Watch(), int(os.environ.get("RANK", 0))
+    clock, watch, rank = run.Clock(), Watch(), int(os.environ.get("RANK", 0))
     faulthandler.enable()  # where NCCL's watchdog ends a process, it says at least in which line
     try:
         train(parse(sys.argv[1:]), clock, watch)
-    except parallel.Stopped:
+    except Stopped:
         pass
-    except (ConfigError, parallel.SetupError, qwen.CheckpointError, checkpoints.BadCheckpoint, DiskError,
-            prompt_data.PromptError, TokenizerError, RewardError, Diverged) as e:
+    except (ConfigError, parallel.SetupError, parallel.HandoffError, qwen.CheckpointError,
+            checkpoints.BadCheckpoint, DiskError, prompt_data.PromptError, TokenizerError, RewardError,
+            Diverged) as e:
         if rank == 0:
             print(f"error: {e}", file=sys.stderr, flush=True)
         else:  # torchrun ends all with the first that exits: not before rank 0 has spoken

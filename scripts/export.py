@@ -53,12 +53,17 @@ def export(source: Path, out: Path, dtype: str = "", model_path: str = "") -> Pa
         raise ExportError(f"{out} is not empty: choose another folder")
     original = json.loads((start / "config.json").read_text())
     dtype = getattr(torch, dtype or original.get("torch_dtype") or original.get("dtype") or "float32")
-    model = qwen.Qwen2(config)
-    weights = dict(model.named_parameters())
-    with warnings.catch_warnings(action="ignore"):  # that it reads without a process group, as it should
-        dcp.load({name: p.detach() for name, p in weights.items()},
-                 storage_reader=dcp.HuggingFaceStorageReader(str(checkpoint / "weights")), no_dist=True)
-    qwen.save(model.to(dtype), out)
+    with torch.device("meta"):
+        model = qwen.Qwen2(config)
+    shapes = {name: p.shape for name, p in model.named_parameters()}
+    files = qwen.plan_files(model, dtype.itemsize)
+    reader = dcp.HuggingFaceStorageReader(str(checkpoint / "weights"))
+    for file, names in files.items():  # read as they are cast: no more than a file is ever in memory
+        tensors = {name: torch.empty(shapes[name], dtype=dtype) for name in names}
+        with warnings.catch_warnings(action="ignore"):  # that it reads without a process group, as it should
+            dcp.load(tensors, storage_reader=reader, no_dist=True)
+        qwen.write_file(tensors, out / file)
+    qwen.write_index(model, out, dtype, files)
     ours = ("config.json", "generation_config.json", "model.safetensors.index.json")
     for file in start.iterdir():  # the tokenizer's files, and whatever else stands beside the weights
         if file.suffix in (".json", ".txt", ".jinja") and file.name not in ours:

@@ -99,10 +99,7 @@ def run(config: Config):
             if world.main:
                 print(f"step {step + 1}/{steps}  loss {mean:.3f}  {time.perf_counter() - start:.0f} s",
                       flush=True)
-    full = qwen.Qwen2(model.config)
-    parallel.publish(model, full)
-    if world.main:
-        qwen.save(full, config.out)
+    parallel.save_sharded(model, config.out, world)
     parallel.close()
 
 

@@ -67,6 +67,8 @@ OPTIONS = {  # options: what the sentence must name
     "--group_size 1": ["group_size", "at least 2", "1"],
     "--updates_per_batch 0": ["updates_per_batch must be positive"],
     "--updates_per_batch 3": ["prompts_per_step 8", "updates_per_batch 3"],
+    "--replicate 2": ["replicate 2", "1 ranks"],
+    "--offload_activations true": ["offload_activations needs recompute"],
     "--reference data/tiny/base": ["reference data/tiny/base", "beta is 0"],
     "--prompt_style thinking": ["prompt_style", "think, direct", "'thinking'"],
     "--advantage mean": ["advantage", "per_reward, sum, gdpo", "'mean'"],

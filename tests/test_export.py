@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ import transformers
 import model as qwen
 from sampler import Request, Sampler
 from scripts import export
-from tests.test_run import ROOT, in_process
+from tests.test_run import ROOT, in_process, tensors
 from tokenizer import Tokenizer
 
 
@@ -48,6 +49,17 @@ def test_an_older_checkpoint_and_another_dtype(run, tmp_path):
     two, four = (qwen.load(tmp_path / name).state_dict() for name in ("two", "four"))
     assert json.loads((tmp_path / "two" / "config.json").read_text())["torch_dtype"] == "bfloat16"
     assert any(not torch.equal(two[name], four[name].bfloat16().float()) for name in two)
+
+
+def test_a_file_at_a_time_is_the_same_checkpoint(run, tmp_path, monkeypatch):
+    export.export(run, tmp_path / "one", "bfloat16")
+    monkeypatch.setattr(qwen, "plan_files", partial(qwen.plan_files, max_shard_bytes=300_000))
+    export.export(run, tmp_path / "many", "bfloat16")
+    one, many = (qwen.load(tmp_path / name, torch.bfloat16).state_dict() for name in ("one", "many"))
+    assert len(list((tmp_path / "many").glob("*.safetensors"))) > 3
+    assert one.keys() == many.keys() and all(torch.equal(one[name], many[name]) for name in one)
+    trained = {k.split("/")[-1]: v.bfloat16() for k, v in tensors(run, 4).items() if k.startswith("weights")}
+    assert one.keys() == trained.keys() and all(torch.equal(one[name], trained[name]) for name in one)
 
 
 def test_what_cannot_be_exported(run, tmp_path, capsys, monkeypatch):

@@ -129,7 +129,9 @@ def test_an_update_is_the_same_on_two_ranks_and_in_any_micro_batches(loss, advan
             assert done.returncode == 0, done.stderr
         weights, moments = (merged(folder, part, base, suffix)
                             for part, suffix in (("weights", ""), ("optimizer", ".exp_avg")))
-        seen.append((metrics(folder)[0], weights - flat(base), moments))
+        (numbers,) = metrics(folder)
+        del numbers["weights/fingerprint"]  # of weights that differ in their last bits
+        seen.append((numbers, weights - flat(base), moments))
     numbers, moved, moments = seen[0]
     assert moved.norm() > 0.1 and 0 < numbers["truncated"] < 1 and numbers["missing/patchy"] > 0
     for other_numbers, other_moved, other_moments in seen[1:]:
