@@ -166,7 +166,8 @@ class Progress:
 class Clock:
     """Seconds by phase of a step."""
     def __init__(self):
-        self.seconds = dict.fromkeys(("sample", "score", "update", "publish", "save"), 0.0)
+        phases = ("sample", "idle", "score", "logprob", "backward", "step", "update", "publish", "save")
+        self.seconds = dict.fromkeys(phases, 0.0)
 
     @contextmanager
     def __call__(self, phase: str, wait: bool = True) -> Iterator[None]:
