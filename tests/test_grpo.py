@@ -231,8 +231,8 @@ def test_ranks_get_equal_flops():
         assert seen["balance/flops"] > used and seen["balance/tokens"] > filled, (ranks, seen)
     one_long = pack([0, 1, 2, 3, 4], [400, 100, 100, 100, 100], [800, 100, 100, 100, 100], 400, 2)
     assert sorted(map(sorted, one_long[0])) == [[0], [1, 2, 3, 4]], "attention makes the long one cost more"
-    in_order = pack([0, 1, 2, 3], [90, 80, 50, 40], [90, 80, 50, 40], 100, 2)
-    assert in_order == [[[0], [1]], [[2], [3]]], "a round lasts as long as its largest"
+    in_order = pack([0, 1, 2, 3, 4], [90, 60, 55, 50, 45], [90, 60, 55, 50, 45], 100, 2)
+    assert in_order == [[[3, 4], [0]], [[1], [2]]], "a round lasts as long as its largest"
 
 
 def test_balance_by_hand():
