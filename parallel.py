@@ -149,7 +149,8 @@ def agreed(kind: type[Exception], world: World) -> Iterator[None]:
 def clip_grad_(model: Qwen2, max_norm: float) -> float:
     """Scales the gradient to a global norm of at most `max_norm`; returns the norm before."""
     grads = [p.grad.to_local() for p in model.parameters() if p.grad is not None]
-    square = torch.stack([g.double().square().sum() for g in grads]).sum()
+    pieces = (x for g in grads for x in g.flatten().split(2**22))  # in fp64 the whole is twice its size
+    square = torch.stack([x.double().square().sum() for x in pieces]).sum()
     dist.all_reduce(square)
     norm = square.sqrt().item()
     if norm > max_norm:

@@ -323,8 +323,8 @@ def minibatches(samples: list[grpo.Sample], config: Config) -> list[list[int]]:
 def logprobs(model, batch: grpo.Batch, config: Config, n_valid: int) -> tuple[torch.Tensor, torch.Tensor]:
     """logp_N and entropy_N of a micro-batch's trained tokens, at the sampling temperature."""
     hidden_TC = model(batch.tokens_T, batch.attention)
-    return linear_logprob(hidden_TC[batch.mask_T], model.head_weight[:n_valid], batch.targets_T[batch.mask_T],
-                          config.temperature)
+    return linear_logprob(hidden_TC[batch.mask_T], model.head_weight, batch.targets_T[batch.mask_T],
+                          config.temperature, n_valid=n_valid)
 
 
 def backward(model, reference, batch: grpo.Batch, old_N: torch.Tensor | None, count: dict[str, int],
