@@ -24,7 +24,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from model import Qwen2
-from replica import tp_slice
+from replica import restore_, tp_slice
 
 
 @dataclass(frozen=True)
@@ -163,6 +163,7 @@ def clip_grad_(model: Qwen2, max_norm: float) -> float:
 def publish(trainer: Qwen2, sampler: Qwen2):
     """Copies the trainer's sharded weights into the sampler's replica, or its tensor-parallel slice of one, a
     parameter at a time, cast before it is gathered."""
+    restore_(sampler)
     target = dict(sampler.named_parameters())
     for name, p in trainer.named_parameters():
         full = p.detach().to(target[name].dtype)

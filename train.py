@@ -595,6 +595,7 @@ def train(config: Config):
         samples = [[grpo.Sample(requests[b].prompt_ids, c.token_ids, c.logprobs, advantage_BG[b, g].item(),
                                 config.overlong == "keep" or c.finish_reason != "length")
                     for g, c in enumerate(group)] for b, group in enumerate(completions)]
+        replica.release_(sampler.model)  # until publish: its memory is the update's
         with clock("update"):
             samples = sum(everyones(samples, share, world), [])
             trained, gaps = update(model, reference, optimizer, samples, config, tokenizer.n_valid, world,
