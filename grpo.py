@@ -28,6 +28,7 @@ class Sample:
     token_ids: list[int]
     rollout_logp: list[float]  # the sampler's, one per token
     advantage: float
+    trained: bool = True  # False: masked, out of numerator and denominator
 
 
 @dataclass(frozen=True)
@@ -98,28 +99,42 @@ def advantages(rewards_BGR: torch.Tensor, weights_R: torch.Tensor, mode: str = "
 # ---------------------------------------------------------------------- packing
 
 
-def pack(lengths: list[int], budget: int, count: int = 0) -> list[list[int]]:
-    """Splits samples into micro-batches of at most `budget` tokens (a longer sample stands alone); indices of
-    each.
+def pack(chosen: list[int], lengths: list[int], flops: list[int], budget: int,
+         ranks: int = 1) -> list[list[list[int]]]:
+    """Micro-batches of at most `budget` tokens (a longer sample stands alone) out of the chosen samples:
+    rounds of one for each rank, as few as fit, of about equal flops.
 
-    Longest first, into the first micro-batch with room. With `count` larger than needed the fullest ones are
-    split, and empty ones added, so that every rank has as many: FSDP's collectives must match.
+    FSDP's collectives keep the ranks in step from layer to layer, so that a round lasts as long as its
+    largest micro-batch. Most flops first, each sample to the micro-batch that has least so far and room for
+    it; a round is made of neighbours in size. A micro-batch is empty only where samples are too few.
     """
-    bins, room = [], []
-    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        at = next((b for b, r in enumerate(room) if r >= lengths[i]), len(bins))
-        if at == len(bins):
-            bins.append([])
-            room.append(budget)
-        bins[at].append(i)
-        room[at] -= lengths[i]
-    while len(bins) < count:
-        fullest = max(range(len(bins)), key=lambda b: len(bins[b]), default=None)
-        split = bins[fullest] if fullest is not None else []
-        bins.append(split[1::2])
-        if split:
-            bins[fullest] = split[::2]
-    return bins
+    ranked = sorted(chosen, key=lambda i: -flops[i])
+    fewest = min(len(chosen), -(-sum(lengths[i] for i in chosen) // budget))
+    for count in range(-(-fewest // ranks) * ranks, len(chosen) + ranks, ranks):
+        bins, room, load = [[] for _ in range(count)], [budget] * count, [0] * count
+        for i in ranked:
+            fits = [b for b in range(count) if room[b] >= lengths[i] or not bins[b]]
+            if not fits:
+                break
+            b = min(fits, key=load.__getitem__)
+            bins[b].append(i)
+            room[b] -= lengths[i]
+            load[b] += flops[i]
+        else:
+            order = sorted(range(count), key=lambda b: -load[b])
+            return [[bins[b] for b in order[k:k + ranks]] for k in range(0, count, ranks)]
+    return []
+
+
+def balance(rounds: list[list[list[int]]], lengths: list[int], flops: list[int],
+            budget: int) -> dict[str, float]:
+    """Shares of what the ranks could do in the rounds of `pack`, each as long as its largest micro-batch, and
+    of the tokens that would fit."""
+    load = [[sum(flops[i] for i in part) for part in parts] for parts in rounds]
+    tokens = sum(lengths[i] for parts in rounds for part in parts for i in part)
+    whole = sum(max(x) * len(x) for x in load)
+    return {"balance/flops": sum(map(sum, load)) / max(1, whole),
+            "balance/tokens": tokens / max(1, budget * sum(map(len, rounds)))}
 
 
 def collate(samples: list[Sample], device="cpu") -> Batch:

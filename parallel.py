@@ -25,7 +25,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 
 from model import Qwen2, check_tensors, plan_files, read_config, write_file, write_index
-from replica import tp_dim, tp_slice
+from replica import restore_, tp_dim, tp_slice
 from watch import Stopped, Watch
 
 
@@ -283,7 +283,8 @@ def clip_grad_(model: Qwen2, max_norm: float) -> float:
     grads = [p.grad.to_local() for p in model.parameters() if p.grad is not None]
     mesh = next(model.parameters()).device_mesh
     replicas = mesh.size() // mesh["shard"].size()
-    square = torch.stack([g.double().square().sum() for g in grads]).sum()
+    pieces = (x for g in grads for x in g.flatten().split(2**22))  # in fp64 the whole is twice its size
+    square = torch.stack([x.double().square().sum() for x in pieces]).sum()
     dist.all_reduce(square)  # over replicas too, so that all have the same bits
     norm = (square / replicas).sqrt().item()
     if norm > max_norm:
@@ -332,6 +333,7 @@ def publish(trainer: Qwen2, sampler: Qwen2) -> int:
     Takes less memory than max(two layers, one embedding matrix) in the sampler's dtype. Raises HandoffError
     on all ranks if the weights of one are not what was sent.
     """
+    restore_(sampler)
     mesh, head, target = None, sampler.head_weight, dict(sampler.named_parameters())
     if isinstance(trainer, FSDPModule):
         trainer.reshard()  # embedding and head are still whole after a forward without a backward

@@ -62,6 +62,19 @@ def prepare_(model: Qwen2):
             norm.forward = short_norm(norm)
 
 
+def release_(model: Qwen2):
+    """Gives back the memory of the weights until `restore_`, which brings back the room, not the values."""
+    storages = {s.data_ptr(): s for s in (p.untyped_storage() for p in model.parameters())}.values()
+    model.released = [(s, s.nbytes()) for s in storages if s.nbytes()]
+    for s in storages:
+        s.resize_(0)
+
+
+def restore_(model: Qwen2):
+    for s, size in model.__dict__.pop("released", ()):
+        s.resize_(size)
+
+
 def short_norm(norm: RMSNorm):
     """RMSNorm in four operations; on a CPU torch's takes nine, and a thin batch's time is their number."""
     size, floor = len(norm.weight), torch.tensor((len(norm.weight) * norm.eps)**0.5)

@@ -126,6 +126,7 @@ def cut_back(folder: Path, step: int):
 def write_jsonl(file: Path, records: list[dict], mode: str = "w"):
     """Raises DiskError."""
     try:
+        file.parent.mkdir(exist_ok=True)
         with file.open(mode, encoding="utf-8") as f:
             f.writelines(json.dumps(r, ensure_ascii=False) + "\n" for r in records)
     except OSError as e:
@@ -191,7 +192,8 @@ class Clock:
 
     def begin(self, step: int):
         self.step, self.phase = step, "log"  # whatever is no phase of its own
-        self.seconds |= dict.fromkeys(("sample", "score", "update", "publish"), 0.0)
+        phases = ("sample", "idle", "score", "logprob", "backward", "step", "update", "publish")
+        self.seconds |= dict.fromkeys(phases, 0.0)
 
     @contextmanager
     def __call__(self, phase: str, wait: bool = True) -> Iterator[None]:

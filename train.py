@@ -80,7 +80,6 @@ class Config:
     offload_optimizer: bool = False  # AdamW's moments, half of the training state, wait in host memory
     max_sequences: int = 64  # sequences that each sampler decodes at a time
     page_size: int = 16  # tokens of a KV page
-    replicate: int = 1  # HSDP: copies of the sharded weights, each over world / replicate ranks
     tp: int = 1  # GPUs of a node that share a sampler by tensor parallelism, for models too large for one
     sampler_dtype: str = "auto"  # auto: bfloat16 on CUDA, float32 on CPU; or either by name
     eval_prompts: str = "data/tiny/eval_prompts.jsonl"  # empty: no evaluation
@@ -162,8 +161,6 @@ def check(config: Config, world: parallel.World):
     if config.keep_every % config.save_every:
         raise ConfigError(f"keep_every {config.keep_every} is no multiple of save_every {config.save_every}: "
                           "those steps have no checkpoint")
-    if world.size % config.replicate:
-        raise ConfigError(f"replicate {config.replicate} does not divide {world.size} ranks")
     if (here := int(os.environ.get("LOCAL_WORLD_SIZE", 1))) % config.tp:
         raise ConfigError(
             f"tp {config.tp} does not divide the {here} processes of a node: a sampler stays inside a node")
@@ -261,6 +258,8 @@ def sample_and_score(sampler: Sampler, prompts: list, requests: list[Request], c
             finally:
                 progress.close()
                 sampler.sleep()  # its pages' memory is the update's now
+                ended = time.perf_counter()
+        clock.seconds["idle"] += time.perf_counter() - ended  # until the last rank's last sample
         sampled = time.monotonic()
         for r, name in at_the_end:  # perhaps sharded models, which nobody enters alone
             with parallel.agreed(RewardError, world), clock("score"):
@@ -316,44 +315,48 @@ def summarise(prompts: list, completions: list[list[Completion]], rewards_BGR: t
 
 
 def costs(samples: list[grpo.Sample], seconds: dict[str, float], world) -> dict[str, float]:
-    """Seconds by phase of the slowest rank, rates over all ranks, memory of the hungriest one."""
+    """Seconds by phase of the slowest rank, rates over all ranks, whose samples these are, memory of the
+    hungriest one."""
     slowest = parallel.largest(seconds | {"memory": run.peak_memory_gb(world.device)}, world)
-    tokens = parallel.total({"new": sum(len(s.token_ids) for s in samples),
-                             "prompt": sum(len(s.prompt_ids) for s in samples)}, world)
+    new, prompt = sum(len(s.token_ids) for s in samples), sum(len(s.prompt_ids) for s in samples)
     return {"memory/peak_gb": slowest.pop("memory"),
             **{f"time/{phase}": s for phase, s in slowest.items()},
-            "tokens_per_second/sample": tokens["new"] / slowest["sample"],
-            "tokens_per_second/update": (tokens["new"] + tokens["prompt"]) / slowest["update"]}
+            "tokens_per_second/sample": new / slowest["sample"],
+            "tokens_per_second/update": (new + prompt) / slowest["update"]}
 
 
-def minibatches(completions: list[list[Completion]], share: list[int], config: Config) -> list[list[int]]:
-    """Indices of this rank's samples, group after group, for each optimiser step. Groups are split by their
-    place in the whole batch (share), so that an update is the same on any number of ranks; `overlong` mask
-    leaves samples out."""
-    out = [[] for _ in range(config.updates_per_batch)]
-    groups = config.prompts_per_step // config.updates_per_batch
-    for i, c in enumerate(sum(completions, [])):
-        place = share[i // config.group_size]
-        if config.overlong == "keep" or c.finish_reason != "length":
-            out[place // groups].append(i)
-    return out
+def everyones(groups: list, share: list[int], world) -> list:
+    """The groups of all ranks in the order of the whole batch, in which this rank's are `share`."""
+    by_place = {}
+    for theirs in parallel.gather(dict(zip(share, groups)), world):
+        by_place |= theirs
+    return [by_place[place] for place in sorted(by_place)]
+
+
+def minibatches(samples: list[grpo.Sample], config: Config) -> list[list[int]]:
+    """Indices of the samples that each optimiser step trains, out of the whole batch, group after group;
+    groups stay whole."""
+    size = len(samples) // config.updates_per_batch
+    return [[i for i in range(start, start + size) if samples[i].trained]
+            for start in range(0, len(samples), size)]
 
 
 def logprobs(model, batch: grpo.Batch, config: Config, n_valid: int) -> tuple[torch.Tensor, torch.Tensor]:
     """logp_N and entropy_N of a micro-batch's trained tokens, at the sampling temperature."""
     hidden_TC = model(batch.tokens_T, batch.attention)
-    return linear_logprob(hidden_TC[batch.mask_T], model.head_weight[:n_valid], batch.targets_T[batch.mask_T],
-                          config.temperature)
+    return linear_logprob(hidden_TC[batch.mask_T], model.head_weight, batch.targets_T[batch.mask_T],
+                          config.temperature, n_valid=n_valid)
 
 
 def backward(model, reference, batch: grpo.Batch, old_N: torch.Tensor | None, count: dict[str, int],
-             config: Config, n_valid: int) -> tuple[dict[str, float], torch.Tensor]:
+             config: Config, n_valid: int, clock: run.Clock) -> tuple[dict[str, float], torch.Tensor]:
     """Adds the gradient of one micro-batch: (sums over its tokens, |logprob gap| of each token).
 
     old_N: logprobs of the policy that sampled, by the trainer; None while it is the one that is trained.
     count: samples and tokens that are trained in the whole batch.
     """
-    logp_N, entropy_N = logprobs(model, batch, config, n_valid)
+    with clock("logprob"):
+        logp_N, entropy_N = logprobs(model, batch, config, n_valid)
     old_N, rollout_N = logp_N.detach() if old_N is None else old_N, batch.rollout_logp_T[batch.mask_T]
     denominator_N = grpo.denominators(batch.lengths, config.loss, count["samples"], count["tokens"],
                                       config.max_new_tokens, logp_N.device)
@@ -362,42 +365,44 @@ def backward(model, reference, batch: grpo.Batch, old_N: torch.Tensor | None, co
         options["correction_N"] = grpo.truncated_ratio(old_N, rollout_N, config.tis_cap)
         sums["capped"] = (options["correction_N"] == config.tis_cap).sum()
     if reference:
-        with torch.no_grad():
+        with torch.no_grad(), clock("logprob"):
             options["reference_logp_N"] = logprobs(reference, batch, config, n_valid)[0]
         options["beta"] = config.beta
     loss, seen = grpo.policy_loss(logp_N, old_N, batch.advantage_T[batch.mask_T], denominator_N,
                                   config.eps_low, config.eps_high, config.is_ratio, batch.lengths, **options)
-    loss.backward()
+    with clock("backward"):
+        loss.backward()
     sums |= seen | grpo.mismatch(old_N, rollout_N)
     sums |= {"loss": loss.detach(), "entropy": entropy_N.detach().sum()}
     return {name: value.item() for name, value in sums.items()}, (old_N - rollout_N).abs()
 
 
-def update(model, reference, optimizer, samples: list[grpo.Sample], minibatches: list[list[int]],
-           config: Config, n_valid: int,
-           world) -> tuple[dict[str, float], list[float | None], list[bool | None]]:
-    """One optimiser step for each minibatch, indices of this rank's samples: (metrics over all of them and
-    all ranks, mean |logprob gap| of each sample, None if it is in no minibatch, whether each step was taken).
+def update(model, reference, optimizer, samples: list[grpo.Sample], parts: list[list[int]], config: Config,
+           n_valid: int, world,
+           clock: run.Clock) -> tuple[dict[str, float], list[float | None], list[bool | None]]:
+    """One optimiser step for each part of the samples, which are those of all ranks: (metrics over all of
+    them, mean |logprob gap| of each sample, None if it is not trained, whether each step was taken).
 
-    None is taken where all samples are masked on all ranks (None), or where the gradient is not finite or
-    above skip_grad (False). Raises Stopped, on all ranks, as long as the weights are those of the last step.
+    Whoever sampled them, each rank trains those that give all ranks the same work. None is taken where all
+    samples of a part are masked (None), or where the gradient is not finite or above skip_grad (False).
+    Raises Stopped, on all ranks, as long as the weights are those of the last step.
     """
-    plans, counts, budget = [], [], config.micro_batch_tokens
-    for chosen in minibatches:
-        lengths = [len(samples[i].prompt_ids) + len(samples[i].token_ids) for i in chosen]
-        most = int(parallel.largest({"needed": len(grpo.pack(lengths, budget))}, world)["needed"])
-        plans.append([[chosen[j] for j in part] for part in grpo.pack(lengths, budget, most)])
-        counts.append(parallel.total({"samples": len(chosen),
-                                      "tokens": sum(len(samples[i].token_ids) for i in chosen)}, world))
+    lengths = [len(s.prompt_ids) + len(s.token_ids) for s in samples]
+    flops = [n * model.config.flops_per_token(n // 2) for n in lengths]
+    plans = [grpo.pack(part, lengths, flops, config.micro_batch_tokens, world.size) for part in parts]
+    balance = grpo.balance(sum(plans, []), lengths, flops, config.micro_batch_tokens)
+    plans = [[micro_batch[world.rank] for micro_batch in plan] for plan in plans]
+    counts = [{"samples": len(part), "tokens": sum(len(samples[i].token_ids) for i in part)}
+              for part in parts]
     old = {}  # each sample's logprobs before the first update, where there is a second
     for part in (part for plan in plans for part in plan if len(plans) > 1):
         parallel.heed(world)
         batch = grpo.collate([samples[i] for i in part], world.device)
-        with torch.no_grad():
+        with torch.no_grad(), clock("logprob"):
             old |= zip(part, logprobs(model, batch, config, n_valid)[0].split(batch.lengths))
 
     sums = dict.fromkeys(("loss", "clipped", "entropy", "gap/mean", "gap/k3", "kl", "capped"), 0.0)
-    gap_max, gaps, norms, taken = 0.0, [None] * len(samples), [], []
+    gap_max, gaps, norms, taken = 0.0, dict.fromkeys(range(len(samples)), 0.0), [], []
     for plan, count in zip(plans, counts):
         if not count["tokens"]:
             taken.append(None)
@@ -408,28 +413,30 @@ def update(model, reference, optimizer, samples: list[grpo.Sample], minibatches:
             model.set_requires_all_reduce(part is plan[-1])  # replicas add up their gradients once
             batch = grpo.collate([samples[i] for i in part], world.device)
             old_N = torch.cat([old[i] for i in part]) if old and part else None
-            seen, gap_N = backward(model, reference, batch, old_N, count, config, n_valid)
+            seen, gap_N = backward(model, reference, batch, old_N, count, config, n_valid, clock)
             gap_max = max(gap_max, seen.pop("gap/max"))
             sums |= {name: sums[name] + value for name, value in seen.items()}
             for i, gap in zip(part, gap_N.split(batch.lengths)):
                 gaps[i] = gap.mean().item()
-        norms.append(parallel.clip_grad_(model, config.clip_grad))
-        taken.append(math.isfinite(norms[-1]) and not 0 < config.skip_grad < norms[-1])
-        if taken[-1]:
-            optimizer.step()
-        optimizer.zero_grad()
-    sums, tokens = parallel.total(sums, world), max(1, sum(count["tokens"] for count in counts))
+        with clock("step"):
+            norms.append(parallel.clip_grad_(model, config.clip_grad))
+            taken.append(math.isfinite(norms[-1]) and not 0 < config.skip_grad < norms[-1])
+            if taken[-1]:
+                optimizer.step()
+            optimizer.zero_grad()
+    sums, gaps = parallel.total(sums, world), parallel.total(gaps, world)  # of each gap one rank knows
+    tokens = max(1, sum(count["tokens"] for count in counts))
     metrics = {"loss": sums["loss"] / max(1, len(norms)), "grad_norm": sum(norms) / max(1, len(norms)),
                "skipped_updates": len(taken) - taken.count(True),
                "clip_share": sums["clipped"] / tokens, "entropy": sums["entropy"] / tokens,
                "gap/mean": sums["gap/mean"] / tokens, "gap/k3": sums["gap/k3"] / tokens,
-               **parallel.largest({"gap/max": gap_max}, world)}
+               **parallel.largest({"gap/max": gap_max}, world), **balance}
     if reference:
         reference.reshard()  # its embedding and head, which FSDP keeps whole after a forward
         metrics["kl"] = sums["kl"] / tokens
     if config.tis_cap:
         metrics["tis_capped"] = sums["capped"] / tokens
-    return metrics, gaps, taken
+    return metrics, [gaps[i] if s.trained else None for i, s in enumerate(samples)], taken
 
 
 def records(prompts: list, completions: list[list[Completion]], rewards_BGR: torch.Tensor, names: list[str],
@@ -443,10 +450,8 @@ def records(prompts: list, completions: list[list[Completion]], rewards_BGR: tor
                 "tokens": len(c.token_ids), "finish_reason": c.finish_reason, "rewards": values,
                 **(extra[b][g] if extra else {})}
 
-    mine = {place: [record(b, g, c) for g, c in enumerate(group)]
-            for b, (place, group) in enumerate(zip(share, completions))}
-    groups = {place: group for rank in parallel.gather(mine, world) for place, group in rank.items()}
-    return [r for place in sorted(groups) for r in groups[place]]
+    mine = [[record(b, g, c) for g, c in enumerate(group)] for b, group in enumerate(completions)]
+    return sum(everyones(mine, share, world), [])
 
 
 # ---------------------------------------------------------------------- the run
@@ -664,32 +669,33 @@ def train(config: Config, clock: run.Clock | None = None, watch: Watch | None = 
         clock.begin(step)
         # Sample: each rank its own groups. Score each sample as it finishes.
         order = prompt_data.order(len(prompts), config.prompts_per_step, config.seed, state["cursor"])
-        shares = share_out([prompts[i] for i in order], config, world)
-        share = shares[world.rank]
+        share = share_out([prompts[i] for i in order], config, world)[world.rank]
         mine = [prompts[order[i]] for i in share]
         requests = make_requests(tokenizer, mine, config.group_size, step, config)
         progress = run.Progress(f"step {step}", len(mine) * config.group_size, world.main)
         with kept(), clock("sample"):
             completions, rewards_BGR = sample_and_score(sampler, mine, requests, config, clock, progress,
                                                         world)
-        clock.seconds["sample"] -= clock.seconds["score"]
+        clock.seconds["sample"] -= clock.seconds["score"] + clock.seconds["idle"]
 
         # Advantages, of all ranks' groups: each reward on its own within its group, then averaged.
-        by_rank_BGR, place_B = torch.cat(parallel.gather(rewards_BGR, world)), torch.tensor(sum(shares, []))
-        everyone_BGR = torch.empty_like(by_rank_BGR).index_copy_(0, place_B, by_rank_BGR)
+        everyone_BGR = torch.tensor(everyones(rewards_BGR.tolist(), share, world))
         advantage_BG, per_reward_BGR = (x[share] for x in grpo.advantages(
             everyone_BGR, weights_R, config.advantage, config.std_floor, config.normalise_std))
 
-        # Update: logprobs of the packed samples, the clipped loss, one step of AdamW.
+        # Update: samples of all ranks, packed and dealt by flops; logprobs, the clipped loss, AdamW.
         lr = config.lr * min(1.0, step / max(1, config.warmup))
         for parameters in optimizer.param_groups:
             parameters["lr"] = lr
-        samples = [grpo.Sample(requests[b].prompt_ids, c.token_ids, c.logprobs, advantage_BG[b, g].item())
-                   for b, group in enumerate(completions) for g, c in enumerate(group)]
-        parts = minibatches(completions, share, config)
+        samples = [[grpo.Sample(requests[b].prompt_ids, c.token_ids, c.logprobs, advantage_BG[b, g].item(),
+                                config.overlong == "keep" or c.finish_reason != "length")
+                    for g, c in enumerate(group)] for b, group in enumerate(completions)]
+        replica.release_(sampler.model)  # until publish: its memory is the update's
         with kept(), clock("update"):
+            samples = sum(everyones(samples, share, world), [])
+            parts = minibatches(samples, config)
             trained, gaps, taken = update(model, reference, optimizer, samples, parts, config,
-                                          tokenizer.n_valid, world)
+                                          tokenizer.n_valid, world, clock)
         with clock("publish"):
             fingerprint = parallel.publish(model, sampler.model)
         skipped = state["skipped"]
@@ -702,8 +708,8 @@ def train(config: Config, clock: run.Clock | None = None, watch: Watch | None = 
         metrics = {"step": step, **summarise(mine, completions, rewards_BGR, names, world), **trained,
                    "lr": lr, "weights/fingerprint": fingerprint, **costs(samples, clock.seconds, world)}
         extra = [[{"advantages": dict(zip(names, per_reward_BGR[b, g].tolist())),
-                   "advantage": advantage_BG[b, g].item(), "gap_mean": gaps[b * config.group_size + g]}
-                  for g in range(config.group_size)] for b in range(len(mine))]
+                   "advantage": advantage_BG[b, g].item(), "gap_mean": gaps[place * config.group_size + g]}
+                  for g in range(config.group_size)] for b, place in enumerate(share)]
         log_step(metrics, records(mine, completions, rewards_BGR, names, share, world, extra))
         if False in taken:
             with kept():
@@ -727,11 +733,10 @@ def train(config: Config, clock: run.Clock | None = None, watch: Watch | None = 
 
 
 def keep_bad(folder: Path, step: int, samples: list[grpo.Sample], world):
-    """This rank's samples of updates that were skipped, each line the arguments of a grpo.Sample."""
+    """The samples of updates that were skipped, each line the arguments of a grpo.Sample."""
     with parallel.agreed(DiskError, world):
-        (folder / "bad_batches").mkdir(exist_ok=True)
-        run.write_jsonl(folder / "bad_batches" / f"step_{step:06d}_rank_{world.rank:05d}.jsonl",
-                        [asdict(s) for s in samples])
+        if world.main:
+            run.write_jsonl(folder / "bad_batches" / f"step_{step:06d}.jsonl", [asdict(s) for s in samples])
 
 
 def main():

@@ -19,17 +19,12 @@ import time
 import torch
 
 import model as qwen
-from bench import hardware
+from bench import hardware, shapes
 from bench.bench_kernels import limits
 from sampler import Sampler
 from scheduler import Request
 
-SHAPES = {
-    "smoke": qwen.ModelConfig(512, 64, 96, 2, 4, 2),
-    "0.5b": qwen.ModelConfig(151936, 896, 4864, 24, 14, 2, tie_word_embeddings=True),
-    "1.5b": qwen.ModelConfig(151936, 1536, 8960, 28, 12, 2, tie_word_embeddings=True),
-    "7b": qwen.ModelConfig(152064, 3584, 18944, 28, 28, 4),
-}
+SHAPES = shapes.SHAPES | {"smoke": qwen.ModelConfig(512, 64, 96, 2, 4, 2)}
 BARS = {("7b", 32, 1024): 0.7, ("7b", 32, 8192): 0.7}  # least share of the limit
 
 

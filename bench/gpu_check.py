@@ -7,7 +7,7 @@
     sanitizer  compute-sanitizer's memcheck and racecheck over the kernels at small shapes
     sampler    bench.bench_sampler in bf16 against transformers' generate
     engine     bench.bench_engine: decoding as a share of the bandwidth limit, with and without graphs
-    step       bench.bench_step on the GPU
+    step       bench.bench_step on the GPU: the embedded default, and 4k-token outputs at 0.5B and 1.5B
 
 Writes FOLDER/gpu.json (default bench/results) after each command, with device and versions; stages measured
 before are kept, so that it can be run in parts. Exits with 1 if a stage failed or a bar was missed.
@@ -40,7 +40,8 @@ def stages() -> dict[str, list[list[str]]]:
         "sanitizer": [[*SANITIZER, tool, *SMOKE] for tool in ("memcheck", "racecheck")],
         "sampler": [PYTHON + ["bench.bench_sampler", "--device", "cuda", "--dtype", "bfloat16"]],
         "engine": [PYTHON + ["bench.bench_engine", "--shapes", shape] for shape in ("7b", "1.5b", "0.5b")],
-        "step": [PYTHON + ["bench.bench_step", "--device", "cuda"]]
+        "step": [PYTHON + ["bench.bench_step", "--device", "cuda"]] + [
+            PYTHON + ["bench.bench_step", "--device", "cuda", "--shape", shape] for shape in ("0.5b", "1.5b")]
     }
 
 

@@ -19,7 +19,7 @@ import torch.distributed as dist
 from kernels import backend
 from kernels.backend import tl, triton
 
-CHUNK_BYTES = {"cpu": 64 * 2**20, "cuda": 256 * 2**20}  # of fp32 logits at a time
+CHUNK_BYTES = {"cpu": 16 * 2**20, "cuda": 256 * 2**20}  # of fp32 logits at a time
 
 
 def matmul_fp32(a_TC: torch.Tensor, weight_VC: torch.Tensor) -> torch.Tensor:
@@ -112,10 +112,11 @@ def logit_gradient(logits_TN: torch.Tensor, targets_T: torch.Tensor, peak_T: tor
             temperature, ENTROPY=grad_entropy_T is not None, **size)
         return out
     z = logits_TN.div(temperature).sub_(peak_T[:, None])
-    p = (z - log_total_T[:, None]).exp_()
-    g = p * -grad_logp_T[:, None]
-    if grad_entropy_T is not None:
-        g -= grad_entropy_T[:, None] * p * (z - mean_T[:, None])
+    g = (z - log_total_T[:, None]).exp_()  # p
+    if grad_entropy_T is None:
+        g *= -grad_logp_T[:, None]
+    else:
+        g *= -grad_logp_T[:, None] - grad_entropy_T[:, None] * z.sub_(mean_T[:, None])
     here = (targets_T >= 0) & (targets_T < z.shape[1])
     g.scatter_add_(-1, targets_T.clamp(0, z.shape[1] - 1)[:, None],
                    torch.where(here, grad_logp_T, 0)[:, None])
@@ -172,15 +173,15 @@ def row_gradient(logits, out, columns, targets, peak, log_total, mean, grad_logp
 
 class LinearLogprob(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden_TC, weight_VC, targets_T, temperature, group):
+    def forward(ctx, hidden_TC, weight_VC, targets_T, temperature, group, n_valid):
         stats = RowStats(len(hidden_TC), hidden_TC.device)
-        for part in chunks(len(hidden_TC), len(weight_VC), hidden_TC.device):
+        for part in chunks(len(hidden_TC), n_valid, hidden_TC.device):
             stats.add_(matmul_fp32(hidden_TC, weight_VC[part]), targets_T - part.start, temperature)
         if group is not None:
             stats.merge_(group)
         log_total_T, mean_T = stats.total_T.log(), stats.weighted_T / stats.total_T
         ctx.save_for_backward(hidden_TC, weight_VC, targets_T, stats.peak_T, log_total_T, mean_T)
-        ctx.temperature, ctx.group = temperature, group
+        ctx.temperature, ctx.group, ctx.n_valid = temperature, group, n_valid
         ctx.set_materialize_grads(False)
         return stats.target_T - stats.peak_T - log_total_T, log_total_T - mean_T
 
@@ -201,7 +202,7 @@ class LinearLogprob(torch.autograd.Function):
             grad_entropy_T = None if grad_entropy_T is None else grad_entropy_T[kept]
         targets_T, *stats = rows
         sums_TC = torch.zeros(hidden_TC.shape, device=hidden_TC.device) if need_hidden else None
-        for part in chunks(len(kept), len(weight_VC), hidden_TC.device) if len(kept) else ():
+        for part in chunks(len(kept), ctx.n_valid, hidden_TC.device) if len(kept) else ():
             g_TN = logit_gradient(matmul_fp32(hidden_TC, weight_VC[part]), targets_T - part.start, *stats,
                                   grad_logp_T, grad_entropy_T, ctx.temperature, hidden_TC.dtype)
             if need_hidden:
@@ -215,27 +216,31 @@ class LinearLogprob(torch.autograd.Function):
             if ctx.group is not None:
                 dist.all_reduce(sums_TC, group=ctx.group)
             grad_hidden[kept] = sums_TC.to(grad_hidden.dtype)
-        return grad_hidden, grad_weight, None, None, None
+        return grad_hidden, grad_weight, None, None, None, None
 
 
 def linear_logprob(hidden_TC: torch.Tensor, weight_VC: torch.Tensor, targets_T: torch.Tensor,
-                   temperature: float = 1.0, group=None,
-                   first_id: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+                   temperature: float = 1.0, group=None, first_id: int = 0,
+                   n_valid: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
     """log softmax(hidden @ weight.T / temperature)[target] and the entropy of that distribution.
 
     hidden_TC and weight_VC share a dtype; targets_T is int64 in [0, V), or negative at positions to ignore,
-    which get 0 and cost nothing. Returns fp32 logp_T and entropy_T (nats), both differentiable. Pass
-    `head_weight[:n_valid]` where the checkpoint pads its vocabulary beyond the tokenizer's last id.
+    which get 0 and cost nothing. Returns fp32 logp_T and entropy_T (nats), both differentiable.
+
+    n_valid: rows of the weight that are ids, where the checkpoint pads its vocabulary beyond the tokenizer's
+    last; as weight_VC[:n_valid], whose gradient autograd would copy once more into one of V rows.
 
     group: ranks that share a vocabulary-parallel head; weight_VC is then this rank's slice, whose first row
     is id `first_id`, and every rank passes the same rows and gets the same results.
     """
     if not temperature > 0:
         raise ValueError(f"linear_logprob: temperature must be positive, got {temperature}")
-    if group is None and len(targets_T) and (largest := int(targets_T.max())) >= len(weight_VC):
-        raise ValueError(f"linear_logprob: target {largest} is beyond the last id, {len(weight_VC) - 1}")
+    n_valid = len(weight_VC) if n_valid is None else n_valid
+    if group is None and len(targets_T) and (largest := int(targets_T.max())) >= n_valid:
+        raise ValueError(f"linear_logprob: target {largest} is beyond the last id, {n_valid - 1}")
     kept = (targets_T >= 0).nonzero()[:, 0]
     if len(kept) == len(targets_T):
-        return LinearLogprob.apply(hidden_TC, weight_VC, targets_T - first_id, temperature, group)
-    values = LinearLogprob.apply(hidden_TC[kept], weight_VC, targets_T[kept] - first_id, temperature, group)
+        return LinearLogprob.apply(hidden_TC, weight_VC, targets_T - first_id, temperature, group, n_valid)
+    values = LinearLogprob.apply(hidden_TC[kept], weight_VC, targets_T[kept] - first_id, temperature, group,
+                                 n_valid)
     return tuple(x.new_zeros(len(targets_T)).index_put((kept, ), x) for x in values)

@@ -197,41 +197,58 @@ def lengths_of(seed, n):
     return [rng.choice([1, 5, 17, 40, 99, 100, 101, 250]) for _ in range(n)]
 
 
+def work(lengths):
+    """Flops with a share of attention."""
+    return [n * (50 + n) for n in lengths]
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 8, 40])
 @pytest.mark.parametrize("n", [0, 1, 2, 7, 64])
-@pytest.mark.parametrize("count", [0, 1, 5, 40, 100])
-def test_every_sample_is_in_one_micro_batch_and_only_a_long_one_exceeds_the_budget(n, count):
-    lengths = lengths_of(n, n)
-    bins = pack(lengths, 100, count)
-    assert sorted(i for chosen in bins for i in chosen) == list(range(n))
-    assert all(sum(lengths[i] for i in chosen) <= 100 or len(chosen) == 1 for chosen in bins)
-
-
-def test_count_gives_exactly_so_many_micro_batches_or_as_many_as_are_needed():
-    """Every rank must run as many forward and backward passes as the busiest, or FSDP's collectives hang."""
-    for n in (0, 1, 3, 20):
-        lengths = lengths_of(n, n)
-        needed = len(pack(lengths, 100))
-        assert all(len(pack(lengths, 100, count)) == max(count, needed) for count in range(50))
-
-
-def test_no_micro_batch_is_empty_unless_there_are_too_few_samples():
-    """Splitting the fullest comes before running on nothing."""
-    assert sorted(map(len, pack([10] * 8, 100, 3))) == [2, 2, 4]
-    assert sorted(map(len, pack([10] * 8, 100, 8))) == [1] * 8
-    assert sorted(map(len, pack([10] * 3, 100, 5))) == [0, 0, 1, 1, 1]
-    assert pack([], 100) == [] and pack([], 100, 3) == [[], [], []]
+def test_every_sample_is_in_one_micro_batch_and_only_a_long_one_exceeds_the_budget(n, ranks):
+    """And every rank has as many micro-batches, or FSDP's collectives would hang."""
+    lengths, chosen = lengths_of(n, 2 * n), list(range(0, 2 * n, 2))
+    rounds = pack(chosen, lengths, work(lengths), 100, ranks)
+    bins = sum(rounds, [])
+    assert all(len(parts) == ranks for parts in rounds) and sorted(sum(bins, [])) == chosen
+    assert all(sum(lengths[i] for i in part) <= 100 or len(part) == 1 for part in bins)
+    assert bins.count([]) <= max(0, len(bins) - n), "a micro-batch is empty though there are samples"
 
 
 def test_packing_fills_the_budget():
-    assert len(pack([60, 40, 50, 50, 30, 70, 100], 100)) == 4
-    assert len(pack([25] * 16, 100)) == 4
+    for lengths in ([60, 40, 50, 50, 30, 70, 100], [25] * 16):
+        assert len(pack(list(range(len(lengths))), lengths, work(lengths), 100)) == 4
+    assert pack([], [], [], 100) == pack([], [5], [5], 100, 4) == []
+
+
+def test_ranks_get_equal_flops():
+    """Long tails up to 14,000 tokens, with the 7B's attention; equal shares of tokens would not be equal."""
+    config = ModelConfig(152064, 3584, 18944, 28, 28, 4)
+    rng = random.Random(6)
+    lengths = [int(min(14000, rng.lognormvariate(8, 0.9))) + 300 for _ in range(512)]
+    flops, everyone = [n * config.flops_per_token(n // 2) for n in lengths], list(range(512))
+    for ranks, used, filled in ((8, 0.99, 0.85), (64, 0.9, 0.7)):  # 64 have three rounds, rounded up
+        seen = grpo.balance(pack(everyone, lengths, flops, 16384, ranks), lengths, flops, 16384)
+        assert seen["balance/flops"] > used and seen["balance/tokens"] > filled, (ranks, seen)
+    one_long = pack([0, 1, 2, 3, 4], [400, 100, 100, 100, 100], [800, 100, 100, 100, 100], 400, 2)
+    assert sorted(map(sorted, one_long[0])) == [[0], [1, 2, 3, 4]], "attention makes the long one cost more"
+    in_order = pack([0, 1, 2, 3, 4], [90, 60, 55, 50, 45], [90, 60, 55, 50, 45], 100, 2)
+    assert in_order == [[[3, 4], [0]], [[1], [2]]], "a round lasts as long as its largest"
+
+
+def test_balance_by_hand():
+    """Two rounds on two ranks last 4 and 2, so that 3 + 4 + 1 + 2 out of 12 is used; 4 x 10 tokens fit."""
+    rounds = [[[0], [1]], [[2], [3]]]
+    assert grpo.balance(rounds, [5, 6, 7, 8], [3, 4, 1, 2], 10) == {
+        "balance/flops": 10 / 12, "balance/tokens": 26 / 40}
+    assert set(grpo.balance([], [3], [3], 10).values()) == {0.0}
 
 
 def test_packing_is_a_pure_function():
     lengths = lengths_of(3, 30)
-    before = list(lengths)
-    assert all(pack(lengths, 100, count) == pack(lengths, 100, count) for count in (0, 20))
-    assert lengths == before
+    before, flops = list(lengths), work(lengths)
+    assert all(pack(list(range(30)), lengths, flops, 100, n) == pack(list(range(30)), lengths, flops, 100, n)
+               for n in (1, 4))
+    assert lengths == before and flops == work(before)
 
 
 # ------------------------------------------------------------------------------------------ collate
@@ -523,14 +540,16 @@ def test_a_batch_split_into_micro_batches_has_the_same_loss_and_gradient(loss, o
     assert norm > 0.01 and sums["clipped"] > 0 and abs(value) > 1e-3 and ("kl" in sums) == ("beta" in options)
     shuffled = random.Random(6).sample(samples, len(samples))
     lengths = [len(s.prompt_ids) + len(s.token_ids) for s in samples]
+    everyone = list(range(len(samples)))
     splits = {
         "permuted": [shuffled],
         "2": [samples[:5], samples[5:]],
         "5": [samples[:1], samples[1:4], samples[4:5], samples[5:11], samples[11:]],
         "5 permuted": [shuffled[i::5] for i in range(5)],
         "each alone": [[s] for s in samples],
-        "budget": [[samples[i] for i in chosen] for chosen in pack(lengths, 40)],
-        "budget and empty ones": [[samples[i] for i in chosen] for chosen in pack(lengths, 40, 17)],
+        "budget": [[samples[i] for i in part] for (part,) in pack(everyone, lengths, work(lengths), 40)],
+        "budget and empty ones": [[samples[i] for i in part]
+                                   for part in pack(everyone, lengths, work(lengths), 40, 17)[0]],
     }
     assert len(splits["budget"]) > 2 and [] in splits["budget and empty ones"]
     for name, parts in splits.items():

@@ -208,6 +208,22 @@ def test_rows_without_upstream_gradient_get_exactly_zero_and_give_nothing(entrop
     assert torch.equal(grad_weight, same)
 
 
+def test_rows_beyond_the_last_id_are_as_if_they_were_not_there(monkeypatch):
+    """The same as a slice of the weight; a target among them is refused."""
+    set_chunk(monkeypatch, 5)
+    torch.manual_seed(4)
+    hidden, weight, targets = torch.randn(T, 8), torch.randn(23, 8), torch.randint(17, (T, ))
+    seen = []
+    for given, options in ((lambda w: w, {"n_valid": 17}), (lambda w: w[:17], {})):
+        h, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
+        logp, entropy = linear_logprob(h, given(w), targets, 0.8, **options)
+        (logp.sin().sum() + entropy.sin().sum()).backward()
+        seen.append((logp, entropy, h.grad, w.grad))
+    assert all(torch.equal(a, b) for a, b in zip(*seen)) and not seen[0][3][17:].any()
+    with pytest.raises(ValueError, match="target 17 is beyond the last id, 16"):
+        linear_logprob(hidden, weight, targets.clone().fill_(17), n_valid=17)
+
+
 @pytest.mark.parametrize("ignored", [[0, 3, 4], list(range(T)), [T - 1]])
 def test_a_negative_target_is_ignored_and_costs_nothing(ignored, monkeypatch):
     """Logp and entropy are 0, gradients those of the other rows, whose head alone is computed."""

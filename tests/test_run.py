@@ -40,11 +40,10 @@ def launch(folder: Path, *options: str, ranks: int = 1, code: str = "", small=SM
 
 
 def metrics(folder: Path) -> list[dict]:
-    """Without what depends on the machine."""
+    """Without what depends on the machine or on the number of ranks."""
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v
-             for k, v in m.items() if not k.startswith(("time/", "tokens_per_second/", "memory/"))}
-            for m in lines]
+    depends = ("time/", "tokens_per_second/", "memory/", "balance/")
+    return [{k: v for k, v in m.items() if not k.startswith(depends)} for m in lines]
 
 
 def rollouts(folder: Path) -> dict[str, str]:
@@ -76,8 +75,10 @@ def test_the_folder_of_a_run_holds_what_the_readme_says(undisturbed):
             "step", "loss", "grad_norm", "skipped_updates", "entropy", "clip_share", "gap/mean", "gap/max",
             "gap/k3",
             "length/answer_words", "length/tokens", "length/in_range", "truncated", "lr",
-            "weights/fingerprint", "tokens_per_second/sample", "tokens_per_second/update",
-            "memory/peak_gb", *(f"time/{p}" for p in ("sample", "score", "update", "publish", "save")),
+            "weights/fingerprint", "tokens_per_second/sample", "tokens_per_second/update", "memory/peak_gb",
+            "balance/flops", "balance/tokens",
+            *(f"time/{p}" for p in ("sample", "idle", "score", "logprob", "backward", "step", "update",
+                                    "publish", "save")),
             *(f"{kind}/{name}" for kind in ("reward", "reward_std", "dead_groups", "missing")
               for name in ("length", "format"))
         }

@@ -205,6 +205,20 @@ def test_memory_of_pages_goes_when_the_engine_sleeps_and_comes_back():
     assert before == {name: p.data_ptr() for name, p in sampler.model.named_parameters()}
 
 
+def test_weights_that_gave_back_their_memory_sample_as_before_once_they_are_written():
+    """Fused products included, whose parameters share a tensor."""
+    model, source = perturbed(), perturbed()
+    before, _ = run(model, requests())
+    for _ in range(2):
+        replica.release_(model)
+        assert all(p.untyped_storage().nbytes() == 0 for p in model.parameters())
+        replica.restore_(model)
+        with torch.no_grad():
+            for p, q in zip(model.parameters(), source.parameters()):
+                p.fill_(torch.nan).copy_(q)
+        assert model.layers[0].self_attn.qkv.holds() and same(run(model, requests())[0], before)
+
+
 def test_weights_that_changed_between_calls_are_the_ones_that_sample():
     """The engine computes with packed copies."""
     model, other = perturbed(), perturbed(seed=4)

@@ -114,7 +114,7 @@ PATCHY = "import rewards, tests.test_variants as t; rewards.REWARDS['patchy'] = 
 def test_an_update_is_the_same_on_two_ranks_and_in_any_micro_batches(loss, advantage, updates, tmp_path,
                                                                      monkeypatch):
     """Masked, truncated and missing-reward samples among them, a KL, a correction for the sampler. With 4
-    updates a rank has none of the samples of some."""
+    updates on two ranks most samples are trained elsewhere than they were written."""
     options = ["--steps", "1", "--prompts_per_step", "4", "--loss", loss, "--advantage", advantage,
                "--overlong", "mask", "--updates_per_batch", str(updates), "--beta", "0.1", "--tis_cap", "2",
                "--reward", "length,format,patchy"]
@@ -127,6 +127,8 @@ def test_an_update_is_the_same_on_two_ranks_and_in_any_micro_batches(loss, advan
         else:
             done = launch(folder, *given, ranks=ranks, code=PATCHY, small=SMALL)
             assert done.returncode == 0, done.stderr
+        texts = [json.loads(line) for line in (folder / "rollouts/step_000001.jsonl").open()]
+        assert all((t["gap_mean"] is None) == (t["finish_reason"] == "length") for t in texts)
         weights, moments = (merged(folder, part, base, suffix)
                             for part, suffix in (("weights", ""), ("optimizer", ".exp_avg")))
         (numbers,) = metrics(folder)
