@@ -3,7 +3,7 @@
     torchrun --nproc_per_node=8 train.py [--config FILE.json] [--NAME VALUE ...]
 
 With no option it trains the embedded default, a small world that runs on a laptop's CPU. Every option is a
-field of Config.
+field of Config. `python train.py --plan ...` trains nothing: it says what the same options need, see plan.py.
 """
 
 import hashlib
@@ -23,6 +23,7 @@ import grpo
 import model as qwen
 import options
 import parallel
+import plan as planner
 import replica
 import run
 from data import prompts as prompt_data
@@ -67,7 +68,10 @@ class Config:
     reference: str = ""  # its checkpoint folder; empty: `model`
     overlong: str = "keep"  # samples cut at max_new_tokens: keep, or mask (not specified by the paper)
     micro_batch_tokens: int = 4096  # tokens of a packed micro-batch on each rank
+    replicate: int = 1  # HSDP: so many copies of the weights, each sharded over its part of the GPUs
     recompute: bool = False  # recompute each layer's activations in backward: less memory, a third more time
+    offload_activations: bool = False  # what recompute starts from, a layer's inputs, waits in host memory
+    offload_optimizer: bool = False  # AdamW's moments, half of the training state, wait in host memory
     max_sequences: int = 64  # sequences that each sampler decodes at a time
     page_size: int = 16  # tokens of a KV page
     tp: int = 1  # GPUs of a node that share a sampler by tensor parallelism, for models too large for one
@@ -623,6 +627,8 @@ def train(config: Config):
 
 def main():
     try:
+        if "--plan" in sys.argv:
+            return planner.main([word for word in sys.argv[1:] if word != "--plan"], Config, check)
         train(parse(sys.argv[1:]))
     except (ConfigError, parallel.SetupError, qwen.CheckpointError, prompt_data.PromptError, TokenizerError,
             RewardError) as e:
