@@ -257,17 +257,19 @@ class Plan:
         return max(0, min(most_pages(self.rows, self.columns), int(room) // self.page_bytes))
 
     def rehearse(self, full: bool) -> dict[str, float]:
-        """A step's sampling by the real scheduler, a page's tokens as one. full: every sample has all its
+        """A step's sampling by the real scheduler, with some tokens for one. full: every sample has all its
         tokens, as expected; else groups expect 1/8 of them to all, and samples are up to 40 % off."""
-        config, rng, unit = self.config, random.Random(0), self.config.page_size
+        config, rng, unit = self.config, random.Random(0), max(self.config.page_size, self.longest // 128)
         most, requests, ends = -(-config.max_new_tokens // unit), [], {}
+        prompt = max(1, -(-self.longest // unit) - most)
         for i in range(self.samples // config.group_size):
             expected = most if full else max(1, int(most * rng.uniform(1 / 8, 1)))
             ends |= {(i, j): min(most, max(1, int(expected * (1 if full else rng.uniform(0.6, 1.4)))))
                      for j in range(config.group_size)}
-            requests.append(Request([i] * (max(1, self.columns - most)), config.group_size, most,
+            requests.append(Request([i] * prompt, config.group_size, most,
                                     expected_tokens=expected))
-        scheduler = Scheduler(self.pages, 1, self.rows, SAMPLER["token_budget"])
+        pages = max(self.pages * config.page_size // unit, prompt + most + 2)
+        scheduler = Scheduler(pages, 1, self.rows, SAMPLER["token_budget"])
         scheduler.add(requests)
         weights, seconds = self.persistent()["sampler's weights"], 0.0
         while scheduler.busy:
@@ -276,7 +278,8 @@ class Plan:
                 s.token_ids.append(0)
                 if s.row >= 0 and s.drawn >= ends[s.index, s.sample]:
                     scheduler.finish(s)
-            read = weights + sum(s.cached for s in scheduler.running) * self.page_bytes
+            cached = unit * sum(s.cached for s in scheduler.running) // config.page_size
+            read = weights + cached * self.page_bytes
             seconds += unit * bool(drew) * (self.shape.num_hidden_layers * self.rate("layer") +
                                             read / self.rate("memory"))
         prefilled, tokens = scheduler.stats.prefill_tokens, sum(ends.values())
