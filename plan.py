@@ -364,7 +364,7 @@ def describe(plan: Plan) -> Iterator[str]:
     rows += [(name, [gib(b[name]) if b.get(name) else "" for b in phases.values()]) for name in names]
     rows += [(f"together, of {gib(plan.room)}", [gib(sum(b.values())) for b in phases.values()])]
     for name, cells in rows:
-        yield f"{name:46}" + "".join(f"{cell:>9}" for cell in cells)
+        yield (f"{name:46}" + "".join(f"{cell:>9}" for cell in cells)).rstrip()
     peaks = sorted(((sum(b.values()), name) for name, b in plan.moments().items()), reverse=True)
     yield "\nAn update peaks in: " + ", ".join(f"{name} ({gib(size)})" for size, name in peaks[:3])
     if plan.pinned():
@@ -400,7 +400,7 @@ def read(arguments: list[str], kind: type) -> tuple[Plan, str]:
     words = [w for a in arguments for w in (a.split("=", 1) if a.startswith("--") else [a])]
     pairs = [words[i:i + 2] for i in range(0, len(words), 2)]
     own = [p for p in pairs if p[0].strip("-").replace("-", "_") in Machine.__dataclass_fields__]
-    config = options.parse(kind, sum((p for p in pairs if p not in own), []), __doc__)
+    config = options.parse(kind, sum((p for p in pairs if p not in own), []), "The run's:")
     machine = options.parse(Machine, sum(own, []), "")
     cuda = config.device == "cuda" or config.device == "auto" and (bool(own) or torch.cuda.is_available())
     here = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / GIB
