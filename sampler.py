@@ -23,7 +23,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from kernels.attention import Gathered, PagedDecode, PagedPrefill, sent, write_kv
 from kernels.sample import head_draw, streams, uniforms
-from model import Qwen2
+from model import ModelConfig, Qwen2
 from replica import pack_head, prepare_
 from scheduler import Chunk, Request, Scheduler, Sequence, Stats, Step
 
@@ -60,6 +60,20 @@ class PagePool:
     def copy_(self, source: torch.Tensor, target: torch.Tensor):
         for x in (*self.keys, *self.values):
             x[target] = x[source]
+
+
+def most_pages(rows: int, columns: int) -> int:
+    """Pages of a pool that rows of so many pages each can come to need, with page 0 and copied ones."""
+    return (rows + 1) * (columns + 1) + 1
+
+
+def workspace(config: ModelConfig, tp: int, token_budget: int, rows: int, longest: int) -> int:
+    """Bytes beside the pool on a GPU, about: activations of the largest forward, the parts of decoding
+    attention that all graphs share, cuBLAS and the graphs themselves. longest: tokens of a sequence."""
+    wide = 4 * config.hidden_size + 4 * config.intermediate_size // tp
+    chunks = rows * (longest // 256 + 1)
+    decode = 4 * chunks * config.hidden_size // tp + 8 * rows * config.vocab_size // tp
+    return 4 * token_budget * wide + 2 * decode + 2**30
 
 
 class Rows:
@@ -218,13 +232,14 @@ class Sampler:
 
     def affordable(self, rows: int, columns: int) -> int:
         """Pages that the memory allows, and the requests can need."""
-        model, wanted = self.model, (rows + 1) * (columns + 1) + 1
+        model, wanted = self.model, most_pages(rows, columns)
         config, dtype = model.config, model.head_weight.dtype
         if self.cuda:
             if model.group is not None:
                 dist.barrier(group=model.group)  # NCCL takes its buffers now
             torch.cuda.empty_cache()
-            room = self.memory * torch.cuda.mem_get_info()[0] - self.workspace(rows, columns)
+            beside = workspace(config, model.tp, self.token_budget, rows, columns * self.page_size)
+            room = self.memory * torch.cuda.mem_get_info()[0] - beside
         else:
             here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
             room = self.memory * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2 / here
@@ -236,15 +251,6 @@ class Sampler:
             raise ValueError(f"the KV pool can have {pages} pages of {self.page_size} tokens, but the "
                              f"longest request needs {columns + 2}: lower max_new_tokens, or free memory")
         return int(pages)
-
-    def workspace(self, rows: int, columns: int) -> int:
-        """Bytes beside the pool on a GPU, about: activations of the largest forward, the parts of decoding
-        attention that all graphs share, cuBLAS and the graphs themselves."""
-        config, tp = self.model.config, self.model.tp
-        wide = 4 * config.hidden_size + 4 * config.intermediate_size // tp
-        chunks = rows * (columns * self.page_size // 256 + 1)
-        decode = 4 * chunks * config.hidden_size // tp + 8 * rows * config.vocab_size // tp
-        return 4 * self.token_budget * wide + 2 * decode + 2**30
 
     def sleep(self):
         """Gives back the pool, the graphs and their memory; the weights stay."""

@@ -3,7 +3,7 @@
     torchrun --nproc_per_node=8 train.py [--config FILE.json] [--NAME VALUE ...]
 
 With no option it trains the embedded default, a small world that runs on a laptop's CPU. Every option is a
-field of Config.
+field of Config. `python train.py --plan ...` trains nothing: it says what the same options need, see plan.py.
 """
 
 import faulthandler
@@ -26,6 +26,7 @@ import grpo
 import model as qwen
 import options
 import parallel
+import plan as planner
 import replica
 import run
 from checkpoints import DiskError
@@ -743,6 +744,8 @@ def main():
     clock, watch, rank = run.Clock(), Watch(), int(os.environ.get("RANK", 0))
     faulthandler.enable()  # where NCCL's watchdog ends a process, it says at least in which line
     try:
+        if "--plan" in sys.argv:
+            return planner.main([word for word in sys.argv[1:] if word != "--plan"], Config, check)
         train(parse(sys.argv[1:]), clock, watch)
     except Stopped:
         pass

@@ -1,0 +1,434 @@
+"""What a run needs, before it is started: memory of a GPU, buffer by buffer, and the time of each phase.
+
+    python train.py --plan --config configs/qwen2.5-32b.json --nodes 8 [--gpus 8] [--gpu_memory 80]
+
+Loads nothing, and needs neither the GPUs nor the checkpoint. Bytes follow from what the code allocates;
+tests/test_plan.py holds them against torch's own memory tracker. Seconds follow from RATES.
+
+Shapes: T tokens of a micro-batch, C hidden, M intermediate. FSDP gathers a layer at a time; embedding, norm
+and head together are its root.
+"""
+
+import inspect
+import os
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+
+import torch
+
+import options
+import parallel
+import run
+from kernels.logprob import CHUNK_BYTES
+from model import ModelConfig, Qwen2, read_config
+from options import ConfigError
+from replica import check_tp, tp_slice
+from sampler import Sampler, most_pages, workspace
+from scheduler import Request, Scheduler
+
+GIB = 2**30
+# Assumed: CUDA's context, NCCL's buffers and what the label of a GPU rounds up; or Python and torch.
+RESERVE = {"cuda": 3 * GIB, "cpu": GIB // 2}
+SLACK = 0.05  # assumed: share of an update's GPU memory that the allocator holds and cannot use
+SAMPLER = {name: p.default for name, p in inspect.signature(Sampler).parameters.items()}
+
+SHAPES = {  # of folders that are not there yet
+    "Qwen2.5-0.5B": ModelConfig(151936, 896, 4864, 24, 14, 2, tie_word_embeddings=True),
+    "Qwen2.5-1.5B": ModelConfig(151936, 1536, 8960, 28, 12, 2, tie_word_embeddings=True),
+    "Qwen2.5-3B": ModelConfig(151936, 2048, 11008, 36, 16, 2, tie_word_embeddings=True),
+    "Qwen2.5-7B": ModelConfig(152064, 3584, 18944, 28, 28, 4),
+    "Qwen2.5-14B": ModelConfig(152064, 5120, 13824, 48, 40, 8),
+    "Qwen2.5-32B": ModelConfig(152064, 5120, 27648, 64, 40, 8),
+    "Qwen2.5-72B": ModelConfig(152064, 8192, 29568, 80, 64, 8),
+}
+
+RATES = {  # of a GPU, or of a process on a CPU, and where each is from: put in what you measure
+    "cuda": {"flops": (0.4 * 989e12, "a second: 0.4, assumed, of an H100 SXM's data sheet"),
+             "memory": (0.6 * 3.35e12, "bytes a second: 0.6, assumed, of an H100 SXM's data sheet"),
+             "inside a node": (200e9, "bytes a second: assumed"),
+             "across nodes": (40e9, "bytes a second: assumed, for 400 Gb/s a GPU"),
+             "layer": (40e-6, "seconds of a decoding step that nothing overlaps: assumed")},
+    "cpu": {"flops": (4e10, "a second: measured, the embedded default on a core"),
+            "memory": (1e10, "bytes a second: measured, bench/results/sampler.json"),
+            "inside a node": (1e9, "bytes a second: assumed"), "across nodes": (1e8, "the same"),
+            "layer": (1.5e-3, "seconds of a decoding step: measured, the embedded default on a core")},
+}
+
+
+@dataclass(frozen=True)
+class Machine:
+    gpus: int = 0  # GPUs of a node, or processes where there are none; 0: 8, or 1
+    nodes: int = 1  # nodes
+    gpu_memory: float = 0.0  # GiB of a GPU, or of a node without; 0: 80, or what this machine has
+    prompt_tokens: int = 512  # of the longest prompt, with its template
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Bytes of one rank, in dicts from a buffer's name to its size."""
+
+    config: object  # train.Config
+    machine: Machine
+    shape: ModelConfig
+    cuda: bool = True
+
+    @property
+    def ranks(self) -> int:
+        return self.machine.gpus * self.machine.nodes
+
+    @property
+    def shards(self) -> int:
+        """Ranks that share one copy of the weights."""
+        return max(1, self.ranks // self.config.replicate)
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of a number that the trainer computes with."""
+        return 2 if self.cuda else 4
+
+    @property
+    def sampler_dtype(self) -> torch.dtype:
+        chosen = self.config.sampler_dtype
+        return getattr(torch, chosen if chosen != "auto" else "bfloat16" if self.cuda else "float32")
+
+    @property
+    def longest(self) -> int:
+        return self.machine.prompt_tokens + self.config.max_new_tokens
+
+    @property
+    def tokens(self) -> int:
+        """Of the largest micro-batch: a sample that exceeds the budget stands alone."""
+        return max(self.config.micro_batch_tokens, self.longest)
+
+    @cached_property
+    def parameters(self) -> dict[str, torch.Tensor]:
+        """Of the root and of layer 0; all layers are alike."""
+        with torch.device("meta"):
+            return dict(Qwen2(replace(self.shape, num_hidden_layers=1)).named_parameters())
+
+    def shard(self, name: str, rank: int = 0) -> torch.Size:
+        """Shape of a rank's part of a parameter: FSDP cuts rows as torch.chunk does."""
+        rows, *rest = self.parameters[name].shape
+        each = -(-rows // self.shards)
+        return torch.Size((min(max(rows - rank * each, 0), each), *rest))
+
+    def numbers(self, unit: str = "", rank: int = 0) -> int:
+        """In a rank's shards of a "layer", of the "root", or of all. FSDP pads every rank's to rank 0's."""
+        if not unit:
+            return self.numbers("root", rank) + self.shape.num_hidden_layers * self.numbers("layer", rank)
+        return sum(self.shard(name, rank).numel() for name in self.parameters
+                   if (".layers." in name) == (unit == "layer"))
+
+    # ---- trainer
+
+    def persistent(self, rank: int = 0) -> dict[str, int]:
+        """What stays from phase to phase; gradients stay for an update."""
+        config, size = self.config, self.sampler_dtype.itemsize
+        slices = {name: tp_slice(name, p, 0, config.tp).numel() * (
+            self.shape.num_hidden_layers if ".layers." in name else 1) for name, p in self.parameters.items()}
+        products = sum(n for name, n in slices.items() if name.endswith("_proj.weight"))
+        return {
+            "weights, fp32": 4 * self.numbers(),
+            "AdamW's moments, fp32": 8 * self.numbers(rank=rank) * (not config.offload_optimizer),
+            "gradients, fp32": 4 * self.numbers(),
+            "reference's weights, fp32": 4 * self.numbers() * (config.beta > 0),
+            "sampler's weights": size * sum(slices.values()),
+            "sampler's weights, packed": size * products * (not self.cuda),
+        }
+
+    def pinned(self) -> int:
+        """Host memory of a node that holds what is offloaded."""
+        config, inputs = self.config, self.shape.num_hidden_layers * self.tokens * self.shape.hidden_size
+        return self.machine.gpus * (8 * self.numbers() * config.offload_optimizer +
+                                    self.itemsize * inputs * config.offload_activations)
+
+    def layer_activations(self) -> int:
+        """What autograd keeps of a layer, its input included.
+
+        T x C: the input, both norms' outputs, queries, attention's output, the sum in the middle. Keys and
+        values. T x M: gate, silu of it, up, their product. In fp32 attention's log-sum-exp and 1/rms of two
+        norms. On a CPU also both norms before their weight, and attention before sequences are joined.
+        """
+        shape = self.shape
+        wide = (6 if self.cuda else 9) * shape.hidden_size + 4 * shape.intermediate_size
+        wide += 2 * shape.num_key_value_heads * shape.head_dim
+        return self.tokens * (self.itemsize * wide + 4 * shape.num_attention_heads + 8)
+
+    def moments(self) -> dict[str, dict[str, int]]:
+        """The moments of an update in which memory can peak: buffers beside the persistent ones."""
+        config, shape, b = self.config, self.shape, self.itemsize
+        layers, layer = shape.num_hidden_layers, self.shards * self.numbers("layer")
+        root, head = self.shards * self.numbers("root"), b * shape.vocab_size * shape.hidden_size
+        c, m = (b * self.tokens * size for size in (shape.hidden_size, shape.intermediate_size))
+        whole, offloaded = self.layer_activations(), config.recompute and config.offload_activations
+        kept = 0 if offloaded else c if config.recompute else whole
+        what = "inputs of the layers" if config.recompute else "activations of the layers"
+        around = 8 * self.tokens * shape.head_dim + 2 * c * offloaded  # cos and sin; inputs on their way
+        all_kept = {what: layers * kept + around + c * (1 if self.cuda else 2)}  # and the final norm's
+        gathered = {"embedding and head, gathered": b * root}
+        if config.beta:
+            gathered["embedding and head of the reference, gathered"] = b * root
+        chunk = min(CHUNK_BYTES["cuda" if self.cuda else "cpu"], 4 * self.tokens * shape.vocab_size)
+        sums = 4 * c // b  # T x C in fp32, and again while a chunk is added
+        logits = max(2 * sums + chunk // 2, sums + 3 * chunk // 2) if self.cuda else sums + max(
+            3 * chunk, sums + chunk)
+        # In a layer's backward the gradient of the layer above is still in reduction. The first to run has
+        # none above it, but all layers' activations.
+        above = layers > 1 and 4 * layer > kept
+        moments = {
+            "logprobs": gathered | all_kept | {
+                "hidden states and their gradient": 3 * c, "head's gradient": head,
+                "logits, in chunks": logits},
+            # In its MLP: the product is gone; gradients of product, silu and up are there, and the matrix'.
+            "backward of a layer": gathered | {
+                what: (layers - 1 - above) * kept + around, "activations of one layer": whole - m,
+                "gradients of activations": c + 3 * m, "layer, gathered": b * layer,
+                "next layer, in the gathering": b * layer * (self.shards > 1 and layers > 1),
+                "gradient of a matrix": b * shape.hidden_size * shape.intermediate_size,
+                "layer's gradient, in reduction": 4 * layer * above, "head's gradient": head},
+            "backward of the embedding": gathered | {
+                "embedding's and head's gradient": 2 * head, "layer's gradient, in reduction": 4 * layer,
+                "gradients of activations": c},
+            "end of backward": {
+                "embedding's and head's gradient": b * root * (self.shards > 1),
+                "the same, in reduction": 4 * root * (1 if self.shards > 1 else 3)},
+            "optimizer": {
+                "gradient's norm, fp64": 16 * min(2**22, max(self.shard(n).numel() for n in self.parameters)),
+                "AdamW's moments, on their way": 8 * self.numbers() * config.offload_optimizer},
+        }
+        if config.beta:
+            moments["logprobs of the reference"] = gathered | all_kept | {
+                "hidden states": 2 * c, "layers, gathered": 3 * b * layer,
+                "activations of one layer": 3 * c + 4 * m, "logits, in chunks": 3 * chunk}
+        return moments
+
+    def phases(self) -> dict[str, dict[str, int]]:
+        """The buffers of each phase at its peak, without the KV pool, which takes what is left."""
+        stays = self.persistent()
+        idle = {k: v for k, v in stays.items() if not k.startswith("gradients")}
+        update = {k: v for k, v in stays.items() if k != "sampler's weights"}  # which publish brings back
+        units = self.shards * self.numbers("layer") * 2, self.shape.vocab_size * self.shape.hidden_size
+        handoff = {"handoff, at most": self.sampler_dtype.itemsize * max(units)}
+        update |= max(self.moments().values(), key=lambda buffers: sum(buffers.values()))
+        update["unusable, of the allocator"] = int(SLACK * sum(update.values()) * self.cuda)
+        beside = workspace(self.shape, self.config.tp, SAMPLER["token_budget"], self.rows, self.longest)
+        return {"load": {k: v for k, v in idle.items() if not k.startswith("AdamW")} | handoff,
+                "sample": idle | {"workspace of decoding": beside * self.cuda},
+                "update": update, "publish": idle | handoff}
+
+    @property
+    def room(self) -> int:
+        """Bytes that a rank may use."""
+        total = int(self.machine.gpu_memory * GIB)
+        return total - RESERVE["cuda"] if self.cuda else total // self.machine.gpus - RESERVE["cpu"]
+
+    # ---- sampler
+
+    @property
+    def samples(self) -> int:
+        """That one sampler writes in a step."""
+        return self.config.prompts_per_step * self.config.group_size * self.config.tp // self.ranks
+
+    @property
+    def rows(self) -> int:
+        return min(self.config.max_sequences, self.samples)
+
+    @property
+    def columns(self) -> int:
+        """Pages of the longest sample."""
+        return -(-self.longest // self.config.page_size)
+
+    @property
+    def page_bytes(self) -> int:
+        return self.config.page_size * self.shape.kv_bytes_per_token(self.sampler_dtype) // self.config.tp
+
+    @cached_property
+    def pages(self) -> int:
+        """Of the KV pool, as `Sampler.affordable` counts them."""
+        buffers = self.phases()["sample"]
+        beside = buffers.pop("workspace of decoding")
+        free = self.room - sum(buffers.values()) if self.cuda else self.machine.gpu_memory * GIB / (
+            2 * self.machine.gpus)
+        room = SAMPLER["memory"] * free - beside
+        return max(0, min(most_pages(self.rows, self.columns), int(room) // self.page_bytes))
+
+    def rehearse(self, full: bool) -> dict[str, float]:
+        """A step's sampling by the real scheduler, with some tokens for one. full: every sample has all its
+        tokens, as expected; else groups expect 1/8 of them to all, and samples are up to 40 % off."""
+        config, rng, unit = self.config, random.Random(0), max(self.config.page_size, self.longest // 128)
+        most, requests, ends = -(-config.max_new_tokens // unit), [], {}
+        prompt = max(1, -(-self.longest // unit) - most)
+        for i in range(self.samples // config.group_size):
+            expected = most if full else max(1, int(most * rng.uniform(1 / 8, 1)))
+            ends |= {(i, j): min(most, max(1, int(expected * (1 if full else rng.uniform(0.6, 1.4)))))
+                     for j in range(config.group_size)}
+            requests.append(Request([i] * prompt, config.group_size, most,
+                                    expected_tokens=expected))
+        pages = max(self.pages * config.page_size // unit, prompt + most + 2)
+        scheduler = Scheduler(pages, 1, self.rows, SAMPLER["token_budget"])
+        scheduler.add(requests)
+        weights, seconds = self.persistent()["sampler's weights"], 0.0
+        while scheduler.busy:
+            step = scheduler.step()
+            for s in (drew := step.decode + [s for _, s in step.forks]):
+                s.token_ids.append(0)
+                if s.row >= 0 and s.drawn >= ends[s.index, s.sample]:
+                    scheduler.finish(s)
+            cached = unit * sum(s.cached for s in scheduler.running) // config.page_size
+            read = weights + cached * self.page_bytes
+            seconds += unit * bool(drew) * (self.shape.num_hidden_layers * self.rate("layer") +
+                                            read / self.rate("memory"))
+        prefilled, tokens = scheduler.stats.prefill_tokens, sum(ends.values())
+        flops = unit * prefilled * self.shape.flops_per_token(self.longest // 2) / config.tp
+        return {"seconds": seconds + flops / self.rate("flops"), "preemptions": scheduler.stats.preemptions,
+                "again": (prefilled - sum(len(r.prompt_ids) for r in requests)) / tokens,
+                "mean": min(unit * tokens / len(ends), config.max_new_tokens)}
+
+    # ---- time
+
+    def rate(self, name: str) -> float:
+        return RATES["cuda" if self.cuda else "cpu"][name][0]
+
+    def seconds(self, mean: float) -> tuple[float, float]:
+        """Of update and publish, with samples of so many new tokens on average."""
+        config, length = self.config, mean + self.machine.prompt_tokens
+        samples, more = self.samples / config.tp, (config.updates_per_batch > 1) + (config.beta > 0)
+        passes = 3 + config.recompute + more  # forwards' worth; a backward is two
+        flops = samples * length * passes * self.shape.flops_per_token(int(length / 2))
+        bandwidth = self.rate("inside a node" if self.shards <= self.machine.gpus else "across nodes")
+        sent = self.shape.num_parameters * (self.shards > 1) / bandwidth  # seconds for a byte a parameter
+        batches = -(-samples // max(1, self.tokens // length))
+        return (max(flops / self.rate("flops"), batches * sent * ((2 + more) * self.itemsize + 4)),
+                sent * self.sampler_dtype.itemsize)
+
+    # ---- does it fit
+
+    def lacking(self) -> list[str]:
+        """What does not fit, in words."""
+        out = [f"{phase} needs {gib(sum(buffers.values()))} GiB of {gib(self.room)}"
+               for phase, buffers in self.phases().items() if sum(buffers.values()) > self.room]
+        short = f"the KV pool has {self.pages} pages, the longest sample needs {self.columns + 2}"
+        return out or [short] * (self.pages < self.columns + 2)
+
+    def changed(self, options: dict) -> "Plan":
+        nodes = options.get("nodes", self.machine.nodes)
+        config = replace(self.config, **{k: v for k, v in options.items() if k != "nodes"})
+        return replace(self, machine=replace(self.machine, nodes=nodes), config=config)
+
+    def remedy(self) -> dict | None:
+        """The first option that makes it fit, the cheapest tried first; else the few that do together; None
+        if all of them do not."""
+        gpus, heads, prompts = self.machine.gpus, self.shape.num_key_value_heads, self.config.prompts_per_step
+        nodes = [self.machine.nodes * 2**i for i in range(1, 6)]
+        tries = [{"recompute": True}, {"recompute": True, "offload_activations": True},
+                 {"micro_batch_tokens": min(self.longest, self.config.micro_batch_tokens)},
+                 *({"tp": n} for n in (2, 4, 8) if n > self.config.tp and not (gpus % n or heads % n)),
+                 {"offload_optimizer": True}, {"replicate": 1},
+                 *({"nodes": n} for n in nodes if not prompts % (n * gpus))]
+        together = {}
+        for option in tries:
+            if not self.changed(option).lacking():
+                return option
+        for option in tries:
+            together |= option
+            if not self.changed(together).lacking():
+                break
+        else:
+            return None
+        for name in list(together):  # those that turn out not to be needed
+            fewer = {k: v for k, v in together.items() if k != name}
+            together = together if self.changed(fewer).lacking() else fewer
+        return together
+
+
+# ---------------------------------------------------------------------- what is shown
+
+
+def gib(size: float) -> str:
+    return f"{size / GIB:.1f}" if size > GIB else f"{size / GIB:.3f}"
+
+
+def duration(seconds: float) -> str:
+    return f"{seconds:.1f} s" if seconds < 120 else f"{seconds / 60:.0f} min"
+
+
+def describe(plan: Plan) -> Iterator[str]:
+    config, phases = plan.config, plan.phases()
+    phases["sample"]["KV pool"] = plan.pages * plan.page_bytes
+    names = dict.fromkeys(name for buffers in phases.values() for name, size in buffers.items() if size)
+    rows = [(f"GiB of a {'GPU' if plan.cuda else 'process'}", phases)]
+    rows += [(name, [gib(b[name]) if b.get(name) else "" for b in phases.values()]) for name in names]
+    rows += [(f"together, of {gib(plan.room)}", [gib(sum(b.values())) for b in phases.values()])]
+    for name, cells in rows:
+        yield (f"{name:46}" + "".join(f"{cell:>9}" for cell in cells)).rstrip()
+    peaks = sorted(((sum(b.values()), name) for name, b in plan.moments().items()), reverse=True)
+    yield "\nAn update peaks in: " + ", ".join(f"{name} ({gib(size)})" for size, name in peaks[:3])
+    if plan.pinned():
+        yield f"Offloaded, in a node's memory: {gib(plan.pinned())} GiB"
+    yield (f"KV pool: {plan.pages} pages of {config.page_size} tokens hold {plan.pages // plan.columns} "
+           f"samples of {plan.machine.prompt_tokens} + {config.max_new_tokens} tokens; a sampler writes "
+           f"{plan.samples} a step, in {plan.rows} rows")
+    for full in (False, True) if plan.pages > plan.columns + 1 else ():
+        r = plan.rehearse(full)
+        update, publish = map(duration, plan.seconds(r["mean"]))
+        yield (f"{'full' if full else 'mixed'} lengths, {r['mean']:,.0f} new tokens a sample: sample "
+               f"{duration(r['seconds'])} ({r['preemptions']} preemptions, {r['again']:.0%} prefilled "
+               f"again), update {update}, publish {publish}")
+    yield "\nThese times follow from:"
+    for name, (value, source) in RATES["cuda" if plan.cuda else "cpu"].items():
+        yield f"  {name:15}{value:9.3g} {source}"
+
+
+def find_shape(path: str) -> tuple[ModelConfig, str]:
+    """The shape of a checkpoint, and what to say of its source. Raises ConfigError, CheckpointError."""
+    for folder in (Path(path), run.ROOT / path):
+        if folder.exists():
+            return read_config(folder), ""
+    for name, shape in SHAPES.items():
+        if f"{Path(path).name}-".lower().startswith(f"{name}-".lower()):
+            return shape, f" (there is no folder {path}: the shape is that of {name})"
+    raise ConfigError(f"model {path} does not exist, and its name begins with none of {', '.join(SHAPES)}: "
+                      "give the folder that has its config.json")
+
+
+def read(arguments: list[str], kind: type) -> tuple[Plan, str]:
+    """The plan for a command line, and what to say of the shape. Raises ConfigError, CheckpointError."""
+    words = [w for a in arguments for w in (a.split("=", 1) if a.startswith("--") else [a])]
+    pairs = [words[i:i + 2] for i in range(0, len(words), 2)]
+    own = [p for p in pairs if p[0].strip("-").replace("-", "_") in Machine.__dataclass_fields__]
+    config = options.parse(kind, sum((p for p in pairs if p not in own), []), "The run's:")
+    machine = options.parse(Machine, sum(own, []), "")
+    cuda = config.device == "cuda" or config.device == "auto" and (bool(own) or torch.cuda.is_available())
+    here = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / GIB
+    machine = replace(machine, gpus=machine.gpus or (8 if cuda else 1),
+                      gpu_memory=machine.gpu_memory or (80.0 if cuda else here))
+    for name, value in vars(machine).items():
+        if not value > 0:
+            raise ConfigError(f"{name} must be positive, not {value}")
+    shape, note = find_shape(config.model)
+    check_tp(shape, config.tp)
+    return Plan(config, machine, shape, cuda), note
+
+
+def main(arguments: list[str], kind: type, check):
+    """kind, check: of train.py. Exits with 1 if it does not fit."""
+    if {"-h", "--help"} & set(arguments):
+        print(options.help_text(Machine, __doc__), end="\n\n")
+    plan, note = read(arguments, kind)
+    machine, config = plan.machine, plan.config
+    os.environ["LOCAL_WORLD_SIZE"] = str(machine.gpus)
+    check(config, parallel.World(0, plan.ranks, torch.device("cuda" if plan.cuda else "cpu")))
+    device = f"GPUs of {machine.gpu_memory:g} GiB" if plan.cuda else "processes"
+    print(f"{config.model}: {plan.shape.num_parameters:,} parameters{note}\n{machine.nodes} x {machine.gpus} "
+          f"{device}; weights over {plan.shards}, a sampler over {config.tp}; micro-batches of up to "
+          f"{plan.tokens:,} tokens\n", *describe(plan), sep="\n")
+    if problems := plan.lacking():
+        remedy = plan.remedy()
+        named = " ".join(f"--{name} {str(value).lower()}" for name, value in (remedy or {}).items())
+        print(f"\nIt does not fit: {'; '.join(problems)}.",
+              f"It would with {named}." if remedy else "Nothing that the planner tries would make it fit.")
+        raise SystemExit(1)
+    print("\nIt fits.")
