@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 import grpo
 import model as qwen
 import parallel
+import run
 import train
 from bench import bench_load
 from replica import tp_slice
@@ -26,7 +27,8 @@ BASE = ROOT / "data" / "tiny" / "base"
 # On 4 ranks no dimension is cut evenly, and the last ranks have no row of some tensors.
 ODD = qwen.ModelConfig(37, 10, 9, 3, 5, 1)
 CONFIG = train.Config(micro_batch_tokens=260, clip_grad=1e9, loss="sequence")
-LENGTHS = [200, 180, 60, 250, 90, 40, 3]  # of samples: the first ranks have the long ones, the last has none
+LENGTHS = [200, 180, 60, 250, 90, 40, 3]  # of samples
+UPDATES = [[0, 1, 2, 3, 4, 5], [6, 1]]  # in the second, two of four ranks have none
 
 
 def made_up_samples() -> list[grpo.Sample]:
@@ -40,19 +42,18 @@ def made_up_samples() -> list[grpo.Sample]:
 
 def gradients(model, world) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
     """Of train.update, whose optimiser only looks; and its metrics."""
-    seen = {}
+    seen = []
 
     class Look:
         def step(self):
-            seen.update({name: p.grad.full_tensor() for name, p in model.named_parameters()})
+            seen.append({name: p.grad.full_tensor() for name, p in model.named_parameters()})
 
         def zero_grad(self):
             model.zero_grad()
 
-    owners = [min(i // 4, world.size - 2) if world.size > 1 else 0 for i in range(len(LENGTHS))]
-    mine = [sample for sample, owner in zip(made_up_samples(), owners) if owner == world.rank]
-    found, _ = train.update(model, None, Look(), mine, [[*range(len(mine))]], CONFIG, ODD.vocab_size, world)
-    return seen, found
+    metrics, *_ = train.update(model, None, Look(), made_up_samples(), UPDATES, CONFIG, ODD.vocab_size, world,
+                               run.Clock())
+    return {f"{i} {name}": grad for i, grads in enumerate(seen) for name, grad in grads.items()}, metrics
 
 
 def replica(config: qwen.ModelConfig, group=None, dtype=torch.float32) -> qwen.Qwen2:
