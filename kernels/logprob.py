@@ -112,15 +112,16 @@ def logit_gradient(logits_TN: torch.Tensor, targets_T: torch.Tensor, peak_T: tor
             temperature, ENTROPY=grad_entropy_T is not None, **size)
         return out
     z = logits_TN.div(temperature).sub_(peak_T[:, None])
-    g = (z - log_total_T[:, None]).exp_()  # p
+    up_T = grad_logp_T / temperature  # a pass over rows instead of one over logits
     if grad_entropy_T is None:
-        g *= -grad_logp_T[:, None]
+        g = z.sub_(log_total_T[:, None]).exp_().mul_(-up_T[:, None])
     else:
-        g *= -grad_logp_T[:, None] - grad_entropy_T[:, None] * z.sub_(mean_T[:, None])
+        g = (z - log_total_T[:, None]).exp_()
+        g *= -up_T[:, None] - (grad_entropy_T / temperature)[:, None] * z.sub_(mean_T[:, None])
     here = (targets_T >= 0) & (targets_T < z.shape[1])
     g.scatter_add_(-1, targets_T.clamp(0, z.shape[1] - 1)[:, None],
-                   torch.where(here, grad_logp_T, 0)[:, None])
-    return g.div_(temperature).to(dtype)
+                   torch.where(here, up_T, 0)[:, None])
+    return g.to(dtype)
 
 
 @triton.jit
