@@ -742,7 +742,7 @@ def keep_bad(folder: Path, step: int, samples: list[grpo.Sample], world):
 
 def main():
     clock, watch, rank = run.Clock(), Watch(), int(os.environ.get("RANK", 0))
-    faulthandler.enable(sys.__stderr__)  # where NCCL's watchdog ends a process, it says at least in which line
+    faulthandler.enable(sys.__stderr__)  # where NCCL's watchdog ends a process, it says in which line
     try:
         if "--plan" in sys.argv:
             return planner.main([word for word in sys.argv[1:] if word != "--plan"], Config, check)
