@@ -723,7 +723,7 @@ def keep_bad(folder: Path, step: int, samples: list[grpo.Sample], world):
 
 def main():
     clock, watch, rank = run.Clock(), parallel.Watch(), int(os.environ.get("RANK", 0))
-    faulthandler.enable(sys.__stderr__)  # where NCCL's watchdog ends a process, it says at least in which line
+    faulthandler.enable(sys.__stderr__)  # says the line in which NCCL's watchdog ends a process
     try:
         train(parse(sys.argv[1:]), clock, watch)
     except parallel.Stopped:
