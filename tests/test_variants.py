@@ -45,7 +45,7 @@ def test_five_steps_under_each_option(options, tmp_path):
     assert ("kl" in steps[0]) == ("--beta" in given) and ("tis_capped" in steps[0]) == ("--tis_cap" in given)
     if "kl" in steps[0]:
         assert steps[-1]["kl"] > steps[0]["kl"] >= 0, "the policy leaves its reference"
-    assert not any(m["skipped_updates"] for m in steps)
+    assert "--overlong" in given or not any(m["skipped_updates"] for m in steps)
     if "--overlong" in given:
         texts = [json.loads(line) for line in (tmp_path / "run/rollouts/step_000001.jsonl").open()]
         assert all((t["gap_mean"] is None) == (t["finish_reason"] == "length") for t in texts)
