@@ -19,6 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake
 from torch.distributed._tools.fsdp2_mem_tracker import FSDPMemTracker
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
+import checkpoints
 import grpo
 import kernels.attention
 import kernels.logprob
@@ -77,7 +78,7 @@ def test_every_rank_holds_the_shards_and_bytes_that_are_planned(shape, size, ran
     plan = plan_of(shape, size)
     with fake_ranks(rank, size) as world:
         model = parallel.shard(meta(shape), world)
-        moments = parallel.tensors_of(model, torch.optim.AdamW(model.parameters()))["optimizer"].values()
+        moments = checkpoints.tensors_of(model, torch.optim.AdamW(model.parameters()))["optimizer"].values()
         local = {name: p.to_local() for name, p in model.named_parameters()}
         for name, p in local.items():
             assert p.shape == plan.shard(as_layer_0(name), rank), name

@@ -40,11 +40,18 @@ import train, checkpoints, parallel, rewards
 from bench.chaos import strike
 
 torch.set_num_threads(1)
-store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+(told, tell), (over, end) = os.pipe(), os.pipe()
+if not os.fork():  # the store's thread must not hold a lock while a rank is forked
+    os.close(end)
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    os.write(tell, str(store.port).encode())
+    os.read(over, 1)  # until all others have ended
+    os._exit(0)
+port = int(os.read(told, 9))
 for restarts, line in enumerate(sys.stdin):
     life = json.loads(line)
     world = {"WORLD_SIZE": life["ranks"], "LOCAL_WORLD_SIZE": life["ranks"], "MASTER_ADDR": "127.0.0.1",
-             "MASTER_PORT": store.port, "TORCHELASTIC_USE_AGENT_STORE": "True",
+             "MASTER_PORT": port, "TORCHELASTIC_USE_AGENT_STORE": "True",
              "TORCHELASTIC_RESTART_COUNT": restarts}
     pids, codes = [], {}
     for rank in range(life["ranks"]):
