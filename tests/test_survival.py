@@ -437,7 +437,7 @@ def test_an_update_whose_gradient_is_nan_is_skipped_counted_and_kept(tmp_path, m
     (file,) = (tmp_path / "run" / "bad_batches").iterdir()
     samples = [grpo.Sample(**json.loads(line)) for line in file.open()]
     texts = [json.loads(line) for line in (tmp_path / "run/rollouts/step_000002.jsonl").open()]
-    assert file.name == "step_000002_rank_00000.jsonl" and len(samples) == 8
+    assert file.name == "step_000002.jsonl" and len(samples) == 8
     assert sorted((len(s.token_ids), s.advantage) for s in samples) == sorted(
         (t["tokens"], t["advantage"]) for t in texts)
 
