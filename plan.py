@@ -173,8 +173,8 @@ class Plan:
             gathered["embedding and head of the reference, gathered"] = b * root
         chunk = min(CHUNK_BYTES["cuda" if self.cuda else "cpu"], 4 * self.tokens * shape.vocab_size)
         sums = 4 * c // b  # T x C in fp32, and again while a chunk is added
-        logits = max(2 * sums + chunk // 2, sums + 3 * chunk // 2) if self.cuda else sums + max(
-            3 * chunk, sums + chunk)
+        logits = max(2 * sums + chunk // 2, sums + 3 * chunk // 2) if self.cuda else max(
+            2 * sums + chunk, 2 * chunk - head - 2 * c)  # the second in forward, without gradients
         # In a layer's backward the gradient of the layer above is still in reduction. The first to run has
         # none above it, but all layers' activations.
         above = layers > 1 and 4 * layer > kept

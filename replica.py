@@ -64,6 +64,10 @@ def prepare_(model: Qwen2):
 
 def release_(model: Qwen2):
     """Gives back the memory of the weights until `restore_`, which brings back the room, not the values."""
+    for layer in model.layers:
+        for product in (layer.self_attn.qkv, layer.self_attn.out, layer.mlp.gate_up, layer.mlp.down):
+            if isinstance(product, Product):
+                product.packed = None
     storages = {s.data_ptr(): s for s in (p.untyped_storage() for p in model.parameters())}.values()
     model.released = [(s, s.nbytes()) for s in storages if s.nbytes()]
     for s in storages:

@@ -22,7 +22,7 @@ import torch.distributed as dist
 from torch.nn.utils.rnn import pad_sequence
 
 from kernels.attention import Gathered, PagedDecode, PagedPrefill, sent, write_kv
-from kernels.sample import head_draw, streams, uniforms
+from kernels.sample import head_draw, streams, uniforms, whole_tiles
 from model import ModelConfig, Qwen2
 from replica import pack_head, prepare_
 from scheduler import Chunk, Request, Scheduler, Sequence, Stats, Step
@@ -227,7 +227,7 @@ class Sampler:
             self.pool = PagePool(self.model, self.num_pages or self.affordable(rows, columns), self.page_size)
             self.rows = Rows(rows, columns, self.device)
         weight = self.model.head_weight
-        self.head = pack_head(weight[:self.n_valid] if self.model.tp == 1 else weight)
+        self.head = pack_head(weight[:whole_tiles(self.n_valid)] if self.model.tp == 1 else weight)
         self.min_rows = 1 if self.cuda else MIN_ROWS_UNPACKED if self.head is None else MIN_ROWS
 
     def affordable(self, rows: int, columns: int) -> int:

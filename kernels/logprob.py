@@ -19,7 +19,7 @@ import torch.distributed as dist
 from kernels import backend
 from kernels.backend import tl, triton
 
-CHUNK_BYTES = {"cpu": 16 * 2**20, "cuda": 256 * 2**20}  # of fp32 logits at a time
+CHUNK_BYTES = {"cpu": 4 * 2**20, "cuda": 256 * 2**20}  # of fp32 logits at a time
 
 
 def matmul_fp32(a_TC: torch.Tensor, weight_VC: torch.Tensor) -> torch.Tensor:
@@ -56,19 +56,19 @@ class RowStats:
         self.total_T, self.weighted_T = (torch.zeros(rows, device=device) for _ in range(2))
 
     def add_(self, logits_TN: torch.Tensor, targets_T: torch.Tensor, temperature: float):
-        """Takes in the next chunk; targets_T counts from the chunk's first column."""
+        """Takes in the next chunk, and its memory; targets_T counts from the chunk's first column."""
         if backend.fused(logits_TN):
             return self.add_fused_(logits_TN, targets_T, temperature)
-        z = logits_TN / temperature
+        z = logits_TN.div_(temperature)
         peak = torch.maximum(self.peak_T, z.amax(-1))
         here = (targets_T >= 0) & (targets_T < z.shape[1])
         at = targets_T.clamp(0, z.shape[1] - 1)
         self.target_T = torch.where(here, z.gather(-1, at[:, None])[:, 0], self.target_T)
-        z = z.sub_(peak[:, None])
+        z.sub_(peak[:, None])
         e = z.exp()
         self.rebase_(peak)
         self.total_T += e.sum(-1)
-        self.weighted_T += e.mul_(z).sum(-1)
+        self.weighted_T += torch.bmm(e[:, None], z[..., None]).view(-1)  # a dot product a row
 
     def add_fused_(self, logits_TN, targets_T, temperature):
         size = backend.blocks("row_stats", logits_TN.dtype, logits_TN.shape[1])
@@ -98,8 +98,8 @@ def logit_gradient(logits_TN: torch.Tensor, targets_T: torch.Tensor, peak_T: tor
                    log_total_T: torch.Tensor, mean_T: torch.Tensor, grad_logp_T: torch.Tensor,
                    grad_entropy_T: torch.Tensor | None, temperature: float,
                    dtype: torch.dtype) -> torch.Tensor:
-    """The gradient of a chunk's logits, in `dtype`. With p = softmax(z), E = sum p z = mean + peak and
-    entropy h = log total - mean:
+    """The gradient of a chunk's logits, in `dtype` and perhaps in their memory. With p = softmax(z),
+    E = sum p z = mean + peak and entropy h = log total - mean:
 
         d logp / dz = onehot(target) - p        d h / dz = -p (z - E)
     """
@@ -111,11 +111,11 @@ def logit_gradient(logits_TN: torch.Tensor, targets_T: torch.Tensor, peak_T: tor
             logits_TN, out, columns, targets_T, peak_T, log_total_T, mean_T, grad_logp_T, grad_entropy_T,
             temperature, ENTROPY=grad_entropy_T is not None, **size)
         return out
-    z = logits_TN.div(temperature).sub_(peak_T[:, None])
-    up_T = grad_logp_T / temperature  # a pass over rows instead of one over logits
+    z, up_T = logits_TN.div_(temperature), grad_logp_T / temperature  # passes over rows, not over logits
     if grad_entropy_T is None:
-        g = z.sub_(log_total_T[:, None]).exp_().mul_(-up_T[:, None])
+        g = z.sub_(peak_T[:, None]).exp_().mul_((-up_T * (-log_total_T).exp())[:, None])
     else:
+        z.sub_(peak_T[:, None])
         g = (z - log_total_T[:, None]).exp_()
         g *= -up_T[:, None] - (grad_entropy_T / temperature)[:, None] * z.sub_(mean_T[:, None])
     here = (targets_T >= 0) & (targets_T < z.shape[1])

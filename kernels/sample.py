@@ -96,6 +96,11 @@ def draw(logits_SV: torch.Tensor, uniform_S: torch.Tensor, temperature_S: torch.
     return draw_(logits_SV.clone(), uniform_S, temperature_S, top_p_S, top_k_S)
 
 
+def whole_tiles(ids: int) -> int:
+    """Rows of a head that end with a tile: a head that is padded so far saves `draw_` a copy."""
+    return -(-ids // TILE) * TILE
+
+
 def draw_(z: torch.Tensor, uniform_S, temperature_S, top_p_S=None, top_k_S=None):
     """`draw` in the memory of its logits: fresh pages for a batch's logits cost a CPU more than its sums."""
     greedy_S = temperature_S == 0
@@ -132,8 +137,10 @@ def head_draw(hidden_SC: torch.Tensor, weight_VC: torch.Tensor, n_valid: int, un
     """
     size, rank = (1, 0) if group is None else (dist.get_world_size(group), dist.get_rank(group))
     if top_p_S is not None or not backend.fused(hidden_SC):
-        logits_SV = gathered(product(hidden_SC, weight_VC if size > 1 else weight_VC[:n_valid]), size, group)
-        return draw_(logits_SV[:, :n_valid], uniform_S, temperature_S, top_p_S, top_k_S)
+        end = whole_tiles(n_valid)
+        logits_SV = gathered(product(hidden_SC, weight_VC if size > 1 else weight_VC[:end]), size, group)
+        logits_SV[:, n_valid:] = -torch.inf
+        return draw_(logits_SV[:, :end], uniform_S, temperature_S, top_p_S, top_k_S)
     assert hidden_SC.stride(1) == weight_VC.stride(1) == 1
     uniform_S, temperature_S = uniform_S.contiguous(), temperature_S.contiguous()
     columns = min(max(n_valid - rank * len(weight_VC), 0), len(weight_VC))
