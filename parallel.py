@@ -163,7 +163,8 @@ def shard_of(p: torch.Tensor) -> tuple[torch.Tensor, int, int]:
 def load_sharded(path: str | Path, world: World) -> Qwen2:
     """A Hugging Face checkpoint as a sharded model. Each rank reads its own rows and no others. Raises
     CheckpointError."""
-    config, files = read_config(path), check_tensors(read_config(path), path)
+    config = read_config(path)
+    files = check_tensors(config, path)
     with torch.device("meta"):
         model = Qwen2(config)
     shard(model, world).to_empty(device=world.device)

@@ -42,11 +42,16 @@ class Product:
         return y.split_with_sizes(self.sizes, -1) if len(self.sizes) > 1 else y
 
 
+def products(layer) -> tuple:
+    """Those of a layer; Products once it is prepared."""
+    return layer.self_attn.qkv, layer.self_attn.out, layer.mlp.gate_up, layer.mlp.down
+
+
 @torch.inference_mode(False)  # the parameters' new storage is to be trained too
 @torch.no_grad()
 def prepare_(model: Qwen2):
     """Fuses the products of every layer that read the same input. On a CPU a forward without gradients then
-    computes with the weights as they are now, in oneDNN's layout, until the next call."""
+    computes with the weights as they are now, packed, until the next call."""
     for layer in model.layers:
         attention, mlp = layer.self_attn, layer.mlp
         if not (isinstance(attention.qkv, Product) and attention.qkv.holds()):
@@ -54,7 +59,7 @@ def prepare_(model: Qwen2):
             attention.out = Product(attention.o_proj)
             mlp.gate_up = Product(mlp.gate_proj, mlp.up_proj)
             mlp.down = Product(mlp.down_proj)
-        for product in (attention.qkv, attention.out, mlp.gate_up, mlp.down):
+        for product in products(layer):
             product.packed = pack(product.weight)
     if model.layers and not model.head_weight.is_cuda:
         for norm in (model.model["norm"], *(x for layer in model.layers for x in (
@@ -65,7 +70,7 @@ def prepare_(model: Qwen2):
 def release_(model: Qwen2):
     """Gives back the memory of the weights until `restore_`, which brings back the room, not the values."""
     for layer in model.layers:
-        for product in (layer.self_attn.qkv, layer.self_attn.out, layer.mlp.gate_up, layer.mlp.down):
+        for product in products(layer):
             if isinstance(product, Product):
                 product.packed = None
     storages = {s.data_ptr(): s for s in (p.untyped_storage() for p in model.parameters())}.values()

@@ -76,7 +76,7 @@ def open_folder(config, folder: Path, newest: tuple[Path, dict] | None):
         cut_back(folder, state["step"] - ("unlogged" in state))
     except OSError as e:
         raise ConfigError(f"run_dir {folder} cannot be written ({e}): choose another") from None
-    if state.get("code", code_hash()) != code_hash():
+    if (code := state.get("code")) and code != code_hash():
         print(f"warning: {path} was made by other code than this: {kept.name} holds what runs from here on",
               file=sys.stderr, flush=True)
 

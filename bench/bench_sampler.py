@@ -34,12 +34,12 @@ import torch
 
 import model as qwen
 import run
-from bench import hardware
+from bench import hardware, shapes
 from sampler import Request, Sampler
 
 SHAPES = {
     "small": qwen.ModelConfig(32768, 512, 1408, 8, 8, 2),
-    "0.5b": qwen.ModelConfig(151936, 896, 4864, 24, 14, 2, tie_word_embeddings=True),  # Qwen2.5-0.5B
+    "0.5b": shapes.SHAPES["0.5b"],
 }
 TEMPERATURE = 0.8
 

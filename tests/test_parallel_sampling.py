@@ -1,10 +1,6 @@
 """One engine over several ranks, and several engines side by side: the same samples as on one."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -15,9 +11,9 @@ from data import prompts as prompt_data
 from replica import check_tp, tp_slice
 from sampler import Sampler
 from scheduler import Request, assign
+from tests.launch import ROOT, torchrun
 from tokenizer import Tokenizer
 
-ROOT = Path(__file__).parent.parent
 BASE = ROOT / "data" / "tiny" / "base"
 
 
@@ -63,10 +59,7 @@ def test_two_engines_of_two_ranks_on_one_node_do_not_disturb_each_other(tmp_path
     """Weights by `publish`, different requests and numbers of steps in each."""
     script = tmp_path / "two_engines.py"
     script.write_text(TWO_ENGINES)
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=4"]
-    done = subprocess.run([*launch, str(script), str(BASE), str(tmp_path)], cwd=ROOT, capture_output=True,
-                          text=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
-    assert done.returncode == 0, done.stderr[-3000:]
+    torchrun(4, script, BASE, tmp_path)
     ranks = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(4)]
     model = qwen.load(BASE)
     for engine in (0, 1):

@@ -6,11 +6,8 @@ planner assumes, and the time of anything.
 
 import dataclasses
 import json
-import os
-import subprocess
 import sys
 from contextlib import contextmanager
-from pathlib import Path
 
 import pytest
 import torch
@@ -30,9 +27,9 @@ import train
 from kernels import backend
 from model import ModelConfig, Qwen2
 from plan import SHAPES, Machine, Plan
+from tests.launch import ROOT, torchrun
 from train import Config, ConfigError
 
-ROOT = Path(__file__).parent.parent
 SMALL = ModelConfig(1000, 140, 70, 3, 10, 2)  # nothing in it divides by 64
 
 
@@ -175,10 +172,7 @@ def test_so_is_that_of_two_ranks(tmp_path):
     """Where layers are gathered from others and gradients reduced to them."""
     script = tmp_path / "two_ranks.py"
     script.write_text(TWO_RANKS)
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    done = subprocess.run([*launch, str(script), str(tmp_path / "out.json")], cwd=ROOT, text=True,
-                          capture_output=True, timeout=120, env=os.environ | {"PYTHONPATH": str(ROOT)})
-    assert done.returncode == 0, done.stderr
+    torchrun(2, script, tmp_path / "out.json", timeout=120)
     for planned, seen in json.loads((tmp_path / "out.json").read_text()):
         assert planned == pytest.approx(seen, rel=0.1)
 

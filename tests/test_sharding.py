@@ -2,8 +2,6 @@
 
 import json
 import math
-import os
-import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -20,9 +18,9 @@ import train
 from bench import bench_load
 from replica import tp_slice
 from run import Clock
+from tests.launch import ROOT, torchrun
 from tests.test_run import equal, in_process, metrics, rollouts, tensors
 
-ROOT = Path(__file__).parent.parent
 BASE = ROOT / "data" / "tiny" / "base"
 # On 4 ranks no dimension is cut evenly, and the last ranks have no row of some tensors.
 ODD = qwen.ModelConfig(37, 10, 9, 3, 5, 1)
@@ -117,13 +115,8 @@ def folder(tmp_path_factory) -> Path:
     script.write_text("import pathlib, sys, tests.test_sharding as t; t.worker(pathlib.Path(sys.argv[1]))")
     bench_load.write(folder / "deep", 30, vocabulary=1000, hidden=512)
     bench_load.write(folder / "wide", 30, vocabulary=20000, hidden=256)
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    environment["MALLOC_MMAP_THRESHOLD_"] = "65536"  # what is freed is not resident any more
-    for ranks in (2, 4):
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
-        done = subprocess.run([*command, str(script), str(folder)], env=environment, cwd=ROOT,
-                              capture_output=True, text=True, timeout=300)
-        assert done.returncode == 0, done.stderr[-3000:]
+    for ranks in (2, 4):  # what is freed is not resident any more
+        torchrun(ranks, script, folder, MALLOC_MMAP_THRESHOLD_="65536")
     return folder
 
 
