@@ -141,8 +141,9 @@ def shard(model: Qwen2, world: World) -> Qwen2:
         policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
     for module in (*model.layers, model):
         fully_shard(module, mesh=world.mesh, mp_policy=policy)
-        module.set_gradient_divide_factor(1.0)
-        module.set_force_sum_reduction_for_comms(True)
+        if world.size > 1:  # a sum is a mean of one, but dividing by 1 copies the gradient
+            module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)
     # Forward: gather a layer before the one in front of it is launched, not after, or a host that is not
     # ahead of its GPU leaves the network idle. Backward: FSDP's default does the same.
     for module, following in zip((model, *model.layers), model.layers):

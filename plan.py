@@ -194,7 +194,7 @@ class Plan:
                 "gradients of activations": c},
             "end of backward": {
                 "embedding's and head's gradient": b * root * (self.shards > 1),
-                "the same, in reduction": 4 * root * (1 if self.shards > 1 else 3)},
+                "the same, in reduction": 4 * root * (1 if self.shards > 1 else 3 - (self.ranks == 1))},
             "optimizer": {
                 "gradient's norm, fp64": 16 * min(2**22, max(self.shard(n).numel() for n in self.parameters)),
                 "AdamW's moments, on their way": 8 * self.numbers() * config.offload_optimizer},

@@ -31,6 +31,7 @@ import torch.distributed as dist
 
 import model as qwen
 import parallel
+import plan as planner
 import rewards
 import run
 import train
@@ -72,6 +73,20 @@ def make(folder: Path, shape: str, tokenizer: Path) -> list[str]:
             "varied", "--steps", "4", *batch]
 
 
+def planned(config: train.Config, shape: qwen.ModelConfig, world, prompt_tokens: int) -> float:
+    """GiB that the planner expects at the peak, without what the allocator cannot use."""
+    cuda = world.device.type == "cuda"
+    host = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    memory = torch.cuda.mem_get_info()[1] if cuda else host
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    machine = planner.Machine(here, world.size // here, memory / planner.GIB, prompt_tokens)
+    plan = planner.Plan(config, machine, shape, cuda)
+    phases = plan.phases()
+    phases["sample"]["KV pool"] = plan.pages * plan.page_bytes
+    del phases["update"]["unusable, of the allocator"]
+    return max(sum(buffers.values()) for buffers in phases.values()) / planner.GIB
+
+
 def measure(folder: Path, options: list[str], shape: str, tokenizer: Path):
     """Trains as the options say; prints figures and the JSON line."""
     config = train.parse([*options, "--run_dir", f"{folder}/run"])
@@ -107,10 +122,12 @@ def measure(folder: Path, options: list[str], shape: str, tokenizer: Path):
     figures = {name: statistics.median(m[name] for m in steady)
                for name in steady[0] if name.startswith(wanted)}
     figures["memory/peak_gb"] = lines[-1]["memory/peak_gb"]  # before the checkpoint that ends a run
+    prompts = [len(encode(r["prompt"])) for r in records]
+    figures["planned_gb"] = planned(config, model, world, max(prompts))
     for name, column in (("seconds", 0), ("cpu_seconds", 1)):
         took = [b[column] - a[column] for a, b in zip(stamps, stamps[1:])]
         figures[name] = statistics.median(took) if took else 0.0
-    lengths = [len(encode(r["prompt"])) + r["tokens"] for r in records]
+    lengths = [n + r["tokens"] for n, r in zip(prompts, records)]
     flops = 3 * sum(n * model.flops_per_token(n // 2) for n in lengths)
     figures["update_tflops"] = flops / figures["time/update"] / world.size / 1e12
     device = torch.cuda.get_device_name() if world.device.type == "cuda" else ""
@@ -125,8 +142,8 @@ def measure(folder: Path, options: list[str], shape: str, tokenizer: Path):
     chosen = ("model", "prompts_per_step", "group_size", "max_new_tokens", "micro_batch_tokens")
     settings = {"ranks": world.size, "steps": len(steady), **{name: getattr(config, name) for name in chosen}}
     rounded = {name: round(value, 6) for name, value in figures.items()}
-    print(json.dumps({"bench": "step", **machine, "shape": shape, **settings, **rounded, "mfu": mfu,
-                      "planned_gb": None}), flush=True)
+    print(json.dumps({"bench": "step", **machine, "shape": shape, **settings, **rounded, "mfu": mfu}),
+          flush=True)
 
 
 def answer(command: list[str], log: Path, **given) -> dict:

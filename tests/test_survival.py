@@ -204,6 +204,20 @@ def test_sigterm_keeps_the_last_step_and_both_ranks_end_with_0(forks, undisturbe
     assert differences(tmp_path / "run", undisturbed) == []
 
 
+def test_ranks_that_share_a_sampler_stop_together(forks, tmp_path):
+    """One is told in the middle of sampling: it cannot leave before the other."""
+    shared = ["--tp", "2", "--steps", "3"]
+    assert forks(tmp_path / "calm", *shared)[0] == [0, 0]
+    told = "rank == 1 and strike('sampling', 45, signal.SIGTERM)"
+    codes, said = forks(tmp_path / "run", *shared, code=told)
+    assert codes == [0, 0] and "stopped by SIGTERM: step" in said[0], said
+    stopped = len(metrics(tmp_path / "run"))
+    assert stopped < 3
+    codes, said = forks(tmp_path / "run", *shared)
+    assert codes == [0, 0] and f"resumed after step {stopped}" in said[0], said
+    assert differences(tmp_path / "run", tmp_path / "calm") == []
+
+
 def test_a_stop_during_an_evaluation_loses_neither_it_nor_the_step(forks, tmp_path):
     """The step's line waits in the checkpoint for the evaluation that belongs to it."""
     evaluated = ["--eval_prompts", str(ROOT / "tests" / "eval_small.jsonl"), "--steps", "4"]
