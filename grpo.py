@@ -8,6 +8,7 @@ With one update per batch of rollouts the policy that is trained is the one that
 its gradient says everything.
 """
 
+import itertools
 from dataclasses import dataclass
 
 import torch
@@ -18,6 +19,7 @@ ADVANTAGES = ("per_reward", "sum", "gdpo")
 LOSSES = ("token", "sequence", "constant")
 IS_RATIOS = ("token", "sequence", "cispo")
 DEAD = 1e-6  # a group whose rewards spread no more than this has no signal, only rounding
+VIOLATION = 0.1  # the least that a sample's advantage lies below 0 where it violates what is required
 
 
 @dataclass(frozen=True)
@@ -94,6 +96,43 @@ def advantages(rewards_BGR: torch.Tensor, weights_R: torch.Tensor, mode: str = "
         spread = advantage.std(correction=0)
         advantage = (advantage - advantage.mean()) / (spread + std_floor) if spread > DEAD else advantage * 0
     return advantage.float(), per_reward.float()
+
+
+def require(advantage_BG: torch.Tensor, rewards_BGR: torch.Tensor,
+            least_R: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Advantages that are negative for every sample with less than `least` of some reward, and who violates
+    which: (advantage_BG, violates_BGR). A missing reward (NaN) is no violation; a least of -inf is none.
+
+    That a violator must not be reinforced, however good it is otherwise, and that the penalty is as large as
+    its group demands, is RLMR's (arXiv 2508.18642), which takes it off rewards. Ours acts on advantages: all
+    violators of a group lose the same, the least that brings the best of them to -VIOLATION. So they keep
+    their distances, everyone else keeps his advantage, and it holds in a group of violators alone.
+    """
+    violates_BGR = rewards_BGR < least_R
+    violates_BG = violates_BGR.any(-1)
+    best_B = advantage_BG.masked_fill(~violates_BG, -torch.inf).amax(1)
+    return advantage_BG - violates_BG * (best_B + VIOLATION).clamp(min=0)[:, None], violates_BGR
+
+
+def conflicts(per_reward_BGR: torch.Tensor, weights_R: torch.Tensor, names: list[str],
+              mode: str = "per_reward") -> dict[str, float]:
+    """How far the rewards pull apart, out of the advantages of each; pass those of all ranks.
+
+    correlation/K,L: over samples that both K and L judge (A is not 0: neither missing nor dead), whose groups
+    have mean 0; 0 where there are none. disagreement/K,L: share of all samples that one of them raises and
+    the other lowers. dominance/K: share of sum |w A| that is K's. mode: `sum` has its weights in it.
+    """
+    A_SR = per_reward_BGR.double().flatten(0, 1)
+    pull_R = (A_SR if mode == "sum" else A_SR * weights_R).abs().sum(0)
+    out = {f"dominance/{name}": x for name, x in zip(names, (pull_R / pull_R.sum().clamp(min=DEAD)).tolist())}
+    for k, l in itertools.combinations(range(len(names)), 2):
+        both = A_SR[(A_SR[:, k] != 0) & (A_SR[:, l] != 0)]
+        product = both[:, k] * both[:, l]
+        norm = (both[:, k].square().sum() * both[:, l].square().sum()).sqrt().clamp(min=DEAD)
+        pair = f"{names[k]},{names[l]}"
+        out[f"correlation/{pair}"] = (product.sum() / norm).item()
+        out[f"disagreement/{pair}"] = (product < 0).sum().item() / len(A_SR)
+    return out
 
 
 # ---------------------------------------------------------------------- packing

@@ -18,6 +18,8 @@ from pathlib import Path
 
 import numpy as np
 
+from options import ConfigError
+
 SHINGLE = 24.0  # characters of Latin text that count as one repeated piece
 CJK_WIDTH = 2.4  # a CJK character counts as so many: 10 of them make a shingle
 CJK = re.compile("[\u4e00-\u9fff]")
@@ -171,8 +173,37 @@ REWARDS = {  # name: (function, weight); advantages are averaged with weights w 
     "format": (format_reward, 1.0),
     "overlong": (overlong, 0.0),
 }
+TRANSFORMS = {}  # name: function of the raw value, such as math.log1p; the advantage sees what it makes
+REQUIRED = {}  # name: least raw value; a sample with less gets a negative advantage, see grpo.require
 
 # ---------------------------------------------------------------------- calling
+
+
+def chosen(reward: str) -> list[str]:
+    """The names that the option `reward` chooses: without any, those that have a weight or are required."""
+    named = [name.strip() for name in reward.split(",") if name.strip()]
+    return named or [name for name, (_, weight) in REWARDS.items() if weight or name in REQUIRED]
+
+
+def check(names: list[str]):
+    """Whether these can be trained with. Raises ConfigError."""
+    for name in names:
+        if name not in REWARDS:
+            raise ConfigError(f"reward {name!r} is not in rewards.REWARDS, which has {', '.join(REWARDS)}")
+    if len(set(names)) < len(names):
+        raise ConfigError(f"reward names one twice: {','.join(names)}; weigh it in rewards.REWARDS instead")
+    if not any(REWARDS[name][1] > 0 for name in names):
+        raise ConfigError(f"all of the rewards {', '.join(names)} have weight 0: give one a weight in "
+                          "rewards.REWARDS")
+    for table, kind, entries in (("TRANSFORMS", "function", TRANSFORMS), ("REQUIRED", "number", REQUIRED)):
+        for name, entry in entries.items():
+            if name not in REWARDS:
+                raise ConfigError(f"rewards.{table} has {name!r}, which is not in rewards.REWARDS")
+            if not (callable(entry) if kind == "function" else is_number(entry)):
+                raise ConfigError(f"rewards.{table} has {entry!r} for {name!r}, which is no {kind}")
+    if left_out := [name for name in REQUIRED if name not in names]:
+        raise ConfigError(f"rewards.REQUIRED has {left_out[0]!r}, which --reward leaves out: name it too, or "
+                          "take it out of REQUIRED")
 
 
 def is_batched(name: str) -> bool:
@@ -206,10 +237,29 @@ def describe(e: BaseException) -> str:
 def checked(name: str, values: list, prompts: list) -> list[float]:
     """What a reward returned, as numbers, NaN for None. Raises RewardError for anything else."""
     for value, prompt in zip(values, prompts):
-        if value is not None and not (np.isscalar(value) and np.isreal(value) and math.isfinite(value)):
+        if value is not None and not is_number(value):
             raise RewardError(f"reward {name!r} returned {value!r} for an answer to prompt {prompt.id!r}: it "
                               "must be a finite number, or None where it cannot be computed")
     return [math.nan if value is None else float(value) for value in values]
+
+
+def is_number(value) -> bool:
+    return bool(np.isscalar(value) and np.isreal(value) and math.isfinite(value))
+
+
+def transformed(name: str, value: float) -> float:
+    """What enters the advantage for a raw value; one that is missing (NaN) stays so. Raises RewardError."""
+    if name not in TRANSFORMS or math.isnan(value):
+        return value
+    try:
+        made = TRANSFORMS[name](value)
+    except Exception as e:  # whatever a user's function raises
+        raise RewardError(f"the transform of reward {name!r} raised {describe(e)}, on {value:g}: repair it "
+                          "in rewards.TRANSFORMS") from e
+    if not is_number(made):
+        raise RewardError(f"the transform of reward {name!r} makes {made!r} of {value:g}: it must be a "
+                          "finite number for every value of the reward; repair it in rewards.TRANSFORMS")
+    return float(made)
 
 
 class Remote:

@@ -28,12 +28,13 @@ import options
 import parallel
 import plan as planner
 import replica
+import rewards
 import run
 from checkpoints import DiskError
 from data import prompts as prompt_data
 from kernels import linear_logprob
 from options import ConfigError
-from rewards import REWARDS, Remote, RewardError, count_words, is_batched, is_remote, score, structure
+from rewards import Remote, RewardError, count_words, is_batched, is_remote, score, structure
 from sampler import Completion, Sampler
 from scheduler import Request, assign
 from tokenizer import Tokenizer, TokenizerError
@@ -46,7 +47,7 @@ class Config:
     prompts: str = "data/tiny/prompts.jsonl"  # training prompts, JSONL
     prompt_style: str = "think"  # think: <think></think><answer></answer>; direct: the answer alone
     unreachable: str = "drop"  # prompts whose shortest answer exceeds max_new_tokens: drop or keep
-    reward: str = ""  # comma-separated names out of rewards.REWARDS; empty: all with non-zero weight
+    reward: str = ""  # comma-separated names out of rewards.REWARDS; empty: all with a weight, or in REQUIRED
     run_dir: str = ""  # folder of the run; empty: a new one under runs/
     resume: str = "auto"  # auto: go on with an unfinished run of this config; true: insist; false: refuse
     steps: int = 70  # GRPO steps (paper: 150)
@@ -99,8 +100,7 @@ class Config:
 
     @property
     def reward_names(self) -> list[str]:
-        named = [name.strip() for name in self.reward.split(",") if name.strip()]
-        return named or [name for name, (_, weight) in REWARDS.items() if weight]
+        return rewards.chosen(self.reward)
 
 
 # ---------------------------------------------------------------------- options
@@ -168,16 +168,7 @@ def check(config: Config, world: parallel.World):
     if config.reference and not config.beta:
         raise ConfigError(
             f"reference {config.reference} is given, but beta is 0 and it would not be used: set beta too")
-    if len(set(config.reward_names)) < len(config.reward_names):
-        raise ConfigError(f"reward names one twice: {config.reward}; weigh it in rewards.REWARDS instead")
-    for name in config.reward_names:
-        if name not in REWARDS:
-            raise ConfigError(f"reward {name!r} is not in rewards.REWARDS, which has {', '.join(REWARDS)}")
-    if not any(REWARDS[name][1] > 0 for name in config.reward_names):
-        raise ConfigError(
-            f"all of the rewards {', '.join(config.reward_names)} have weight 0: give one a weight in "
-            "rewards.REWARDS"
-        )
+    rewards.check(config.reward_names)
 
 
 # ---------------------------------------------------------------------- stages of a
@@ -313,6 +304,24 @@ def summarise(prompts: list, completions: list[list[Completion]], rewards_BGR: t
         "length/answer_words": s["words"] / s["samples"], "length/tokens": s["tokens"] / s["samples"],
         "length/in_range": s["in_range"] / max(1, s["ranged"]), "truncated": s["cut"] / s["samples"]
     }
+
+
+def compose(raw: list, names: list[str], config: Config,
+            suite=rewards) -> tuple[torch.Tensor, torch.Tensor, dict[str, float]]:
+    """Advantages out of the raw rewards raw[b][g][r] of all ranks' groups, with the weights, transforms and
+    requirements of `suite`, a module such as rewards: (advantage_BG, per_reward_BGR, metrics). Raises
+    RewardError."""
+    weights_R = torch.tensor([suite.REWARDS[name][1] for name in names])
+    least_R = torch.tensor([suite.REQUIRED.get(name, -math.inf) for name in names])
+    worth_BGR = torch.tensor([[list(map(suite.transformed, names, values)) for values in group]
+                              for group in raw], dtype=torch.float64)
+    advantage_BG, per_reward_BGR = grpo.advantages(worth_BGR, weights_R, config.advantage, config.std_floor,
+                                                   config.normalise_std)
+    advantage_BG, violates_BGR = grpo.require(advantage_BG, torch.tensor(raw), least_R)
+    violators = dict(zip(names, violates_BGR.sum((0, 1)).tolist()))
+    return advantage_BG, per_reward_BGR, {
+        **{f"violators/{name}": violators[name] for name in suite.REQUIRED},
+        **grpo.conflicts(per_reward_BGR, weights_R, names, config.advantage)}
 
 
 def costs(samples: list[grpo.Sample], seconds: dict[str, float], world) -> dict[str, float]:
@@ -494,7 +503,7 @@ def read_inputs(config: Config, world) -> Inputs:
             if not is_batched(name) and not is_remote(name):
                 ids = tokenizer.encode(text) + tokenizer.eos_ids[:1]  # no sample is without a token
                 made_up = Completion(0, 0, ids, [0.0] * len(ids), text, "stop", config.max_new_tokens)
-                score(name, [made_up], prompts[:1])
+                rewards.transformed(name, score(name, [made_up], prompts[:1])[0])
     return Inputs(model, reference, tokenizer, prompts, eval_prompts, dropped)
 
 
@@ -585,7 +594,6 @@ def train(config: Config, clock: run.Clock | None = None, watch: Watch | None = 
     inputs = read_inputs(config, world)
     prompts, eval_prompts, tokenizer = inputs.prompts, inputs.eval_prompts, inputs.tokenizer
     names = config.reward_names
-    weights_R = torch.tensor([REWARDS[name][1] for name in names])
     folder, newest = open_run(config, world)
     if newest and finished(newest[1], config):
         if world.main:
@@ -680,9 +688,9 @@ def train(config: Config, clock: run.Clock | None = None, watch: Watch | None = 
         clock.seconds["sample"] -= clock.seconds["score"] + clock.seconds["idle"]
 
         # Advantages, of all ranks' groups: each reward on its own within its group, then averaged.
-        everyone_BGR = torch.tensor(everyones(rewards_BGR.tolist(), share, world))
-        advantage_BG, per_reward_BGR = (x[share] for x in grpo.advantages(
-            everyone_BGR, weights_R, config.advantage, config.std_floor, config.normalise_std))
+        with kept():
+            *composed, conflicts = compose(everyones(rewards_BGR.tolist(), share, world), names, config)
+        advantage_BG, per_reward_BGR = (x[share] for x in composed)
 
         # Update: samples of all ranks, packed and dealt by flops; logprobs, the clipped loss, AdamW.
         lr = config.lr * min(1.0, step / max(1, config.warmup))
@@ -706,8 +714,9 @@ def train(config: Config, clock: run.Clock | None = None, watch: Watch | None = 
         safe = state if True in taken or False not in taken else safe
 
         # Log.
-        metrics = {"step": step, **summarise(mine, completions, rewards_BGR, names, world), **trained,
-                   "lr": lr, "weights/fingerprint": fingerprint, **costs(samples, clock.seconds, world)}
+        metrics = {"step": step, **summarise(mine, completions, rewards_BGR, names, world), **conflicts,
+                   **trained, "lr": lr, "weights/fingerprint": fingerprint,
+                   **costs(samples, clock.seconds, world)}
         extra = [[{"advantages": dict(zip(names, per_reward_BGR[b, g].tolist())),
                    "advantage": advantage_BG[b, g].item(), "gap_mean": gaps[place * config.group_size + g]}
                   for g in range(config.group_size)] for b, place in enumerate(share)]

@@ -36,7 +36,7 @@ DRIVER = MATERIALISED + """
 import sys, train
 if sys.argv.pop(1) == "materialised":
     train.linear_logprob = materialised
-train.REWARDS["even"] = (lambda c, prompt: sum(t % 2 for t in c.token_ids) / len(c.token_ids), 1.0)
+train.rewards.REWARDS["even"] = (lambda c, prompt: sum(t % 2 for t in c.token_ids) / len(c.token_ids), 1.0)
 collate, largest = train.grpo.collate, [0]
 def watched(samples, device):
     largest[0] = max([largest[0]] + [t for s in samples for t in s.token_ids])

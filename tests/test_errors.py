@@ -274,6 +274,22 @@ def test_a_reward_that_is_none(function, parts, tmp_path, capsys, monkeypatch):
     assert "reward 'mine'" in line and all(part in line for part in parts), line
 
 
+def test_a_transform_that_fails(tmp_path, capsys, monkeypatch):
+    """Where it can be known, before anything is written; and where only a sample shows it, in step 3, after a
+    checkpoint of step 2."""
+    run = ["--eval_prompts", "", "--run_dir", str(tmp_path / "run")]
+    monkeypatch.setitem(rewards.TRANSFORMS, "length", lambda r: 1 / r)
+    assert "transform of reward 'length' raised ZeroDivisionError" in fails(capsys, monkeypatch, *SMALL, *run)
+    assert not (tmp_path / "run").exists()
+    calls = []
+    monkeypatch.setitem(rewards.TRANSFORMS, "length",
+                        lambda r: float("inf") if len(calls) == 2 + 2 * 8 + 3 else calls.append(r) or r)
+    line = fails(capsys, monkeypatch, *SMALL, *run, "--save_every", "100")
+    assert "transform of reward 'length' makes inf" in line
+    assert [m["step"] for m in metrics(tmp_path / "run")] == [1, 2]
+    assert (tmp_path / "run/checkpoints/step_000002").exists()
+
+
 def test_a_reward_that_fails_later_loses_no_step_and_the_repaired_run_goes_on(tmp_path, capsys, monkeypatch):
     """It fails in step 4; checkpoints are due at 2 and 4. The steps so far are saved, and equal those of a
     run in which nothing failed."""

@@ -189,6 +189,85 @@ def test_an_unknown_mode_is_an_error_that_names_it():
         advantages(torch.zeros(1, 2, 1), torch.ones(1), mode="no_such_mode")
 
 
+# ------------------------------------------------------------------------------------------ what is required
+
+
+def required(advantage, rewards, least):
+    """One group with one reward."""
+    a_BG, violates = grpo.require(torch.tensor([advantage]), torch.tensor([rewards])[..., None],
+                                  torch.tensor([least]))
+    return a_BG[0].tolist(), violates[0, :, 0].tolist()
+
+
+def test_violators_of_a_group_lose_what_brings_the_best_of_them_to_minus_a_tenth():
+    """By hand: the best violator stands at 0.5 and loses 0.6, as does the one at -0.25."""
+    a, violates = required([2.0, 0.5, -0.25, -2.25], [1.0, 0.4, 0.2, 0.5], 0.5)
+    assert violates == [False, True, True, False], "what is required is enough"
+    assert a == pytest.approx([2.0, -0.1, -0.85, -2.25])
+    assert required([1.0, -0.5, -0.5], [1.0, 0.0, 0.0], 0.5)[0] == [1.0, -0.5, -0.5], "they are below already"
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_no_violator_stays_at_0_and_nobody_else_moves(seed):
+    """Whatever the rewards: violators keep order and distances in their group, a group nothing of another; a
+    second time changes nothing. Among them groups of violators alone, and groups of none."""
+    g = torch.Generator().manual_seed(seed)
+    r_BGR = torch.rand(40, 8, 3, generator=g)
+    r_BGR[torch.rand(40, 8, 3, generator=g) < 0.2] = NAN
+    least_R = torch.tensor([0.3, -torch.inf, 0.2])
+    r_BGR[0], r_BGR[1] = 0.0, 1.0
+    a_BG = advantages(r_BGR, torch.ones(3))[0]
+    new_BG, violates = grpo.require(a_BG, r_BGR, least_R)
+    assert torch.equal(violates, (r_BGR < least_R) & ~r_BGR.isnan()) and not violates[..., 1].any()
+    bad_BG = violates.any(-1)
+    assert bad_BG[0].all() and not bad_BG[1].any() and (new_BG[bad_BG] <= 1e-6 - grpo.VIOLATION).all()
+    assert torch.equal(new_BG[~bad_BG], a_BG[~bad_BG])
+    for b in range(40):
+        lost = (a_BG[b] - new_BG[b])[bad_BG[b]]
+        assert len(lost) == 0 or lost.max() - lost.min() < 1e-6
+        assert torch.equal(grpo.require(a_BG[b:b + 1], r_BGR[b:b + 1], least_R)[0][0], new_BG[b])
+    torch.testing.assert_close(grpo.require(new_BG, r_BGR, least_R)[0], new_BG, rtol=0, atol=1e-6)
+
+
+def test_a_missing_reward_violates_nothing_and_a_dead_group_of_violators_is_pushed_down():
+    assert required([1.0, -1.0], [NAN, NAN], 0.5) == ([1.0, -1.0], [False, False])
+    assert required([0.0, 0.0], [0.0, 0.0], 0.5)[0] == pytest.approx([-0.1, -0.1])
+
+
+# ------------------------------------------------------------------------------------------ conflicts
+
+
+def test_conflicts_of_three_rewards_by_hand():
+    """Four samples; b opposes a where both judge, c is silent about two of them."""
+    a, b, c = [3.0, -1.0, -1.0, -1.0], [-1.0, 1.0, 0.0, 0.0], [0.0, 0.0, 1.0, -1.0]
+    each_BGR = torch.tensor([list(zip(a, b, c))[:2], list(zip(a, b, c))[2:]])
+    seen = grpo.conflicts(each_BGR, torch.tensor([1.0, 3.0, 0.0]), ["a", "b", "c"])
+    assert seen == pytest.approx({
+        "dominance/a": 6 / 12, "dominance/b": 6 / 12, "dominance/c": 0,
+        "correlation/a,b": -4 / math.sqrt(10 * 2), "disagreement/a,b": 0.5,
+        "correlation/a,c": 0.0, "disagreement/a,c": 0.25, "correlation/b,c": 0.0, "disagreement/b,c": 0.0})
+
+
+def test_conflicts_see_agreement_opposition_and_whose_sum_it_is():
+    r_BGR = torch.rand(30, 8, 1, generator=torch.Generator().manual_seed(6), dtype=torch.float64)
+    r_BGR = torch.cat((r_BGR, 5 * r_BGR + 3, 100 * (1 - r_BGR)), -1)
+    for mode, dominance in (("per_reward", [1 / 3] * 3), ("sum", [1 / 106, 5 / 106, 100 / 106])):
+        each_BGR = advantages(r_BGR, torch.ones(3), mode, 0.0)[1]
+        seen = grpo.conflicts(each_BGR, torch.ones(3), ["x", "y", "z"], mode)
+        assert [seen[f"dominance/{n}"] for n in "xyz"] == pytest.approx(dominance, abs=1e-5)
+        assert seen["correlation/x,y"] == pytest.approx(1) and seen["disagreement/x,y"] == 0
+        assert seen["correlation/x,z"] == pytest.approx(-1) and seen["disagreement/x,z"] == 1
+    weighted = advantages(r_BGR, torch.tensor([1.0, 2.0, 1.0]), "sum", 0.0)[1]
+    seen = grpo.conflicts(weighted, torch.tensor([1.0, 2.0, 1.0]), ["x", "y", "z"], "sum")
+    assert seen["dominance/y"] == pytest.approx(10 / 111), "the weights are in its parts already"
+
+
+def test_conflicts_of_nothing_are_0_and_of_one_reward_only_its_share():
+    nothing = grpo.conflicts(torch.zeros(2, 3, 2), torch.ones(2), ["a", "b"])
+    assert set(nothing.values()) == {0.0} and len(nothing) == 4
+    assert grpo.conflicts(torch.tensor([[[1.0], [-1.0]]]), torch.ones(1), ["a"]) == {"dominance/a": 1.0}
+
+
 # ------------------------------------------------------------------------------------------ packing
 
 

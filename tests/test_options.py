@@ -13,7 +13,7 @@ import torch
 
 import train
 from parallel import World
-from rewards import REWARDS
+from rewards import REQUIRED, REWARDS, TRANSFORMS
 from train import Config, ConfigError, check, parse
 
 ROOT = Path(__file__).parent.parent
@@ -291,6 +291,22 @@ def test_some_reward_needs_a_weight(monkeypatch):
     allowed(reward="length,format")
     assert "length" not in Config().reward_names and "format" in Config().reward_names
     assert Config(reward="length, format").reward_names == ["length", "format"], "if named, it is logged"
+
+
+@pytest.mark.parametrize("table, entry, part", [
+    (TRANSFORMS, {"lenght": abs}, "'lenght'"), (TRANSFORMS, {"length": 2}, "no function"),
+    (REQUIRED, {"lenght": 0.5}, "'lenght'"), (REQUIRED, {"format": "high"}, "no number"),
+    (REQUIRED, {"format": float("nan")}, "no number"), (REQUIRED, {"overlong": -0.5}, "name it too")])
+def test_transforms_and_requirements_are_of_rewards_that_are_trained(table, entry, part, monkeypatch):
+    monkeypatch.setattr("rewards.TRANSFORMS" if table is TRANSFORMS else "rewards.REQUIRED", entry)
+    assert part in refused(reward="length,format")
+
+
+def test_a_required_reward_is_computed_though_it_has_no_weight(monkeypatch):
+    monkeypatch.setitem(REQUIRED, "overlong", -0.5)
+    assert Config().reward_names == ["length", "format", "overlong"]
+    allowed()
+    allowed(reward="length,overlong")
 
 
 # ------------------------------------------------------------------------------------------ configs/

@@ -1,5 +1,6 @@
 """What the rule rewards pay for. Completions and prompts are stand-ins with the fields that rewards read."""
 
+import math
 import random
 import string
 from types import SimpleNamespace
@@ -341,3 +342,23 @@ def test_overlong_falls_over_the_last_fifth_of_the_budget(tokens, expected):
 
 def test_overlong_is_missing_without_a_budget():
     assert rewards.overlong(SimpleNamespace(token_ids=[5], max_new_tokens=0), None) is None
+
+
+# ------------------------------------------------------------------------------------------ transforms
+
+
+def test_a_transform_makes_what_the_advantage_sees_and_leaves_the_missing_missing(monkeypatch):
+    monkeypatch.setattr(rewards, "TRANSFORMS", {"length": lambda r: 100 * r})
+    assert rewards.transformed("length", 0.25) == 25.0 and rewards.transformed("format", 0.25) == 0.25
+    assert math.isnan(rewards.transformed("length", math.nan))
+
+
+@pytest.mark.parametrize("transform, parts", [
+    (math.log, ["raised ValueError", "on 0"]), (lambda r: 1 / r, ["ZeroDivisionError", "on 0"]),
+    (lambda r: math.inf, ["makes inf of 0"]), (lambda r: None, ["makes None of 0"]),
+    (lambda r: "high", ["makes 'high' of 0"])])
+def test_a_transform_that_makes_no_number_is_named(transform, parts, monkeypatch):
+    monkeypatch.setattr(rewards, "TRANSFORMS", {"length": transform})
+    with pytest.raises(rewards.RewardError, match="the transform of reward 'length'") as raised:
+        rewards.transformed("length", 0.0)
+    assert all(part in str(raised.value) for part in parts)

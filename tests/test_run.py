@@ -80,7 +80,8 @@ def test_the_folder_of_a_run_holds_what_the_readme_says(undisturbed):
             *(f"time/{p}" for p in ("sample", "idle", "score", "logprob", "backward", "step", "update",
                                     "publish", "save")),
             *(f"{kind}/{name}" for kind in ("reward", "reward_std", "dead_groups", "missing")
-              for name in ("length", "format"))
+              for name in ("length", "format")),
+            "dominance/length", "dominance/format", "correlation/length,format", "disagreement/length,format"
         }
         assert expected == {k for k in m if not k.startswith("eval/")}
         assert all(v == v and abs(v) != float("inf") for v in m.values())

@@ -106,6 +106,24 @@ def patchy(completion, prompt):
     return None if len(completion.token_ids) % 5 == 0 else float(len(completion.token_ids) % 7)
 
 
+def test_transforms_and_requirements_act_on_the_advantage_and_raw_values_are_logged(tmp_path, monkeypatch):
+    """A reward turned round by its transform teaches the opposite; whoever violates ends below 0, counted."""
+    monkeypatch.setitem(rewards.REWARDS, "tokens", (lambda c, p: float(len(c.token_ids)), 1.0))
+    monkeypatch.setitem(rewards.TRANSFORMS, "tokens", lambda r: -math.log1p(r))
+    monkeypatch.setitem(rewards.REQUIRED, "tokens", 40)
+    train.train(train.parse([*SMALL, "--run_dir", str(tmp_path / "run"), "--steps", "1"]))
+    records = [json.loads(line) for line in (tmp_path / "run/rollouts/step_000001.jsonl").open()]
+    assert all(r["rewards"]["tokens"] == r["tokens"] for r in records)
+    groups = [sorted(records[i:i + 4], key=lambda r: r["tokens"]) for i in (0, 4)]
+    assert all([r["advantages"]["tokens"] for r in group]
+               == sorted((r["advantages"]["tokens"] for r in group), reverse=True) for group in groups)
+    short = [r for r in records if r["tokens"] < 40]
+    assert 0 < len(short) < 8 and all(r["advantage"] < 0 < r["advantages"]["tokens"] for r in short)
+    (m,) = metrics(tmp_path / "run")
+    assert m["violators/tokens"] == len(short)
+    assert m["reward/tokens"] == pytest.approx(sum(r["tokens"] for r in records) / 8)
+
+
 PATCHY = "import rewards, tests.test_variants as t; rewards.REWARDS['patchy'] = (t.patchy, 1.0)"
 
 
