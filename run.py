@@ -134,6 +134,12 @@ def write_jsonl(file: Path, records: list[dict], mode: str = "w"):
                         "command goes on") from None
 
 
+def read_jsonl(file: Path) -> list[dict]:
+    """Its records, without one that is being written: a last line without its end. Raises OSError or
+    ValueError."""
+    return [json.loads(line) for line in file.read_bytes().split(b"\n")[:-1]]
+
+
 def append_metrics(folder: Path, metrics: dict):
     """Numbers that are not finite become null, which every reader of JSON knows."""
     finite = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
