@@ -1,0 +1,300 @@
+"""The reward lab: scores the samples of a run with an edited rewards.py, as far as the run is. No training.
+
+    python -m scripts.rescore runs/NAME [--rewards FILE] [--reward NAMES] [--steps 10:20]
+
+Each sample of rollouts/step_*.jsonl gets the rewards and the advantage that it would have had with --rewards
+(by default the rewards.py of this folder) and the run's other options, beside what it got: rank correlations,
+advantages that change, the ten samples that change most. --reward chooses as in training. Rewards that ask a
+model or a server keep the run's values, unless --reward names them. Of token ids and logprobs rollouts hold
+the number alone: a reward that reads them cannot be computed here. Writes RUN/rescore.json and ends with one
+JSON line.
+"""
+
+import argparse
+import functools
+import importlib.util
+import json
+import multiprocessing
+import os
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import grpo
+import parallel
+import rewards
+from data import prompts as prompt_data
+from options import ConfigError
+from run import ROOT, read_jsonl, replace
+from sampler import Completion
+from train import Config, compose, locate, parse
+
+MOST = 10  # samples that are shown
+
+
+@dataclass(frozen=True)
+class Scored:
+    """What one step's samples got and would get; S of them, in the order of their file."""
+
+    old_SR: np.ndarray  # NaN where missing
+    new_SR: np.ndarray
+    old_S: np.ndarray  # advantages
+    new_S: np.ndarray
+    per_reward_BGR: torch.Tensor
+    changes: list[dict]  # the MOST samples that change most
+
+
+class Untold:
+    """Stands for token ids or logprobs: only their number is known."""
+
+    def __init__(self, n: int):
+        self.n = n
+
+    def __len__(self) -> int:
+        return self.n
+
+
+# ---------------------------------------------------------------------- reading
+
+
+@functools.cache
+def read_suite(file: Path):
+    """A file such as rewards.py as a module. Raises ConfigError."""
+    if file.resolve() == ROOT / "rewards.py":
+        return rewards
+    try:
+        spec = importlib.util.spec_from_file_location("edited_rewards", file)
+        suite = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(suite)
+        suite.RewardError = rewards.RewardError  # one class for whoever catches it
+        return suite
+    except Exception as e:  # whatever the file does
+        raise ConfigError(f"--rewards {file} cannot be used ({type(e).__name__}: {e}): give an edited copy "
+                          "of rewards.py") from None
+
+
+@functools.cache
+def read_run(folder: Path) -> tuple[Config, dict[str, prompt_data.Prompt]]:
+    """Its options and its prompts by id. Raises ConfigError or PromptError."""
+    if not (folder / "config.json").is_file():
+        raise ConfigError(f"{folder} is no run: it has no config.json")
+    config = parse(["--config", str(folder / "config.json")])
+    prompts, _ = prompt_data.read(locate(config.prompts), config.prompt_style, config.max_new_tokens, True)
+    return config, {prompt.id: prompt for prompt in prompts}
+
+
+def choose_steps(folder: Path, steps: str) -> list[Path]:
+    """The rollouts of the steps a:b, both included."""
+    first, colon, last = steps.partition(":")
+    try:
+        low, high = int(first or 0), int((last or sys.maxsize) if colon else first)
+    except ValueError:
+        raise ConfigError(f"--steps must be A:B, A:, :B or A, not {steps!r}") from None
+    files = [f for f in sorted((folder / "rollouts").glob("step_*.jsonl")) if low <= int(f.stem[5:]) <= high]
+    if not files:
+        raise ConfigError(f"{folder}/rollouts has no step_*.jsonl" + f" of steps {steps}" * (steps != ":"))
+    return files
+
+
+def read_samples(file: Path, config: Config, prompts: dict) -> tuple[list[dict], list, list]:
+    """(records, completions, prompts) of a step, empty if it is still being written. Raises ConfigError."""
+    try:
+        records = read_jsonl(file)
+        if len(records) < config.prompts_per_step * config.group_size:
+            return [], [], []
+        asked = [prompts.get(r["prompt_id"]) for r in records]
+        for record, prompt in zip(records, asked):
+            if prompt is None or prompt.query not in record["prompt"]:
+                raise ConfigError(f"{file}: prompt {record['prompt_id']!r} is not, or not like this, in "
+                                  f"{config.prompts}: put back the file that the run had")
+        completions = [Completion(0, r["sample"], Untold(r["tokens"]), Untold(r["tokens"]), r["text"],
+                                  r["finish_reason"], config.max_new_tokens) for r in records]
+        return records, completions, asked
+    except (OSError, KeyError, json.JSONDecodeError) as e:
+        raise ConfigError(f"{file} cannot be read ({type(e).__name__}: {e}): leave it out with --steps"
+                          ) from None
+
+
+# ---------------------------------------------------------------------- scoring
+
+
+def asks_somebody(suite, name: str) -> bool:
+    """A model or a server."""
+    return suite.is_batched(name) or suite.is_remote(name) or hasattr(suite.REWARDS[name][0], "prepare")
+
+
+def values(suite, name: str, completions: list, prompts: list) -> list[float]:
+    """One reward of each sample, NaN where it is missing or, if remote, failed. Raises RewardError."""
+    if suite.is_batched(name):
+        return suite.score(name, completions, prompts)
+    if not suite.is_remote(name):
+        return [suite.score(name, [c], [p])[0] for c, p in zip(completions, prompts)]
+    function, failed = suite.REWARDS[name][0], []
+
+    def call(completion, prompt):
+        try:
+            return function(completion, prompt)
+        except Exception as e:  # whatever a user's function raises
+            failed.append(suite.describe(e))
+
+    with ThreadPoolExecutor(function.remote[0]) as pool:
+        got = list(pool.map(call, completions, prompts))
+    if failed:
+        print(f"warning: reward {name!r} is missing for {len(failed)} samples: it failed, {failed[0]}",
+              file=sys.stderr, flush=True)
+    return suite.checked(name, got, prompts)
+
+
+def rescore(folder: Path, suite_file: Path, names: list[str], kept: list[str], file: Path) -> Scored | None:
+    """One step with other rewards; those that are `kept` have the run's values. None if it is not whole yet.
+    Raises ConfigError or RewardError."""
+    (config, prompts), suite = read_run(folder), read_suite(suite_file)
+    records, completions, asked = read_samples(file, config, prompts)
+    if not records:
+        return None
+
+    def stored(name: str) -> list[float]:
+        return [np.nan if (value := r["rewards"].get(name)) is None else value for r in records]
+
+    for name in kept:
+        if name not in records[0]["rewards"]:
+            raise ConfigError(f"reward {name!r} asks a model or a server, and {file} has no values of it: "
+                              f"pass --reward {','.join(names)} to ask now")
+    old_SR = np.array([stored(name) for name in names]).T
+    new_SR = np.array([stored(name) if name in kept else values(suite, name, completions, asked)
+                       for name in names], dtype=np.float32).T  # as the run holds them
+    raw = new_SR.reshape(-1, config.group_size, len(names)).tolist()
+    advantage_BG, per_reward_BGR, _ = compose(raw, names, config, suite)
+    old_S, new_S = np.array([r["advantage"] for r in records]), advantage_BG.flatten().numpy()
+
+    def change(i: int) -> dict:
+        return {"step": int(file.stem[5:]), "prompt_id": asked[i].id, "sample": records[i]["sample"],
+                "advantage": [float(old_S[i]), float(new_S[i])],
+                "rewards": {name: [None if x != x else float(x) for x in (old_SR[i, r], new_SR[i, r])]
+                            for r, name in enumerate(names)},
+                "query": asked[i].query, "text": records[i]["text"]}
+
+    most = [i for i in np.argsort(-abs(new_S - old_S), kind="stable")[:MOST] if new_S[i] != old_S[i]]
+    return Scored(old_SR, new_SR, old_S, new_S, per_reward_BGR, [change(i) for i in most])
+
+
+# ---------------------------------------------------------------------- comparing
+
+
+def ranks(values: np.ndarray) -> np.ndarray:
+    """1 for the least; equal values share the mean of their ranks."""
+    _, place, count = np.unique(values, return_inverse=True, return_counts=True)
+    return (np.cumsum(count) - (count - 1) / 2)[place]
+
+
+def spearman(a: np.ndarray, b: np.ndarray) -> float | None:
+    """Correlation of ranks, over the pairs that are both there; None where either has no spread."""
+    there = ~(np.isnan(a) | np.isnan(b))
+    a, b = (x - x.mean() if len(x) else x for x in (ranks(a[there]), ranks(b[there])))
+    norm = np.sqrt((a * a).sum() * (b * b).sum())
+    return float((a * b).sum() / norm) if norm else None
+
+
+def compare(steps: list[Scored], suite, names: list[str], config: Config) -> dict:
+    """What all steps together say."""
+    old_SR, new_SR = (np.concatenate([getattr(s, k) for s in steps]) for k in ("old_SR", "new_SR"))
+    old_S, new_S = (np.concatenate([getattr(s, k) for s in steps]) for k in ("old_S", "new_S"))
+    weights_R = torch.tensor([suite.REWARDS[name][1] for name in names])
+    per_reward_BGR = torch.cat([s.per_reward_BGR for s in steps])
+
+    def mean(values: np.ndarray) -> float | None:
+        return None if np.isnan(values).all() else float(np.nanmean(values))
+
+    return {
+        "samples": len(old_S),
+        "rewards": {name: {"old": mean(old), "new": mean(new), "spearman": spearman(old, new),
+                           "changed": mean(np.where(np.isnan(old).all(), np.nan, ~np.isclose(
+                               old, new, 1e-6, 1e-6, equal_nan=True))),
+                           "missing": int(np.isnan(new).sum())}
+                    for name, old, new in zip(names, old_SR.T, new_SR.T)},
+        "advantage": {"spearman": spearman(old_S, new_S),
+                      "other_sign": float((np.sign(old_S) != np.sign(new_S)).mean()),
+                      "mean_change": float(abs(new_S - old_S).mean())},
+        "conflicts": grpo.conflicts(per_reward_BGR, weights_R, names, config.advantage),
+        "most_changed": sorted((c for s in steps for c in s.changes),
+                               key=lambda c: -abs(c["advantage"][1] - c["advantage"][0]))[:MOST]}
+
+
+def excerpt(text: str, first: int = 150, last: int = 80) -> str:
+    """Its answer body, or all of it, on one line; the middle left out."""
+    text = " ".join((rewards.structure(text)[2] or text).split())
+    return text if len(text) <= first + last else f"{text[:first]} [...] {text[-last:]}"
+
+
+def show(result: dict) -> str:
+    """As lines for a terminal."""
+
+    def number(x: float | None) -> str:
+        return "-" if x is None else f"{x:.3f}"
+
+    lines = [f"{'reward':16}{'old':>9}{'new':>9}{'rank corr.':>12}{'changed':>9}{'missing':>9}"]
+    lines += [f"{name:16}{number(r['old']):>9}{number(r['new']):>9}{number(r['spearman']):>12}"
+              f"{number(r['changed']):>9}{r['missing']:>9}" for name, r in result["rewards"].items()]
+    a = result["advantage"]
+    lines += [f"advantage: rank correlation {number(a['spearman'])}, another sign for {a['other_sign']:.1%}, "
+              f"mean |change| {a['mean_change']:.3f}"]
+    for kind in ("dominance", "correlation", "disagreement"):
+        lines += [f"{kind}: " + "  ".join(f"{name.partition('/')[2]} {x:.2f}" for name, x in
+                                          result["conflicts"].items() if name.startswith(kind))]
+    for i, c in enumerate(result["most_changed"], 1):
+        lines += ["", f"{i}. step {c['step']}, prompt {c['prompt_id']}, sample {c['sample']}: advantage "
+                  f"{c['advantage'][0]:+.2f} -> {c['advantage'][1]:+.2f};  "
+                  + "  ".join(f"{name} {number(old)} -> {number(new)}"
+                              for name, (old, new) in c["rewards"].items()),
+                  f"   {excerpt(c['query'])}", f"   {excerpt(c['text'])}"]
+    return "\n".join(lines if result["most_changed"] else [*lines, "no advantage changes"])
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", type=Path, metavar="RUN")
+    parser.add_argument("--rewards", type=Path, default=ROOT / "rewards.py", metavar="FILE")
+    parser.add_argument("--reward", default="", metavar="NAMES")
+    parser.add_argument("--steps", default=":", metavar="A:B")
+    args = parser.parse_args()
+    start = time.perf_counter()
+    try:
+        (config, _), suite = read_run(args.run), read_suite(args.rewards)
+        files = choose_steps(args.run, args.steps)
+        names = suite.chosen(args.reward or config.reward)
+        suite.check(names)
+        asking = [name for name in names if asks_somebody(suite, name)]
+        step = functools.partial(rescore, args.run, args.rewards, names, [] if args.reward else asking)
+        if asking and args.reward:
+            suite.prepare(names, config, parallel.setup())
+            steps = list(map(step, files))
+        else:  # rules alone: each core takes steps
+            cores = min(len(files), os.cpu_count())
+            with multiprocessing.get_context("fork").Pool(cores, torch.set_num_threads, (1,)) as pool:
+                steps = pool.map(step, files, chunksize=1)
+        whole = [s for s in steps if s]
+        if not whole:
+            raise ConfigError(f"{args.run} has no step yet with all of its samples")
+        result = {"run": str(args.run), "rewards_file": str(args.rewards), "names": names,
+                  "steps": len(whole)} | compare(whole, suite, names, config)
+        result["seconds"] = round(time.perf_counter() - start, 2)
+        replace(args.run / "rescore.json", json.dumps(result, ensure_ascii=False, indent=1) + "\n")
+    except (ConfigError, prompt_data.PromptError, rewards.RewardError, OSError) as e:
+        print(f"error: {e}", file=sys.stderr)
+        raise SystemExit(2) from None
+    finally:
+        parallel.close()
+    unfinished = f"; {len(steps) - len(whole)} still being written" * (len(steps) > len(whole))
+    print(f"{args.run}: {result['samples']:,} samples of {len(whole)} steps in {result['seconds']:.1f} s"
+          f"{unfinished}\n{show(result)}\n\nall of it: {args.run}/rescore.json")
+    print(json.dumps({name: x for name, x in result.items() if name != "most_changed"}))
+
+
+if __name__ == "__main__":
+    main()
