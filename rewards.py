@@ -185,7 +185,7 @@ def chosen(reward: str) -> list[str]:
     return named or [name for name, (_, weight) in REWARDS.items() if weight or name in REQUIRED]
 
 
-def check(names: list[str]):
+def check_names(names: list[str]):
     """Whether these can be trained with. Raises ConfigError."""
     for name in names:
         if name not in REWARDS:

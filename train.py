@@ -168,7 +168,7 @@ def check(config: Config, world: parallel.World):
     if config.reference and not config.beta:
         raise ConfigError(
             f"reference {config.reference} is given, but beta is 0 and it would not be used: set beta too")
-    rewards.check(config.reward_names)
+    rewards.check_names(config.reward_names)
 
 
 # ---------------------------------------------------------------------- stages of a

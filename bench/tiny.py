@@ -22,7 +22,7 @@ import numpy as np
 from bench import hardware
 from data.prompts import parse_range
 from rewards import count_words, length_reward, structure
-from scripts.curves import picture
+from scripts.curves import Curve, coloured, picture
 
 ROOT = Path(__file__).parent.parent
 EVAL = ROOT / "data" / "tiny" / "eval_prompts.jsonl"
@@ -62,7 +62,7 @@ def best_constant(asked: dict[str, dict]) -> tuple[float, int]:
     return max((float(np.mean([length_reward(n, *r) for r in ranges])), n) for n in range(1, 200))
 
 
-def figures(runs: list[dict], constant: float) -> dict[str, dict[str, list[tuple[float, float]]]]:
+def figures(runs: list[dict], constant: float) -> dict[str, dict[str, Curve]]:
     """A curve of each figure and seed, for `picture`."""
     panels = {title: {f"seed {run['seed']}": [(step, values[key]) for step, values in run["curve"].items()]
                       for run in runs} for key, title in PANELS.items() if key in runs[0]["curve"][0]}
@@ -118,7 +118,7 @@ def main():
     results = ROOT / "bench" / "results"
     results.mkdir(exist_ok=True)
     (results / "tiny.json").write_text(json.dumps(result, indent=1) + "\n")
-    seeds = [f"seed {run['seed']}" for run in runs]
+    seeds = coloured([f"seed {run['seed']}" for run in runs])
     drawn = picture(figures(runs, constant), seeds, "held-out prompts, against GRPO steps")
     (results / "tiny.svg").write_text(drawn)
     print(json.dumps(result))

@@ -16,6 +16,7 @@ from xml.sax.saxutils import escape
 from options import ConfigError
 from run import read_jsonl, replace
 
+Curve = list[tuple[float, float]]  # points (step, value)
 COLOURS = ("#1f5fa8", "#c2571a", "#3b8a3b", "#8a3b7f", "#b8860b", "#2a8f8f", "#a83232", "#555555")
 WIDTH, HEIGHT, ACROSS, DOWN, COLUMNS = 220, 130, 268, 192, 3  # of a panel, from one to the next, in a row
 
@@ -42,11 +43,15 @@ def ticks(low: float, high: float) -> list[float]:
     return [i * step for i in range(math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9) + 1)]
 
 
-def picture(panels: dict[str, dict[str, list[tuple[float, float]]]], names: list[str], note: str) -> str:
-    """panels[title][name] is a curve, points (step, value), as SVG. A name out of `names` has its colour in
-    all panels and stands in the legend; any other curve is dashed, a reference with its name beside it."""
+def coloured(names: list[str]) -> dict[str, str]:
+    return dict(zip(names, COLOURS * len(names)))
+
+
+def picture(panels: dict[str, dict[str, Curve]], colours: dict[str, str], note: str) -> str:
+    """panels[title][name] is a curve; as SVG. A name that has a colour has it in all
+    panels and stands in the legend; any other curve is dashed, a reference with its name beside it."""
     last = max(x for curves in panels.values() for points in curves.values() for x, _ in points) or 1
-    colours, parts, rows = dict(zip(names, COLOURS * len(names))), [], -(-len(panels) // COLUMNS)
+    parts, rows = [], -(-len(panels) // COLUMNS)
     for i, (title, curves) in enumerate(panels.items()):
         left, top = 46 + i % COLUMNS * ACROSS, 28 + i // COLUMNS * DOWN
         values = [y for points in curves.values() for _, y in points]
@@ -94,7 +99,7 @@ def read_metrics(run: Path) -> list[dict]:
         raise ConfigError(f"{file} cannot be read ({e}): give the folder of a run, as runs/NAME") from None
 
 
-def curves(runs: list[Path], patterns: list[str]) -> dict[str, dict[str, list[tuple[float, float]]]]:
+def curves(runs: list[Path], patterns: list[str]) -> dict[str, dict[str, Curve]]:
     """curves[metric][run]: the metrics that match, in the order of the patterns; null values are left out."""
     lines = {str(run): read_metrics(run) for run in runs}
     seen = dict.fromkeys(name for metrics in lines.values() for m in metrics for name in m)
@@ -117,7 +122,7 @@ def main():
     args = parser.parse_args()
     try:
         panels = curves(args.runs, args.metrics.split(","))
-        replace(args.out, picture(panels, [str(run) for run in args.runs], "against GRPO steps"))
+        replace(args.out, picture(panels, coloured([str(run) for run in args.runs]), "against GRPO steps"))
     except (ConfigError, OSError) as e:
         print(f"error: {e}", file=sys.stderr)
         raise SystemExit(2) from None

@@ -29,6 +29,7 @@ import grpo
 import parallel
 import rewards
 from data import prompts as prompt_data
+from model import CheckpointError
 from options import ConfigError
 from run import ROOT, read_jsonl, replace
 from sampler import Completion
@@ -268,7 +269,7 @@ def main():
         (config, _), suite = read_run(args.run), read_suite(args.rewards)
         files = choose_steps(args.run, args.steps)
         names = suite.chosen(args.reward or config.reward)
-        suite.check(names)
+        suite.check_names(names)
         asking = [name for name in names if asks_somebody(suite, name)]
         step = functools.partial(rescore, args.run, args.rewards, names, [] if args.reward else asking)
         if asking and args.reward:
@@ -285,7 +286,7 @@ def main():
                   "steps": len(whole)} | compare(whole, suite, names, config)
         result["seconds"] = round(time.perf_counter() - start, 2)
         replace(args.run / "rescore.json", json.dumps(result, ensure_ascii=False, indent=1) + "\n")
-    except (ConfigError, prompt_data.PromptError, rewards.RewardError, OSError) as e:
+    except (ConfigError, prompt_data.PromptError, rewards.RewardError, CheckpointError, OSError) as e:
         print(f"error: {e}", file=sys.stderr)
         raise SystemExit(2) from None
     finally:

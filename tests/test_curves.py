@@ -48,7 +48,7 @@ def test_a_panel_for_each_reward_and_a_line_for_each_run(tmp_path, monkeypatch):
 def test_points_stand_where_the_ticks_say(tmp_path):
     """The scale is 0 to 1 for a reward, else from 0 to a round number; a reference is dashed and named."""
     text = curves.picture({"a": {"run": [(0, 0.0), (10, 1.0)], "bar": [(0, 0.5), (10, 0.5)]},
-                           "b": {"run": [(0, -3.0), (10, 30.0)]}}, ["run"], "note")
+                           "b": {"run": [(0, -3.0), (10, 30.0)]}}, {"run": "red"}, "note")
     root = ElementTree.fromstring(text)
     (a, b) = [[tuple(map(float, xy.split(","))) for xy in p.get("points").split()]
               for p in root.iter(f"{SVG}polyline") if p.get("stroke-width")]
