@@ -13,16 +13,13 @@ import re
 import threading
 import time
 import traceback
-import unicodedata
 from pathlib import Path
 
 import numpy as np
 
 from options import ConfigError
+from repeats import CJK, repetition, repetition_words
 
-SHINGLE = 24.0  # characters of Latin text that count as one repeated piece
-CJK_WIDTH = 2.4  # a CJK character counts as so many: 10 of them make a shingle
-CJK = re.compile("[\u4e00-\u9fff]")
 LATIN_WORD = re.compile(r"\b[a-zA-Z]+\b")
 TAG = re.compile(r"</?(?:think|answer)>")
 OVERLONG_CACHE = 0.2  # share of max_new_tokens over which `overlong` falls (DAPO: 4,096 of 20,480)
@@ -66,15 +63,17 @@ def structure(text: str, think: bool = True) -> tuple[bool, str | None, str | No
     but white space around and between them; with think=False the answer pair alone. The bodies are found in
     broken texts too: an answer that is never closed reaches to the end of the text. None where there is no
     such body.
+
+    A tag is a tag wherever it stands, in a code block or between quotes too: the sampler ends a sample at
+    </answer> there as well, and an exception would be a place to hide a second answer. A text about tags has
+    to write them otherwise.
     """
-    names = [m.group() for m in TAG.finditer(text)]
+    names, parts = TAG.findall(text), TAG.split(text)
     expected = ["<think>", "</think>"] * think + ["<answer>", "</answer>"]
-    thought = re.search(r"<think>(.*?)</think>", text, re.S)
-    answer = re.search(r"<answer>(.*?)(?:</answer>|\Z)", text, re.S)
-    thought, answer = thought and thought.group(1).strip(), answer and answer.group(1).strip()
-    outside = re.sub(r"<think>.*?</think>|<answer>.*?</answer>", "", text, flags=re.S)
-    ok = names == expected and not outside.strip() and bool(answer) and (bool(thought) or not think)
-    return ok, thought or None, answer or None
+    ok = names == expected and not any(map(str.strip, parts[::2])) and all(map(str.strip, parts[1::2]))
+    thought, closed, _ = text.partition("<think>")[2].partition("</think>")
+    answer = text.partition("<answer>")[2].partition("</answer>")[0]
+    return ok, thought.strip() if closed and thought.strip() else None, answer.strip() or None
 
 
 # ---------------------------------------------------------------------- length
@@ -113,47 +112,16 @@ def length(completion, prompt) -> float | None:
 # ---------------------------------------------------------------------- format
 
 
-def fold(text: str) -> str:
-    """Case folded, white space and punctuation removed."""
-    return "".join(c for c in text.casefold() if unicodedata.category(c)[0] in "LNM")
-
-
-def repetition(text: str) -> float:
-    """The share of the folded text's characters that lie in a shingle which occurred earlier, in [0, 1].
-
-    A text given twice has 0.5 (mixed scripts: to within two characters). A shingle is SHINGLE wide: 24 Latin
-    characters, 10 of CJK. Shingles are compared by 64-bit polynomial hashes over mixed character codes, for
-    all positions at once from prefix sums (unsigned arithmetic wraps): linear in length but for one sort.
-    """
-    codes = np.array([ord(c) for c in fold(text)], dtype=np.uint64)
-    n = len(codes)
-    if n == 0:
-        return 0.0
-    width = np.where((codes >= 0x4E00) & (codes <= 0x9FFF), CJK_WIDTH, 1.0)
-    reach = np.concatenate(([0.0], np.cumsum(width)))
-    end = np.searchsorted(reach, reach[:-1] + SHINGLE - 1e-6)  # the shingle from i is [i, end[i])
-    start = np.arange(n)[end <= n]
-    if len(start) == 0:
-        return 0.0
-    end = end[start]
-    mixed = (codes + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
-    mixed = (mixed ^ (mixed >> np.uint64(29))) * np.uint64(0xBF58476D1CE4E5B9)
-    power = np.cumprod(np.full(n + 1, 0xD1342543DE82EF95, dtype=np.uint64))
-    prefix = np.concatenate((np.zeros(1, np.uint64), np.cumsum(mixed * power[:n])))
-    hashes = (prefix[end] - prefix[start]
-              ) * power[n - start]  # aligned to one exponent, so equal shingles have equal hashes
-    _, first, group = np.unique(hashes, return_index=True, return_inverse=True)
-    again = first[group] < np.arange(len(start))
-    edges = np.zeros(n + 1, dtype=np.int64)
-    np.add.at(edges, start[again], 1)
-    np.add.at(edges, end[again], -1)
-    return float((np.cumsum(edges)[:n] > 0).mean())
-
-
 def format_reward(completion, prompt) -> float | None:
     """Structure times non-repetition of the answer body, in [0, 1]."""
     ok, _, answer = structure(completion.text, think=prompt.style == "think")
     return 1.0 - repetition(answer) if ok else 0.0
+
+
+def format_words(completion, prompt) -> float | None:
+    """`format_reward` that sees copies in disguise too (repeats.repetition_words)."""
+    ok, _, answer = structure(completion.text, think=prompt.style == "think")
+    return 1.0 - max(repetition(answer), repetition_words(answer)) if ok else 0.0
 
 
 # ---------------------------------------------------------------------- what is trained
@@ -172,6 +140,7 @@ REWARDS = {  # name: (function, weight); advantages are averaged with weights w 
     "length": (length, 1.0),
     "format": (format_reward, 1.0),
     "overlong": (overlong, 0.0),
+    "format_words": (format_words, 0.0),
 }
 TRANSFORMS = {}  # name: function of the raw value, such as math.log1p; the advantage sees what it makes
 REQUIRED = {}  # name: least raw value; a sample with less gets a negative advantage, see grpo.require

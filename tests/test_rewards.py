@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 
+import repeats
 import rewards
 from rewards import count_words, format_reward, length, length_reward, repetition, structure
 
@@ -196,10 +197,10 @@ def brute_force(text):
     seen, again = set(), [False] * len(text)
     for i in range(len(text)):
         width, j = 0.0, i
-        while j < len(text) and width < rewards.SHINGLE - 1e-6:
-            width += rewards.CJK_WIDTH if "\u4e00" <= text[j] <= "\u9fff" else 1.0
+        while j < len(text) and width < repeats.SHINGLE - 1e-6:
+            width += repeats.CJK_WIDTH if "\u4e00" <= text[j] <= "\u9fff" else 1.0
             j += 1
-        if width < rewards.SHINGLE - 1e-6:
+        if width < repeats.SHINGLE - 1e-6:
             break
         if text[i:j] in seen:
             again[i:j] = [True] * (j - i)
@@ -282,7 +283,7 @@ def test_repetition_of_degenerate_texts(text, share):
 @pytest.mark.parametrize("shingle", [24.0, 6.0])
 def test_repetition_equals_a_quadratic_reference(alphabet, shingle, monkeypatch):
     """Random texts over a small alphabet, made of copied pieces: repeats of all lengths and overlaps."""
-    monkeypatch.setattr(rewards, "SHINGLE", shingle)
+    monkeypatch.setattr(repeats, "SHINGLE", shingle)
     rng, shares = random.Random(6), []
     for _ in range(150):
         text = "".join(rng.choices(alphabet, k=rng.randint(0, 60)))
