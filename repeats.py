@@ -24,6 +24,10 @@ def fold(text: str) -> np.ndarray:
     return codes[kept[codes]]
 
 
+def widths(codes: np.ndarray) -> np.ndarray:
+    return np.where((codes >= 0x4E00) & (codes <= 0x9FFF), CJK_WIDTH, 1.0)
+
+
 def last_seen(codes: np.ndarray, width: np.ndarray, least: float) -> tuple[np.ndarray, np.ndarray]:
     """(end, back): the piece from i is codes[i:end[i]], the shortest of width `least`; it occurred back[i]
     places earlier, the last time, or never (0). Only for those i from which a piece fits.
@@ -65,7 +69,7 @@ def repetition(text: str) -> float:
     characters, 10 of CJK.
     """
     codes = fold(text)
-    end, back = last_seen(codes, np.where((codes >= 0x4E00) & (codes <= 0x9FFF), CJK_WIDTH, 1.0), SHINGLE)
+    end, back = last_seen(codes, widths(codes), SHINGLE)
     return float(covered(len(codes), end, back > 0).mean()) if len(codes) else 0.0
 
 

@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from options import ConfigError
+import guards
 from repeats import CJK, repetition, repetition_words
 
 LATIN_WORD = re.compile(r"\b[a-zA-Z]+\b")
@@ -124,6 +125,24 @@ def format_words(completion, prompt) -> float | None:
     return 1.0 - max(repetition(answer), repetition_words(answer)) if ok else 0.0
 
 
+# ---------------------------------------------------------------------- guards against hacking
+
+
+def guard(check):
+    """A reward out of guards.py, of the answer body; no body: 0, or silence would be clean."""
+    def reward(completion, prompt) -> float | None:
+        _, _, answer = structure(completion.text)
+        return check(answer, prompt.query) if answer else 0.0
+
+    return reward
+
+
+def ending(completion, prompt) -> float | None:
+    """guards.ending, and 0 for a sample that was cut or never closed its answer."""
+    closed = completion.finish_reason != "length" and "</answer>" in completion.text
+    return guard(guards.ending)(completion, prompt) if closed else 0.0
+
+
 # ---------------------------------------------------------------------- what is trained
 
 
@@ -141,6 +160,11 @@ REWARDS = {  # name: (function, weight); advantages are averaged with weights w 
     "format": (format_reward, 1.0),
     "overlong": (overlong, 0.0),
     "format_words": (format_words, 0.0),
+    "no_stuffing": (guard(guards.stuffing), 0.0),
+    "no_praise": (guard(guards.praise), 0.0),
+    "no_drift": (guard(guards.language), 0.0),
+    "no_loops": (guard(guards.loops), 0.0),
+    "ending": (ending, 0.0),
 }
 TRANSFORMS = {}  # name: function of the raw value, such as math.log1p; the advantage sees what it makes
 REQUIRED = {}  # name: least raw value; a sample with less gets a negative advantage, see grpo.require
