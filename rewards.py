@@ -17,8 +17,8 @@ from pathlib import Path
 
 import numpy as np
 
-from options import ConfigError
 import guards
+from options import ConfigError
 from repeats import CJK, repetition, repetition_words
 
 LATIN_WORD = re.compile(r"\b[a-zA-Z]+\b")
