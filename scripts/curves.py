@@ -67,7 +67,7 @@ def picture(panels: dict[str, dict[str, Curve]], colours: dict[str, str], note: 
             x, y = at(0, mark)
             parts += [line([(x, y), at(last, mark)], stroke="#ddd"),
                       label(x - 6, y + 4, f"{mark:.4g}", text_anchor="end")]
-        for step in (t for t in ticks(0, last) if t <= last):
+        for step in (t for t in ticks(0, last) if t <= last and t == int(t)):
             parts.append(label(at(step, marks[0])[0], top + HEIGHT + 15, f"{step:g}", text_anchor="middle"))
         for name, points in curves.items():
             drawn = [at(*point) for point in points]
@@ -77,14 +77,15 @@ def picture(panels: dict[str, dict[str, Curve]], colours: dict[str, str], note: 
                 x, y = drawn[-1]
                 parts += [line(drawn, stroke="#888", stroke_dasharray="4 3"),
                           label(x, y + 13, name, text_anchor="end", fill="#666")]
+    width = max(min(len(panels), COLUMNS) * ACROSS + 26, *(7 * len(text) + 60 for text in (*colours, note)))
     x, y = 46, rows * DOWN + 2
     for text, colour in [*colours.items(), (note, "#333")]:
-        if x > 46 and x + 7 * len(text) > COLUMNS * ACROSS:
+        if x > 46 and x + 7 * len(text) > width:
             x, y = 46, y + 16
         parts.append(label(x, y, text, fill=colour))
         x += 7 * len(text) + 16
-    head = f'<svg xmlns="http://www.w3.org/2000/svg" width="{min(len(panels), COLUMNS) * ACROSS + 26}" '
-    style = f'height="{y + 12}" font-family="sans-serif" font-size="11" fill="#333">'
+    head = f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{y + 12}" '
+    style = 'font-family="sans-serif" font-size="11" fill="#333">'
     return "\n".join([head + style, '<rect width="100%" height="100%" fill="white"/>', *parts, "</svg>\n"])
 
 
