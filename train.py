@@ -295,7 +295,7 @@ def summarise(prompts: list, completions: list[list[Completion]], rewards_BGR: t
     out = {}
     for name in names:
         out |= {
-            f"reward/{name}": s[f"sum/{name}"] / max(1, s[f"present/{name}"]),
+            f"reward/{name}": s[f"sum/{name}"] / (s[f"present/{name}"] or math.nan),  # all missing: null
             f"reward_std/{name}": s[f"std/{name}"] / s["groups"],
             f"dead_groups/{name}": int(s[f"dead/{name}"]),
             f"missing/{name}": int(s["samples"] - s[f"present/{name}"])

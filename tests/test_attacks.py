@@ -53,7 +53,7 @@ def test_copies_in_every_disguise_score_above_honest_texts_and_better_than_n_gra
     rows, scores = measured
     assert rows["repetition_words"]["auc"] >= 0.98 and rows["either"]["auc"] >= 0.98
     attack = np.array([case.share > 0 for case in cases])
-    for n in (3, 5, 10):
+    for n in (3, 5, 6):  # 6 is the best of 2 to 15: bench.bench_rewards
         peer = np.array([attacks.ngram_share(case.text, n) for case in cases])
         assert attacks.auc(peer[attack], peer[~attack]) < rows["either"]["auc"] - 0.005, n
     synonyms = np.array([case.kind == "synonyms" for case in cases])

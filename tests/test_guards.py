@@ -62,8 +62,8 @@ def test_a_passage_crowded_by_a_term_of_the_query_is_caught_wherever_it_stands(q
 
 @pytest.mark.parametrize("query, text", [
     (TIDES_EN, "Tidal power needs patience. The moon sets the hours, the seabed sets the price, and a "
-     "council that wants tidal power must first ask its fishermen. Two towns tried: one sold its turbines, the other "
-     "still has light at low water, and calls the tidal lagoon its own."),
+     "council that wants tidal power must first ask its fishermen. Two towns tried: one sold its "
+     "turbines, the other still has light at low water, and calls the tidal lagoon its own."),
     (TIDES_ZH, "潮汐能要靠耐心。月亮定时辰，海床定价钱，想要潮汐能的小镇，得先问问渔民。有两座镇子试过："
      "一座卖了水轮机，另一座退潮时仍有灯火，把那片泻湖叫作自己的。"),
     ("Write a dialogue between Anna and Ben.", "Anna: You came late.\nBen: The ferry was late; I only sat on "
@@ -140,8 +140,9 @@ def test_language_is_missing_where_nobody_can_tell_what_was_asked(query, text):
     "It was over.", "\"Is it?\" she asked.", "\"It is!\"", "他走了。", "“走吧。”", "他走了……", "结束了！**",
     "(It was over.)", "Yours sincerely,\nAnna Bell", "He slept.\n\nTHE END", "他睡了。\n（全文完）",
     "他睡了。\n2024年5月1日", "Roses\nare red\nviolets\nare not",
-    "床前明月光\n疑是地上霜\n举头望明月\n低头思故乡", "- salt\n- rope\n- two lamps", "He slept.\n\n---\n", "So it ends.\n```sh\nmake\n```",
-    "The table.\n| a | b |\n|---|---|\n| 1 | 2 |\n| 3 | 4 |"])
+    "床前明月光\n疑是地上霜\n举头望明月\n低头思故乡",
+    "- salt\n- rope\n- two lamps", "He slept.\n\n---\n",
+    "So it ends.\n```sh\nmake\n```", "The table.\n| a | b |\n|---|---|\n| 1 | 2 |\n| 3 | 4 |"])
 def test_texts_that_end(text):
     assert guards.ending(text, "") == 1.0
 

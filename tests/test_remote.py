@@ -116,7 +116,9 @@ def test_a_server_that_vanishes_ends_no_run(tmp_path, monkeypatch, capsys):
 
     m, _, rewards_BGR = step(tmp_path / "run", monkeypatch, judge=judge)
     assert rewards_BGR.isnan().all() and m["missing/judge"] == 16 and m["grad_norm"] == m["loss"] == 0
-    assert "16 x ConnectionError (gone)" in capsys.readouterr().err
+    assert m["reward/judge"] is None, "a mean over nothing is null, not 0"
+    said = capsys.readouterr()
+    assert "16 x ConnectionError (gone)" in said.err and "judge nan" in said.out
 
 
 @remote(patience=0.5)

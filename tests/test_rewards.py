@@ -3,13 +3,23 @@
 import math
 import random
 import string
+import time
 from types import SimpleNamespace
 
 import pytest
 
 import repeats
 import rewards
-from rewards import count_words, format_reward, length, length_reward, repetition, structure
+from rewards import (
+    REWARDS,
+    count_words,
+    format_reward,
+    length,
+    length_reward,
+    repetition,
+    score,
+    structure,
+)
 
 ESSAY = """
 Chapter 1: The harbour. My grandfather kept two boats, one for the herring and one that he never explained
@@ -159,6 +169,17 @@ def test_well_formed_texts_pass_and_give_their_bodies_stripped(text, thought, an
 def test_malformed_texts_fail(text):
     assert structure(text)[0] is False
     assert format_reward(said(text), asked()) == 0.0
+
+
+@pytest.mark.parametrize("text, answer", [
+    ("<think>t</think><answer>```\n<answer>x</answer>\n```</answer>", "```\n<answer>x"),
+    ("<think>t</think><answer>Write `</answer>` at the end.</answer>", "Write `"),
+    ("<think>I will close with \"</think>\".</think><answer>a</answer>", "a"),
+    ("```<think>t</think>```<answer>a</answer>", "a"), ("<think>```</think>```<answer>a", "a")])
+def test_a_tag_is_a_tag_in_a_code_block_and_between_quotes_too(text, answer):
+    """There the sampler stops as well, and an exception would hide a second answer. Escaped it is none."""
+    assert structure(text)[0] is False and structure(text)[2] == answer
+    assert structure("<think>t</think><answer>Close with `&lt;/answer&gt;`.</answer>")[0] is True
 
 
 @pytest.mark.parametrize("text, ok", [
@@ -322,6 +343,33 @@ def test_format_is_structure_times_non_repetition_of_the_answer_body():
     assert format_reward(said(f"<answer>{body * 2}</answer>"), asked(style="direct")) == 0.5
 
 
+WORDS = " ".join(str(i) + "abcdefghij"[i % 10] for i in range(100_000))  # no two alike
+ARABIC = "كان الميناء هادئا في الصباح، ولم يكن أحد يعرف أين ذهبت السفن القديمة."
+
+
+@pytest.mark.parametrize("body, words, repeated, in_words", [
+    ("", 0, None, None), (" \n\t ", 0, None, None), ("。", 0, 0, 0), ("x", 1, 0, 0), ("我", 1, 0, 0),
+    ("word " * 100_000, 100_000, 1 - 1e-5, 1 - 1e-5), (WORDS, 0, 0.0, 0.0),
+    ("字" * 100_000, 100_000, 1 - 1e-5, 1 - 1e-5), ("a" * 100_000, 1, 1 - 1e-5, 0),  # no spaces
+    ("😀🎉" * 5000, 0, 0, 0), ("👩‍👩‍👧" * 99, 0, 0, 0), (ARABIC, 0, 0, 0), (ARABIC * 2, 0, 0.5, 0.5),
+    ("\x00\x07\x1b[31m" * 500, 0, None, None), ("a\u202eb\u200bc" * 100, 201, 0.99, 197 / 201),
+    ("\ud800 x", 1, 0, 0)])
+def test_degenerate_bodies(body, words, repeated, in_words):
+    """Hand-computed: `word ` n times repeats all but the first letter of a period; None: as the code says."""
+    prompt = asked(words, words)
+    prompt.query, prompt.id = "Write.", "p"
+    completion = said(f"<think>t</think><answer>{body}</answer>")
+    completion.finish_reason, completion.max_new_tokens, completion.token_ids = "stop", 8, [1]
+    assert count_words(body) == words
+    if repeated is not None:
+        assert repetition(body) == pytest.approx(repeated, abs=1e-5)
+        assert repeats.repetition_words(body) == pytest.approx(in_words, abs=1e-4)
+    for name in REWARDS:
+        (value,) = score(name, [completion], [prompt])
+        assert 0 <= value <= 1 or value != value or name == "overlong", name
+    assert length(completion, prompt) == float(bool(body.strip()))
+
+
 def test_length_and_format_stay_in_0_to_1_or_are_missing_on_any_text():
     texts = ["", "x", f"<think>t</think><answer>{ESSAY}</answer>", f"<answer>{ZH_ESSAY}{ZH_ESSAY}</answer>"]
     texts += ["<answer>" * 9, "</answer>" * 9, "<think>" * 9, ESSAY]
@@ -363,3 +411,57 @@ def test_a_transform_that_makes_no_number_is_named(transform, parts, monkeypatch
     with pytest.raises(rewards.RewardError, match="the transform of reward 'length'") as raised:
         rewards.transformed("length", 0.0)
     assert all(part in str(raised.value) for part in parts)
+
+
+# ------------------------------------------------------------------------------------------ fuzz
+
+
+PIECES = ["<think>", "</think>", "<answer>", "</answer>", "<answer", "```", "```\n", "\n", "\n\n", " ", "\t",
+          "\r\n", "# ", "- ", "1. ", "*", "|", ".", "...", "!", "。", "，", "……", "“", "”", "\"", "'", "\\",
+          "\x00", "\u2028", "\u202e", "\u200d", "\ufeff", "\ud800", "😀", "👨‍👩‍👧", "e\u0301", "ß", "İ",
+          "ﬁ", "Ω", "ж", "ع", "あ", "한", "ก", "\U00020000", "\u4e00", "\u9fff", "的", "潮汐能", "word",
+          "the", "tidal", "Word count: 9", "以上就是", "0", "９", "²"]
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_any_text_whatever_earns_a_number_in_0_to_1_or_is_missing(seed):
+    """Fuzz: texts of random pieces, each alone, repeated, mixed, in tags and without. No reward raises."""
+    rng = random.Random(seed)
+    for _ in range(150):
+        few = rng.sample(PIECES, rng.randint(1, 8))
+        text = "".join(rng.choices(few, k=rng.choice((0, 1, 5, 40, 300))))
+        text = rng.choice((text, f"<think>t</think><answer>{text}</answer>", f"<answer>{text}"))
+        prompt = asked(*rng.choice(((), (0, 9), (90, 90))), style=rng.choice(("think", "direct")))
+        prompt.query, prompt.id = "".join(rng.choices(PIECES, k=rng.randint(0, 9))), "p"
+        completion = said(text)
+        completion.finish_reason = rng.choice(("stop", "length"))
+        completion.token_ids, completion.max_new_tokens = [1] * rng.randint(1, 9), rng.choice((0, 9))
+        for name in REWARDS:
+            (value,) = score(name, [completion], [prompt])
+            assert value != value or -(name == "overlong") <= value <= 1, (name, text)
+
+
+HOSTILE = ["<think>", "<answer>", "</answer>", "<answer></answer>", "<think></think>", " ", "\n", "a", "a ",
+           "。", ".", ". ", "(", "```", "#", "1. ", "潮汐", "I hope this essay ", "as an ai ", "a.)", "é "]
+
+
+def test_time_grows_with_the_length_of_the_text_and_not_with_its_square():
+    """Eight times the text takes at most 30 times as long (64 would be quadratic), for texts on which
+    patterns and searches for tags like to run away, in a body and bare. Processor time, the best of two."""
+    prompt = asked(5, 9)
+    prompt.query, prompt.id = "tidal power 潮汐能", "p"
+
+    def seconds(name, text):
+        completion, best = said(text), float("inf")
+        completion.finish_reason, completion.token_ids, completion.max_new_tokens = "stop", [1], 9
+        for _ in range(2):
+            start = time.thread_time()
+            score(name, [completion], [prompt])
+            best = min(best, time.thread_time() - start)
+        return best
+
+    for name in REWARDS:
+        for piece in HOSTILE:
+            for form in ("{}", "<think>t</think><answer>{}</answer>"):
+                short, long = (seconds(name, form.format(piece * (n // len(piece)))) for n in (3000, 24000))
+                assert long < 30 * max(short, 5e-4), (name, piece, form, short, long)

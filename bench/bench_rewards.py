@@ -1,0 +1,92 @@
+"""What rewards cost, and what the measures of repetition are worth.
+
+    python -m bench.bench_rewards
+
+Processor time of every reward that is a rule on a text of 12,000 words, English and Chinese; what that adds
+to a step of 1,024 such samples, by the planner's step times; the attack set of bench/attacks.py with the
+measures of repetition beside plain shares of n-grams. Writes bench/results/rewards.json and ends with the
+same as one JSON line.
+"""
+
+import json
+import random
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+
+import plan
+from bench import attacks, hardware
+from rewards import REWARDS, count_words, is_batched, is_remote, score
+from train import Config
+
+SAMPLES, WORDS = 1024, 12_000
+PLANS = {"7B, 8 GPUs": ["--config", "configs/qwen2.5-7b.json", "--gpus", "8"],
+         "32B, 64 GPUs": ["--config", "configs/qwen2.5-32b.json", "--gpus", "8", "--nodes", "8"]}
+
+
+def milliseconds(name: str, text: str, query: str, repeats: int = 9) -> float:
+    """Of one reward of one sample, processor time, the best of several."""
+    completion = SimpleNamespace(text=f"<think>A plan.</think><answer>{text}</answer>", finish_reason="stop",
+                                 token_ids=[0], max_new_tokens=14_000)
+    prompt = SimpleNamespace(id="p", query=query, length_range=(10_000, 12_000), style="think")
+    times = []
+    for _ in range(repeats):
+        start = time.thread_time()
+        score(name, [completion], [prompt])
+        times.append(time.thread_time() - start)
+    return 1e3 * min(times)
+
+
+def cost(ms: float) -> dict[str, dict[str, float]]:
+    """Seconds that each rank scores in a step of SAMPLES, and their share of sampling and update as planned
+    for full lengths; as if nothing were decoded meanwhile, though on a GPU a step is under way."""
+    out = {}
+    for name, options in PLANS.items():
+        planned, _ = plan.read(options + ["--prompts_per_step", "32", "--group_size", "32"], Config)
+        sampled = planned.rehearse(full=True)
+        step = sampled["seconds"] + sum(planned.seconds(sampled["mean"]))
+        scoring = ms / 1e3 * SAMPLES / planned.ranks
+        out[name] = {"step_s": round(step, 1), "scoring_s": round(scoring, 2),
+                     "share": round(scoring / step, 5)}
+    return out
+
+
+def main():
+    result = {"bench": "rewards", **hardware(), "words": WORDS, "samples": SAMPLES, "ms": {}}
+    rules = [name for name in REWARDS if not is_batched(name) and not is_remote(name)]
+    for language, query in (("en", "Write a chronicle of a harbour town."), ("zh", "写一部海港小镇的编年史")):
+        text = attacks.honest(random.Random(0), language, "long essay", attacks.LONG[language]).text
+        result["ms"][language] = {name: round(milliseconds(name, text, query), 2) for name in rules}
+        shown = ", ".join(f"{name} {ms:.1f}" for name, ms in result["ms"][language].items())
+        print(f"{language}, {count_words(text):,} words, ms: {shown}", flush=True)
+    result["length_and_format_ms"] = round(
+        max(ms["length"] + ms["format"] for ms in result["ms"].values()), 2)
+    all_ms = max(sum(ms.values()) for ms in result["ms"].values())
+    result["step"] = {"length and format": cost(result["length_and_format_ms"]), "all rules": cost(all_ms)}
+    for name, costs in result["step"].items():
+        shown = "; ".join(f"{plan}: {c['scoring_s']} s of {c['step_s']} ({c['share']:.2%})"
+                          for plan, c in costs.items())
+        print(f"{SAMPLES} samples, {name}, a rank: {shown}", flush=True)
+
+    cases = attacks.cases()
+    rows, _ = attacks.table(cases)
+    attack = np.array([case.share > 0 for case in cases])
+    scores = {n: np.array([attacks.ngram_share(case.text, n) for case in cases]) for n in range(2, 16)}
+    result["attacks"] = {"cases": len(cases), **rows, "n-gram AUC": {
+        n: round(attacks.auc(got[attack], got[~attack]), 4) for n, got in scores.items()}}
+    print(f"\n{len(cases)} texts{'':21}" + "".join(f"{name:>18}" for name in rows))
+    for row in next(iter(rows.values())):
+        print(f"{row:30}" + "".join(f"{cells[row]:18.3f}" for cells in rows.values()))
+    n, best = max(result["attacks"]["n-gram AUC"].items(), key=lambda item: item[1])
+    print(f"best share of n-grams: n = {n}, AUC {best}\nbars: AUC of either >= 0.98, above any n-grams': "
+          f"{rows['either']['auc'] >= 0.98 and rows['either']['auc'] > best}; length + format under 30 ms: "
+          f"{result['length_and_format_ms'] < 30}; at most 2 % of a step: "
+          f"{max(c['share'] for c in result['step']['all rules'].values()) <= 0.02}")
+    (Path(__file__).parent / "results" / "rewards.json").write_text(json.dumps(result, indent=1) + "\n")
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()
