@@ -32,6 +32,8 @@ from torch.utils.checkpoint import checkpoint
 
 from kernels.attention import packed_attention, rotate
 
+SCORER = "Qwen2ForSequenceClassification"  # in config.json's `architectures`: a RewardModel
+
 
 class CheckpointError(ValueError):
     """A checkpoint that cannot be used; the message names file, tensor or value and what to do."""
@@ -51,6 +53,7 @@ class ModelConfig:
     rope_scaling: dict | None = None  # None or YaRN: {"rope_type": "yarn", "factor": ..., ...}
     tie_word_embeddings: bool = False
     initializer_range: float = 0.02
+    scalar_head: bool = False  # a RewardModel: one score a sequence in the place of the LM head
 
     @property
     def head_dim(self) -> int:
@@ -58,12 +61,12 @@ class ModelConfig:
 
     @property
     def num_parameters(self) -> int:
-        """Parameters, the embedding counted once when tied."""
+        """Parameters, the embedding counted once when tied, or with a scalar head."""
         c, kv = self.hidden_size, self.num_key_value_heads * self.head_dim
         attention = 2 * c * c + c + 2 * (c * kv + kv)  # q, o without bias on o; k and v with theirs
         layer = attention + 3 * c * self.intermediate_size + 2 * c
-        return self.num_hidden_layers * layer + c + self.vocab_size * c * (1
-                                                                           if self.tie_word_embeddings else 2)
+        head = c if self.scalar_head else 0 if self.tie_word_embeddings else self.vocab_size * c
+        return self.num_hidden_layers * layer + c + self.vocab_size * c + head
 
     def flops_per_token(self, context: int = 0) -> int:
         """Forward flops of one token that attends to `context` tokens, LM head included; a training step
@@ -74,7 +77,8 @@ class ModelConfig:
         """
         c, kv = self.hidden_size, self.num_key_value_heads * self.head_dim
         matrices = self.num_hidden_layers * (2 * c * c + 2 * c * kv + 3 * c * self.intermediate_size)
-        return 2 * (matrices + self.vocab_size * c) + 4 * self.num_hidden_layers * c * context
+        head = 0 if self.scalar_head else self.vocab_size * c
+        return 2 * (matrices + head) + 4 * self.num_hidden_layers * c * context
 
     def kv_bytes_per_token(self, dtype: torch.dtype) -> int:
         """Bytes of keys and values that one token keeps in the cache, over all layers."""
@@ -233,7 +237,7 @@ class Qwen2(nn.Module):
                                     for i in range(config.num_hidden_layers)),
             "norm": RMSNorm(config.hidden_size, config.rms_norm_eps),
         })
-        if not config.tie_word_embeddings:
+        if not (config.tie_word_embeddings or config.scalar_head):
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size // self.tp, bias=False)
 
     @property
@@ -290,6 +294,24 @@ class Qwen2(nn.Module):
         return self
 
 
+class RewardModel(Qwen2):
+    """The decoder with a scalar head, Hugging Face's Qwen2ForSequenceClassification with one label."""
+    def __init__(self, config: ModelConfig):
+        super().__init__(config)
+        self.score = nn.Linear(config.hidden_size, 1, bias=False)
+
+    def forward(self, tokens_T: torch.Tensor, attention: Packed) -> torch.Tensor:
+        """score_S in fp32: one a sequence, at its last token."""
+        last_S = attention.cu_seqlens[1:].long() - 1
+        hidden_SC = super().forward(tokens_T, attention)[last_S]
+        return F.linear(hidden_SC.float(), self.score.weight.float())[:, 0]
+
+
+def build(config: ModelConfig) -> Qwen2:
+    """The model that a config describes, its weights not set."""
+    return RewardModel(config) if config.scalar_head else Qwen2(config)
+
+
 # ---------------------------------------------------------------------- config.json
 
 
@@ -336,6 +358,7 @@ def read_config(path: str | Path) -> ModelConfig:
             | {"rope_type": "yarn"} if rope_type == "yarn" else None,
             tie_word_embeddings=raw.get("tie_word_embeddings", False),
             initializer_range=raw.get("initializer_range", 0.02),
+            scalar_head=SCORER in (raw.get("architectures") or []),
         )
     except KeyError as e:
         raise CheckpointError(
@@ -356,14 +379,18 @@ def read_config(path: str | Path) -> ModelConfig:
 
 def config_json(config: ModelConfig, dtype: torch.dtype) -> dict:
     """The older generation of config.json, which every reader understands."""
-    fields = {name: getattr(config, name) for name in config.__dataclass_fields__ if name != "rope_scaling"}
+    fields = {name: getattr(config, name) for name in config.__dataclass_fields__
+              if name not in ("rope_scaling", "scalar_head")}
     out = {
-        "architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "hidden_act": "silu",
+        "architectures": [SCORER if config.scalar_head else "Qwen2ForCausalLM"],
+        "model_type": "qwen2", "hidden_act": "silu",
         "attention_dropout": 0.0, "use_sliding_window": False, "use_cache": True,
         "torch_dtype": str(dtype).removeprefix("torch."), **fields
     }
     if config.rope_scaling:
         out["rope_scaling"] = {**config.rope_scaling, "type": "yarn"}
+    if config.scalar_head:  # transformers counts labels here, and would take two; a pad_token_id that is the
+        out["id2label"] = {"0": "score"}  # end of text would make it score the token before the end
     return out
 
 
@@ -408,7 +435,7 @@ def check_tensors(config: ModelConfig, path: str | Path) -> dict[str, Path]:
     raises CheckpointError."""
     files = weight_files(path)
     with torch.device("meta"):
-        expected = {name: tuple(p.shape) for name, p in Qwen2(config).named_parameters()}
+        expected = {name: tuple(p.shape) for name, p in build(config).named_parameters()}
     found = {}
     for file in sorted(set(files.values())):
         with safe_open(file, framework="pt") as f:
@@ -440,7 +467,7 @@ def load(path: str | Path, dtype: torch.dtype = torch.float32, device="cpu") -> 
     config = read_config(path)
     files = check_tensors(config, path)
     with torch.device("meta"):
-        model = Qwen2(config).to(dtype)
+        model = build(config).to(dtype)
     model.to_empty(device=device)
     parameters = dict(model.named_parameters())
     for file in sorted(set(files.values())):

@@ -12,7 +12,7 @@ import threading
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from functools import cached_property
 from pathlib import Path
@@ -24,7 +24,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 
-from model import Qwen2, check_tensors, plan_files, read_config, write_file, write_index
+from model import Qwen2, build, check_tensors, plan_files, read_config, write_file, write_index
 from replica import restore_, tp_dim, tp_slice
 from watch import Stopped, Watch
 
@@ -161,17 +161,24 @@ def shard_of(p: torch.Tensor) -> tuple[torch.Tensor, int, int]:
     return p.detach().to_local(), min(len(p), rows * mesh.get_local_rank()), rows
 
 
-def load_sharded(path: str | Path, world: World) -> Qwen2:
+def load_sharded(path: str | Path, world: World, dtype: torch.dtype = torch.float32,
+                 scalar_head: bool = False) -> Qwen2:
     """A Hugging Face checkpoint as a sharded model. Each rank reads its own rows and no others. Raises
-    CheckpointError."""
+    CheckpointError.
+
+    scalar_head: of a policy, make a RewardModel; its head starts as N(0, 1 / (C + 1)) (arXiv 2009.01325).
+    """
     config = read_config(path)
     files = check_tensors(config, path)
     with torch.device("meta"):
-        model = Qwen2(config)
+        model = build(replace(config, scalar_head=config.scalar_head or scalar_head)).to(dtype)
     shard(model, world).to_empty(device=world.device)
     for name, p in model.named_parameters():
         local, first, _ = shard_of(p)
-        if len(local):  # opened for each: what was read of a mapped file is resident until it is closed
+        if name not in files:
+            whole = torch.randn(p.shape, generator=torch.Generator().manual_seed(0)) * (p.shape[1] + 1)**-0.5
+            local.copy_(whole[first:first + len(local)])
+        elif len(local):  # opened for each: what was read of a mapped file is resident until it is closed
             with safe_open(files[name], framework="pt") as f:
                 local.copy_(f.get_slice(name)[first:first + len(local)])
     return model

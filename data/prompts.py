@@ -65,6 +65,11 @@ def render(query: str, style: str) -> str:
     return TEMPLATES[style, language(query)].replace("{query}", query)
 
 
+def frame(query: str) -> str:
+    """The last line of the template alone, without an instruction: what a writing model reads."""
+    return TEMPLATES["direct", language(query)].split("\n")[-1].replace("{query}", query)
+
+
 def parse_range(record: dict) -> tuple[int, int] | None:
     """The [lo, hi] of a record, or None if it names no length. Raises ValueError for a value that is no
     range."""

@@ -1,0 +1,136 @@
+"""The reward model against transformers' (a dev-only oracle), packed, sharded, saved; what it reads.
+
+Not exercised here: CUDA.
+"""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+import model as qwen
+import parallel
+import writing
+from data import prompts
+from tests.launch import ROOT, torchrun
+from tests.test_model import KINDS, TINY, assert_same_bits, random_tokens
+from tokenizer import Tokenizer
+
+BASE = ROOT / "data/tiny/base"
+LENGTHS = [5, 1, 37, 12]
+
+
+def random_scorer(seed=0, **fields) -> qwen.RewardModel:
+    model = qwen.RewardModel(qwen.ModelConfig(**{**TINY, **fields}, scalar_head=True))
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            p.copy_(0.2 * torch.randn(p.shape, generator=generator) + ("norm" in name))
+    return model
+
+
+def transformers_scores(path, rows, dtype=torch.float32) -> torch.Tensor:
+    transformers = pytest.importorskip("transformers")
+    model, info = transformers.AutoModelForSequenceClassification.from_pretrained(
+        path, dtype=dtype, output_loading_info=True, local_files_only=True)
+    assert not any(info.values()), info
+    with torch.no_grad():
+        return torch.cat([model(row[None]).logits[0] for row in rows])
+
+
+@pytest.mark.parametrize("max_shard_bytes", [2**30, 20_000])
+@pytest.mark.parametrize("kind", KINDS)
+def test_scores_and_saved_folders_are_those_of_transformers(kind, max_shard_bytes, tmp_path):
+    """In both directions: saved, read by transformers, saved by it, read again; a sequence of one token and
+    one that ends in the end of text among them."""
+    model = random_scorer(**KINDS[kind])
+    qwen.save(model, tmp_path / "ours", max_shard_bytes)
+    rows = random_tokens(sum(LENGTHS)).split(LENGTHS)
+    with torch.no_grad():
+        score_S = model(torch.cat(rows), qwen.packed(LENGTHS))
+    expected_S = transformers_scores(tmp_path / "ours", rows)
+    assert score_S.shape == (4, ) and (score_S - expected_S).norm() < 1e-5 * expected_S.norm()
+    loaded = qwen.load(tmp_path / "ours")
+    assert type(loaded) is qwen.RewardModel and loaded.config == model.config
+    assert_same_bits(loaded, model)
+    transformers = pytest.importorskip("transformers")
+    transformers.AutoModelForSequenceClassification.from_pretrained(
+        tmp_path / "ours").save_pretrained(tmp_path / "theirs")
+    assert_same_bits(qwen.load(tmp_path / "theirs"), model)
+    assert qwen.read_config(tmp_path / "theirs") == model.config
+
+
+def test_a_reward_model_has_the_parameters_and_flops_that_its_config_says():
+    tied, untied = (random_scorer(tie_word_embeddings=tie) for tie in (True, False))
+    for model in (tied, untied):
+        assert model.config.num_parameters == sum(p.numel() for p in model.parameters())
+    policy = qwen.ModelConfig(**TINY)
+    assert policy.flops_per_token(7) - untied.config.flops_per_token(7) == 2 * 131 * 64
+
+
+def rows_of(lengths: list[int]) -> list[list[int]]:
+    return [row.tolist() for row in random_tokens(sum(lengths)).split(lengths)]
+
+
+def worker(folder: Path):
+    """What each rank scores: rank 0 has seven rows, rank 1 two, and then none has any, or one alone."""
+    world, rows = parallel.setup("cpu"), rows_of([9, 80, 3, 44, 10, 10, 31, 2, 50])
+    model = parallel.load_sharded(folder / "rm", world)
+    mine = rows[:7] if world.rank == 0 else rows[7:]
+    found = [writing.scores(model, part, 90, world)
+             for part in (mine, [], mine[:1] if world.rank == 0 else [], mine)]
+    parallel.save_sharded(model, folder / "saved", world, max_shard_bytes=20_000)
+    fresh = parallel.load_sharded(folder / "policy", world, scalar_head=True)
+    found += [fresh.score.weight.full_tensor().tolist()]
+    (folder / f"found_{world.rank}.json").write_text(json.dumps(found))
+    parallel.close()
+
+
+def test_two_ranks_score_as_one_packed_as_one_by_one_and_save_the_same_bits(tmp_path):
+    model = random_scorer()
+    qwen.save(model, tmp_path / "rm")
+    qwen.save(qwen.Qwen2(qwen.ModelConfig(**TINY)).init_weights_(0), tmp_path / "policy")
+    script = tmp_path / "ranks.py"
+    script.write_text("import pathlib, sys, tests.test_writing as t; t.worker(pathlib.Path(sys.argv[1]))")
+    torchrun(2, script, tmp_path)
+    rows, world = rows_of([9, 80, 3, 44, 10, 10, 31, 2, 50]), parallel.setup("cpu")
+    with torch.no_grad():
+        single = [model(torch.tensor(row), qwen.packed([len(row)])).item() for row in rows]
+    whole = parallel.load_sharded(tmp_path / "rm", world)
+    assert writing.scores(whole, rows, 10**6, world) == pytest.approx(single, rel=1e-5, abs=1e-6)
+    zero, one = (json.loads((tmp_path / f"found_{rank}.json").read_text()) for rank in range(2))
+    assert zero[0] + one[0] == pytest.approx(single, rel=1e-5, abs=1e-6)
+    assert zero[1] == one[1] == one[2] == [] and zero[2] == pytest.approx(single[:1], rel=1e-5)
+    assert zero[3] == zero[0] and len(set(single)) == len(single)
+    assert_same_bits(qwen.load(tmp_path / "saved"), model)
+    assert zero[4] == one[4] and 0.3 < torch.tensor(zero[4]).std() * 65**0.5 < 3
+    assert parallel.load_sharded(tmp_path / "policy", world, scalar_head=True).score.weight.full_tensor(
+        ).tolist() == zero[4]
+
+
+@pytest.mark.parametrize("query, marks", [("Write of Paz.", ("<|user|>: ", " <|assistant|>: ")),
+                                          ("写一篇", ("<|用户|>: ", " <|助手|>: "))])
+def test_a_writing_model_reads_the_request_the_answer_and_the_end(query, marks):
+    tokenizer = Tokenizer(BASE)
+    ids, cut = writing.encode(tokenizer, query, "A text.\nIts end.", 500)
+    assert tokenizer.decode(ids) == f"{marks[0]}{query}{marks[1]}A text.\nIts end.<|endoftext|>" and not cut
+    assert prompts.render(query, "think").endswith(prompts.frame(query))
+
+
+def test_of_a_text_that_is_too_long_the_answers_middle_is_left_out():
+    tokenizer = Tokenizer(BASE)
+    answer = " ".join(f"Sentence number {i} stands here." for i in range(100))
+    whole, cut = writing.encode(tokenizer, "Write.", answer, 10**6)
+    head = len(tokenizer.encode(prompts.frame("Write.")))
+    assert not cut and writing.encode(tokenizer, "Write.", answer, len(whole)) == (whole, False)
+    for most in (len(whole) - 1, 301, 300):
+        ids, cut = writing.encode(tokenizer, "Write.", answer, most)
+        kept = most - head - 1
+        assert cut and len(ids) == most and ids[:most - kept // 2 - 1] == whole[:most - kept // 2 - 1]
+        assert ids[-(kept // 2) - 1:] == whole[-(kept // 2) - 1:]
+    ids, cut = writing.encode(tokenizer, answer, answer, 100)
+    assert cut and len(ids) == 100 and ids[-1] == tokenizer.eos_ids[0]
+    assert tokenizer.decode(ids[:50]).endswith(" <|assistant|>:"), "of a long query too"
+
+

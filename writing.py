@@ -1,0 +1,57 @@
+"""Writing quality by a model: Qwen2.5 with a scalar head, trained on preferences (scripts/train_rm.py).
+
+It reads a request and the body of an answer, never the thinking, and is sharded over the ranks that train.
+
+Shapes: T tokens of a micro-batch, S sequences in it.
+"""
+
+import torch
+
+import grpo
+import parallel
+from data.prompts import frame
+from model import RewardModel, packed
+from tokenizer import Tokenizer
+
+
+def encode(tokenizer: Tokenizer, query: str, answer: str, max_tokens: int) -> tuple[list[int], bool]:
+    """Ids of `<|user|>: {query} <|assistant|>: {answer}` and the end of text, and whether they were cut: what
+    exceeds max_tokens is taken from the middle of the answer (and of a query that fills half of them)."""
+    asked, written = tokenizer.encode(frame(query)), tokenizer.encode(" " + answer)
+    head = without_middle(asked, max_tokens // 2) if len(asked) + len(written) >= max_tokens else asked
+    body = without_middle(written, max_tokens - 1 - len(head))
+    return head + body + tokenizer.eos_ids[:1], len(head) + len(body) < len(asked) + len(written)
+
+
+def without_middle(ids: list[int], most: int) -> list[int]:
+    """At most so many ids, of the beginning and of the end."""
+    return ids if len(ids) <= most else ids[:most - most // 2] + ids[len(ids) - most // 2:]
+
+
+def micro_batches(lengths: list[int], config, budget: int, ranks: int) -> list[list[list[int]]]:
+    """Rounds of one micro-batch for each rank, of about equal flops (grpo.pack), of sequences."""
+    flops = [n * config.flops_per_token(n // 2) for n in lengths]
+    return grpo.pack(list(range(len(lengths))), lengths, flops, budget, ranks)
+
+
+def forward(model: RewardModel, rows: list[list[int]], device) -> torch.Tensor:
+    """score_S of a micro-batch. No rows make one of one token, which keeps the collectives in step, and no
+    scores, on which a gradient still depends."""
+    ids = rows or [[0]]
+    tokens_T = torch.tensor([i for row in ids for i in row], device=device)
+    return model(tokens_T, packed([len(row) for row in ids], device))[:len(rows)]
+
+
+@torch.no_grad()
+def scores(model: RewardModel, rows: list[list[int]], budget: int, world) -> list[float]:
+    """The score of each of this rank's rows of ids. All ranks enter together, each with its own; each then
+    scores as many micro-batches of at most `budget` tokens, whoever's rows they are."""
+    everyone = parallel.gather(rows, world)
+    first, rows = sum(map(len, everyone[:world.rank])), sum(everyone, [])
+    found = dict.fromkeys(range(len(rows)), 0.0)
+    for parts in micro_batches([len(row) for row in rows], model.config, budget, world.size):
+        mine = parts[world.rank]
+        found |= zip(mine, forward(model, [rows[i] for i in mine], world.device).tolist())
+    model.reshard()  # its embedding, which FSDP keeps whole after a forward
+    found = parallel.total(found, world)  # of each score one rank knows
+    return [found[i] for i in range(first, first + len(everyone[world.rank]))]
