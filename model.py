@@ -304,7 +304,7 @@ class RewardModel(Qwen2):
         """score_S in fp32: one a sequence, at its last token."""
         last_S = attention.cu_seqlens[1:].long() - 1
         hidden_SC = super().forward(tokens_T, attention)[last_S]
-        return F.linear(hidden_SC.float(), self.score.weight.float())[:, 0]
+        return hidden_SC.float() @ self.score.weight[0].float()
 
 
 def build(config: ModelConfig) -> Qwen2:

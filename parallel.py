@@ -227,6 +227,25 @@ def offload_(optimizer: torch.optim.Optimizer):
     stow()
 
 
+class Offloaded:
+    """As a context: the weights of a frozen model are there. Outside they wait in pinned host memory."""
+
+    def __init__(self, model: Qwen2):
+        self.shards = [shard_of(p)[0] for p in model.parameters()]
+        self.host = [torch.empty_like(x, device="cpu", pin_memory=x.is_cuda).copy_(x) for x in self.shards]
+        self.sizes = [x.untyped_storage().nbytes() for x in self.shards]
+        self.__exit__()
+
+    def __enter__(self):
+        for x, host, size in zip(self.shards, self.host, self.sizes):
+            x.untyped_storage().resize_(size)
+            x.copy_(host, non_blocking=True)
+
+    def __exit__(self, *error):
+        for x in self.shards:
+            x.untyped_storage().resize_(0)
+
+
 def tp_group(tp: int, timeout: timedelta | None = None):
     """The process group of the ranks that share this rank's sampler: tp consecutive ones, so that a node
     holds them all. None for 1."""

@@ -5,12 +5,16 @@ It reads a request and the body of an answer, never the thinking, and is sharded
 Shapes: T tokens of a micro-batch, S sequences in it.
 """
 
+import sys
+from contextlib import nullcontext
+
 import torch
 
 import grpo
 import parallel
 from data.prompts import frame
-from model import RewardModel, packed
+from model import SCORER, ModelConfig, RewardModel, check_tensors, packed, read_config
+from options import ConfigError
 from tokenizer import Tokenizer
 
 
@@ -28,10 +32,11 @@ def without_middle(ids: list[int], most: int) -> list[int]:
     return ids if len(ids) <= most else ids[:most - most // 2] + ids[len(ids) - most // 2:]
 
 
-def micro_batches(lengths: list[int], config, budget: int, ranks: int) -> list[list[list[int]]]:
-    """Rounds of one micro-batch for each rank, of about equal flops (grpo.pack), of sequences."""
-    flops = [n * config.flops_per_token(n // 2) for n in lengths]
-    return grpo.pack(list(range(len(lengths))), lengths, flops, budget, ranks)
+def micro_batches(lengths: list[list[int]], config, budget: int, ranks: int) -> list[list[list[int]]]:
+    """Rounds of one micro-batch for each rank, of about equal flops (grpo.pack), out of sequences or pairs of
+    them, given by their lengths."""
+    flops = [sum(n * config.flops_per_token(n // 2) for n in unit) for unit in lengths]
+    return grpo.pack(list(range(len(lengths))), list(map(sum, lengths)), flops, budget, ranks)
 
 
 def forward(model: RewardModel, rows: list[list[int]], device) -> torch.Tensor:
@@ -49,9 +54,48 @@ def scores(model: RewardModel, rows: list[list[int]], budget: int, world) -> lis
     everyone = parallel.gather(rows, world)
     first, rows = sum(map(len, everyone[:world.rank])), sum(everyone, [])
     found = dict.fromkeys(range(len(rows)), 0.0)
-    for parts in micro_batches([len(row) for row in rows], model.config, budget, world.size):
+    for parts in micro_batches([[len(row)] for row in rows], model.config, budget, world.size):
         mine = parts[world.rank]
         found |= zip(mine, forward(model, [rows[i] for i in mine], world.device).tolist())
     model.reshard()  # its embedding, which FSDP keeps whole after a forward
     found = parallel.total(found, world)  # of each score one rank knows
     return [found[i] for i in range(first, first + len(everyone[world.rank]))]
+
+
+def check(path: str) -> tuple[ModelConfig, Tokenizer]:
+    """Shape and tokenizer of a reward model's folder, of whose weights only headers are read. Raises
+    ConfigError, CheckpointError, TokenizerError."""
+    shape = read_config(path)
+    if not shape.scalar_head:
+        raise ConfigError(f"reward_model {path} is no reward model: its config.json must name {SCORER}, as "
+                          "those of scripts/train_rm.py do; or leave the reward out with --reward")
+    check_tensors(shape, path)
+    tokenizer = Tokenizer(path)
+    if tokenizer.n_valid > shape.vocab_size:
+        raise ConfigError(f"{path}/tokenizer.json has {tokenizer.n_valid} ids, but the reward model has only "
+                          f"{shape.vocab_size} rows: they do not belong together")
+    return shape, tokenizer
+
+
+class Scorer:
+    """A reward model over all ranks, in bf16 on CUDA. offload: between calls its weights wait in pinned host
+    memory."""
+
+    def __init__(self, path: str, budget: int, world, offload: bool = False):
+        self.shape, self.tokenizer = check(path)
+        self.budget, self.world = budget, world
+        dtype = torch.bfloat16 if world.device.type == "cuda" else torch.float32
+        self.model = parallel.load_sharded(path, world, dtype)
+        self.present = parallel.Offloaded(self.model) if offload else nullcontext()
+
+    def __call__(self, texts: list[tuple[str, str]]) -> list[float]:
+        """The score of each (query, answer) of this rank. All ranks enter together."""
+        most = self.shape.max_position_embeddings
+        encoded = [encode(self.tokenizer, *text, most) for text in texts]
+        with self.present:
+            found = scores(self.model, [ids for ids, _ in encoded], self.budget, self.world)
+        cut = parallel.total({"cut": sum(cut for _, cut in encoded)}, self.world)["cut"]
+        if cut and self.world.main:
+            print(f"warning: {cut:.0f} answers exceed the {most} tokens of the writing model and were scored "
+                  "without their middle", file=sys.stderr, flush=True)
+        return found

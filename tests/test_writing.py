@@ -13,6 +13,8 @@ import model as qwen
 import parallel
 import writing
 from data import prompts
+from data.tiny.pairs import pairs
+from scripts import train_rm
 from tests.launch import ROOT, torchrun
 from tests.test_model import KINDS, TINY, assert_same_bits, random_tokens
 from tokenizer import Tokenizer
@@ -73,6 +75,13 @@ def rows_of(lengths: list[int]) -> list[list[int]]:
     return [row.tolist() for row in random_tokens(sum(lengths)).split(lengths)]
 
 
+def trained(folder: Path, out: Path) -> dict:
+    """Two steps of three pairs, each rank with other ones, or none; and the report on eight."""
+    config = train_rm.Config(str(BASE), str(folder / "pairs.jsonl"), str(folder / "eval.jsonl"), str(out),
+                             pairs_per_step=3, micro_batch_tokens=150, warmup=0, lr=1e-4, device="cpu")
+    return train_rm.run(config)
+
+
 def worker(folder: Path):
     """What each rank scores: rank 0 has seven rows, rank 1 two, and then none has any, or one alone."""
     world, rows = parallel.setup("cpu"), rows_of([9, 80, 3, 44, 10, 10, 31, 2, 50])
@@ -82,7 +91,7 @@ def worker(folder: Path):
              for part in (mine, [], mine[:1] if world.rank == 0 else [], mine)]
     parallel.save_sharded(model, folder / "saved", world, max_shard_bytes=20_000)
     fresh = parallel.load_sharded(folder / "policy", world, scalar_head=True)
-    found += [fresh.score.weight.full_tensor().tolist()]
+    found += [fresh.score.weight.full_tensor().tolist(), trained(folder, folder / "trained")]
     (folder / f"found_{world.rank}.json").write_text(json.dumps(found))
     parallel.close()
 
@@ -91,6 +100,9 @@ def test_two_ranks_score_as_one_packed_as_one_by_one_and_save_the_same_bits(tmp_
     model = random_scorer()
     qwen.save(model, tmp_path / "rm")
     qwen.save(qwen.Qwen2(qwen.ModelConfig(**TINY)).init_weights_(0), tmp_path / "policy")
+    for name, count in (("pairs", 6), ("eval", 8)):
+        lines = [json.dumps(pair) + "\n" for pair in pairs(name, 60) if len(pair["chosen"]) < 200][:count]
+        (tmp_path / f"{name}.jsonl").write_text("".join(lines))
     script = tmp_path / "ranks.py"
     script.write_text("import pathlib, sys, tests.test_writing as t; t.worker(pathlib.Path(sys.argv[1]))")
     torchrun(2, script, tmp_path)
@@ -99,6 +111,11 @@ def test_two_ranks_score_as_one_packed_as_one_by_one_and_save_the_same_bits(tmp_
         single = [model(torch.tensor(row), qwen.packed([len(row)])).item() for row in rows]
     whole = parallel.load_sharded(tmp_path / "rm", world)
     assert writing.scores(whole, rows, 10**6, world) == pytest.approx(single, rel=1e-5, abs=1e-6)
+    waiting = parallel.Offloaded(whole)
+    for _ in range(2):
+        assert {x.untyped_storage().nbytes() for x in waiting.shards} == {0}, "weights wait elsewhere"
+        with waiting:
+            assert writing.scores(whole, rows, 90, world) == pytest.approx(single, rel=1e-5, abs=1e-6)
     zero, one = (json.loads((tmp_path / f"found_{rank}.json").read_text()) for rank in range(2))
     assert zero[0] + one[0] == pytest.approx(single, rel=1e-5, abs=1e-6)
     assert zero[1] == one[1] == one[2] == [] and zero[2] == pytest.approx(single[:1], rel=1e-5)
@@ -107,6 +124,10 @@ def test_two_ranks_score_as_one_packed_as_one_by_one_and_save_the_same_bits(tmp_
     assert zero[4] == one[4] and 0.3 < torch.tensor(zero[4]).std() * 65**0.5 < 3
     assert parallel.load_sharded(tmp_path / "policy", world, scalar_head=True).score.weight.full_tensor(
         ).tolist() == zero[4]
+    expected = trained(tmp_path, tmp_path / "trained_by_one")
+    assert zero[5] == one[5] and expected["pairs"] == 8 and len(set(expected["reliability"])) > 1
+    for name in ("mean_chosen", "mean_rejected", "calibration_error"):
+        assert zero[5][name] == pytest.approx(expected[name], rel=1e-3)
 
 
 @pytest.mark.parametrize("query, marks", [("Write of Paz.", ("<|user|>: ", " <|assistant|>: ")),

@@ -1,0 +1,249 @@
+"""Trains a reward model on preferences: Bradley and Terry's loss on Qwen2.5 with a scalar head.
+
+    torchrun --nproc_per_node=8 -m scripts.train_rm --model FOLDER --pairs FILE.jsonl --out FOLDER
+
+data/preferences.py says what a line of the files may look like; writing.py, what the model reads of it. A
+policy gets a fresh head, a reward model keeps its own. FSDP2 over all ranks, pairs packed by a token budget.
+After training it reports on held-out pairs, prints that and writes it to evaluation.json beside the weights;
+with --epochs 0 it only reports. Left out: resume, which runs of hours do not need.
+"""
+
+import itertools
+import json
+import math
+import random
+import shutil
+import sys
+import time
+import zlib
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+import model as qwen
+import options
+import parallel
+import writing
+from data.preferences import Pair, PreferenceError, read
+from options import ConfigError
+from rewards import count_words
+from scripts.pretrain import learning_rate
+from tokenizer import Tokenizer, TokenizerError
+
+BINS = 10  # of predicted probability, in the reliability table
+LENGTHS = (0, 50, 100, 300, 1000, 3000, 10000)  # words of a pair's longer side: from where each bucket goes
+
+
+@dataclass
+class Config:
+    model: str = "data/tiny/base"  # checkpoint folder: a policy, or a reward model to go on with
+    pairs: str = "data/tiny/pairs.jsonl"  # training pairs, JSONL
+    eval_pairs: str = "data/tiny/eval_pairs.jsonl"  # held-out pairs; empty: one request in 20 of `pairs`
+    out: str = "data/tiny/writing"  # folder for the Hugging Face checkpoint; empty: none
+    dtype: str = "bfloat16"  # of the weights as they are saved: bfloat16 or float32
+    epochs: int = 1  # passes over the pairs; 0: only the report on held-out pairs
+    pairs_per_step: int = 16  # over all ranks
+    max_tokens: int = 0  # of a text, or the answer's middle is left out; 0: the model's context
+    lr: float = 1e-3  # AdamW, linear warm-up and cosine decay to 5 % (try 1e-5 from 7B up)
+    warmup: int = 20  # steps of linear warm-up
+    weight_decay: float = 0.01  # of matrices
+    centre: float = 0.01  # weight of the squared sum of a pair's scores, which keeps their mean at 0
+    micro_batch_tokens: int = 16384  # tokens of a packed micro-batch on each rank; a longer pair stands alone
+    recompute: bool = False  # recompute each layer's activations in backward: less memory, a third more time
+    seed: int = 0  # of the order of pairs
+    device: str = "auto"  # auto, cpu or cuda
+    timeout: int = 1800  # seconds that a rank waits for the others
+
+
+def check(config: Config):
+    """Raises ConfigError."""
+    for name in ("pairs_per_step", "micro_batch_tokens", "timeout"):
+        if getattr(config, name) < 1:
+            raise ConfigError(f"{name} must be positive, not {getattr(config, name)}")
+    for name in ("epochs", "max_tokens", "lr", "warmup", "weight_decay", "centre"):
+        if not 0 <= getattr(config, name) < math.inf:
+            raise ConfigError(f"{name} must not be negative or infinite, is {getattr(config, name)}")
+    for name, choices in (("dtype", ("bfloat16", "float32")), ("device", ("auto", "cpu", "cuda"))):
+        if getattr(config, name) not in choices:
+            raise ConfigError(f"{name} must be one of {', '.join(choices)}, not {getattr(config, name)!r}")
+    if config.out and Path(config.out).resolve() == Path(config.model).resolve():
+        raise ConfigError(f"out {config.out} is the folder of `model`: choose another")
+
+
+def split(config: Config) -> tuple[list[Pair], list[Pair], dict[str, int]]:
+    """(training pairs, held-out pairs, what was dropped); no request is in both parts of one file."""
+    training, dropped = read(config.pairs) if config.epochs or not config.eval_pairs else ([], {})
+    if config.eval_pairs:
+        held_out, more = read(config.eval_pairs)
+        dropped = {why: dropped.get(why, 0) + more.get(why, 0) for why in {*dropped, *more}}
+    else:
+        place = [zlib.crc32(pair.query.encode()) % 20 for pair in training]
+        held_out = [pair for i, pair in zip(place, training) if i == 0]
+        training = [pair for i, pair in zip(place, training) if i]
+    if config.epochs and len(training) < config.pairs_per_step:
+        raise ConfigError(f"pairs {config.pairs} has {len(training)} usable pairs, but a step needs "
+                          f"pairs_per_step {config.pairs_per_step}")
+    if not held_out:
+        raise ConfigError(f"no held-out pair is left of {config.eval_pairs or config.pairs}: give more")
+    return training, held_out, dropped
+
+
+# ---------------------------------------------------------------------- loss
+
+
+def bradley_terry(chosen_P: torch.Tensor, rejected_P: torch.Tensor, centre: float) -> torch.Tensor:
+    """Sum over pairs of -log sigmoid(r_w - r_l) + centre (r_w + r_l)^2. The loss sees differences alone; the
+    second term (arXiv 2312.09244) keeps the mean at 0, because the head has no bias to subtract it with."""
+    return (centre * (chosen_P + rejected_P).square() - F.logsigmoid(chosen_P - rejected_P)).sum()
+
+
+def orders(n: int, batch: int, epochs: int, seed: int) -> list[list[int]]:
+    """Indices of the pairs of each step; the last n mod batch of an epoch are left out."""
+    out = []
+    for epoch in range(epochs):
+        permutation = list(range(n))
+        random.Random(f"{seed}/{epoch}").shuffle(permutation)
+        out += [permutation[i:i + batch] for i in range(0, n - batch + 1, batch)]
+    return out
+
+
+def fit(model: qwen.RewardModel, pairs: list[Pair], encode, config: Config, world):
+    """Trains the model in place. encode: text of a pair -> ids."""
+    matrices = [p for p in model.parameters() if p.dim() > 1]
+    vectors = [p for p in model.parameters() if p.dim() < 2]
+    optimizer = torch.optim.AdamW([{"params": matrices, "weight_decay": config.weight_decay},
+                                   {"params": vectors, "weight_decay": 0.0}],
+                                  lr=config.lr, betas=(0.9, 0.95), fused=True)
+    steps = orders(len(pairs), config.pairs_per_step, config.epochs, config.seed)
+    start, seen = time.perf_counter(), {"loss": 0.0, "right": 0.0, "pairs": 0}
+    for step, order in enumerate(steps):
+        rows = [(encode(pairs[i], "chosen"), encode(pairs[i], "rejected")) for i in order]
+        lengths = [[len(row) for row in both] for both in rows]
+        for parts in writing.micro_batches(lengths, model.config, config.micro_batch_tokens, world.size):
+            part = parts[world.rank]
+            score_S = writing.forward(model, [row for i in part for row in rows[i]], world.device)
+            chosen_P, rejected_P = score_S.view(-1, 2).unbind(1)
+            loss = bradley_terry(chosen_P, rejected_P, config.centre)
+            (loss / len(order)).backward()
+            seen["loss"] += loss.item()
+            seen["right"] += (chosen_P > rejected_P).sum().item()
+            seen["pairs"] += len(part)
+        norm = parallel.clip_grad_(model, 1.0)
+        if not math.isfinite(norm):
+            raise ConfigError(f"the gradient of step {step + 1} is not finite: lower lr {config.lr}")
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(config, step, len(steps))
+        optimizer.step()
+        optimizer.zero_grad()
+        if step % 10 == 9 or step == len(steps) - 1:
+            s, seen = parallel.total(seen, world), dict.fromkeys(seen, 0.0)
+            if world.main:
+                print(f"step {step + 1}/{len(steps)}  loss {s['loss'] / s['pairs']:.3f}  accuracy "
+                      f"{s['right'] / s['pairs']:.3f}  {time.perf_counter() - start:.0f} s", flush=True)
+
+
+# ---------------------------------------------------------------------- report
+
+
+def report(pairs: list[Pair], chosen: list[float], rejected: list[float]) -> dict:
+    """What the scores of both sides say of the model: accuracy (a tie is half right) over all pairs and parts
+    of them, calibration, mean and slope.
+
+    Calibration is that of sigmoid(|margin|), the probability that the model gives the side it prefers: a
+    table of (probability, accuracy, pairs) by bins, and the expected calibration error, their distance.
+    """
+    parts, bins = defaultdict(list), defaultdict(list)
+    margins = [a - b for a, b in zip(chosen, rejected)]
+    words = [(count_words(p.chosen), count_words(p.rejected)) for p in pairs]
+    for pair, margin, (w, v) in zip(pairs, margins, words):
+        right = 0.5 if margin == 0 else float(margin > 0)
+        low = max(x for x in LENGTHS if x <= max(w, v))
+        longer = "neither" if w == v else "chosen" if w > v else "rejected"
+        kinds = [f"kind/{pair.kind}"] if pair.kind else []
+        for name in ("all", *kinds, f"words/{low}+", f"longer/{longer}"):
+            parts[name].append(right)
+        probability = 1 / (1 + math.exp(-min(abs(margin), 700)))
+        bins[min(BINS - 1, int((2 * probability - 1) * BINS))].append((probability, right))
+    table = [(sum(p for p, _ in b) / len(b), sum(r for _, r in b) / len(b), len(b))
+             for _, b in sorted(bins.items())]
+    return {
+        "pairs": len(pairs), "accuracy": {k: [sum(v) / len(v), len(v)] for k, v in sorted(parts.items())},
+        "calibration_error": sum(abs(p - r) * n for p, r, n in table) / len(pairs), "reliability": table,
+        "mean_score": (sum(chosen) + sum(rejected)) / (2 * len(pairs)),
+        "mean_chosen": sum(chosen) / len(pairs), "mean_rejected": sum(rejected) / len(pairs),
+    }
+
+
+def shown(r: dict) -> str:
+    rows = [f"{name:28}{accuracy:8.3f}{n:8}" for name, (accuracy, n) in r["accuracy"].items()]
+    table = [f"{p:28.3f}{accuracy:8.3f}{n:8}" for p, accuracy, n in r["reliability"]]
+    return "\n".join([
+        f"{'held-out pairs':28}accuracy   pairs", *rows, f"{'predicted':>28}   right   pairs", *table,
+        f"expected calibration error {r['calibration_error']:.3f}; mean score {r['mean_score']:+.3f} (chosen "
+        f"{r['mean_chosen']:+.3f}, rejected {r['mean_rejected']:+.3f})"])
+
+
+def evaluate(model: qwen.RewardModel, pairs: list[Pair], encode, config: Config, world) -> dict:
+    """The report on pairs, of which each rank encodes its share."""
+    mine = pairs[world.rank::world.size]
+    rows = [encode(pair, side) for pair in mine for side in ("chosen", "rejected")]
+    found = parallel.gather(writing.scores(model, rows, config.micro_batch_tokens, world), world)
+    scores = [0.0] * (2 * len(pairs))
+    for rank, part in enumerate(found):
+        scores[2 * rank::2 * world.size], scores[2 * rank + 1::2 * world.size] = part[::2], part[1::2]
+    return report(pairs, scores[::2], scores[1::2])
+
+
+# ---------------------------------------------------------------------- the run
+
+
+def run(config: Config) -> dict:
+    check(config)
+    world = parallel.setup(config.device, config.timeout)
+    shape, tokenizer = qwen.read_config(config.model), Tokenizer(config.model)
+    training, held_out, dropped = split(config)
+    model = parallel.load_sharded(config.model, world, scalar_head=True)
+    model.recompute = config.recompute
+    most, cut = config.max_tokens or shape.max_position_embeddings, set()
+
+    def encode(pair: Pair, side: str) -> list[int]:
+        ids, was_cut = writing.encode(tokenizer, pair.query, getattr(pair, side), most)
+        cut.update([(pair, side)] * was_cut)
+        return ids
+
+    if world.main:
+        notes = [f"{n} {why} dropped" for why, n in dropped.items()]
+        print(f"{config.model}: {len(training)} pairs to train, {len(held_out)} held out",
+              *notes, sep=", ", flush=True)
+    fit(model, training, encode, config, world)
+    found = evaluate(model, held_out, encode, config, world)
+    cut = set(itertools.chain(*parallel.gather(cut, world)))
+    if config.out and config.epochs:
+        parallel.save_sharded(model, config.out, world, getattr(torch, config.dtype))
+        if world.main:
+            for file in Path(config.model).iterdir():  # the tokenizer's files
+                ours = file.name in ("config.json", "model.safetensors.index.json", "evaluation.json")
+                if file.suffix in (".json", ".txt", ".jinja") and not ours:
+                    shutil.copyfile(file, Path(config.out) / file.name)
+            (Path(config.out) / "evaluation.json").write_text(json.dumps(found, indent=2) + "\n")
+    if world.main:
+        print(shown(found), f"{len(cut)} texts were longer than {most} tokens and read without their middle",
+              sep="\n", flush=True)
+    return found
+
+
+def main():
+    try:
+        run(options.parse(Config, sys.argv[1:], __doc__))
+    except (ConfigError, PreferenceError, parallel.SetupError, qwen.CheckpointError, TokenizerError) as e:
+        print(f"error: {e}", file=sys.stderr, flush=True)
+        raise SystemExit(2) from None
+    finally:
+        parallel.close()
+
+
+if __name__ == "__main__":
+    main()
