@@ -1,0 +1,233 @@
+"""Asking models that run elsewhere, over HTTP, on the standard library: chats with any server that
+speaks OpenAI's protocol, scores from the server of a reward model.
+
+An endpoint is one or more servers of one model, asked in turn. Where one is busy (429), fails (5xx, a
+refused or cut connection, a timeout) or answers nonsense, another is asked, and itself again only after an
+exponential back-off with jitter, or what a Retry-After says. Where none answers any more, calls wait.
+"""
+
+import email.utils
+import http.client
+import json
+import math
+import os
+import queue
+import random
+import re
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterable, Iterator
+
+ADDRESS = re.compile(r"https?://([^\s/?#@:\[\]]+|\[[0-9a-fA-F:]+\])(:\d{1,5})?(/[^\s#@]*)?(#\S+)?")
+BUSY = (408, 425, 429)
+BACK_OFF = 0.5  # seconds after a call's first failure, doubled by each
+ASIDE = 30.0  # seconds for which a server that is down is not asked, if another is up
+LONGEST_REST = 600.0  # that a Retry-After can have
+PAUSE = 1.0  # between attempts to find a server again
+HELLO = "Hello"  # what finds out whether a server is back
+
+
+class Refused(ValueError):
+    """A server understood a request and refused it, with `status` (4xx): asking again would not help."""
+    status = 0
+
+
+class Unavailable(ConnectionError):
+    """No server gave a usable answer, though asked repeatedly."""
+
+
+class StayHere(urllib.request.HTTPRedirectHandler):
+    """A redirect is an error: followed, it would turn POST into GET and show the key to another host."""
+    def redirect_request(self, *_):
+        return None
+
+
+class Endpoint:
+    """urls: comma-separated http(s)://HOST:PORT/PATH, with #MODEL after those that want a model's name.
+        Raises ValueError.
+    timeout: seconds without a byte after which a call has failed. attempts: of a call, over all servers.
+    key: the environment variable that holds the API key, which no message shows.
+    say: told every 30 s which servers are down, while calls wait for them; without it calls do not wait.
+    """
+    def __init__(self, urls: str, timeout: float = 60.0, attempts: int = 4, key: str = "OPENAI_API_KEY",
+                 say: Callable[[str], None] | None = print):
+        self.urls = list(dict.fromkeys(url.strip() for url in urls.split(",") if url.strip()))
+        for url in self.urls or [urls]:
+            if not ADDRESS.fullmatch(url):
+                raise ValueError(f"{url.rpartition('@')[2]!r} is no address of a server: write "
+                                 f"http://HOST:PORT/PATH, without a password; a key is read from {key}")
+        self.timeout, self.attempts, self.say = timeout, max(attempts, len(self.urls)), say
+        self.key, self.opener = os.environ.get(key, ""), urllib.request.build_opener(StayHere)
+        self.lock, self.asking, self.turn = threading.Lock(), threading.Lock(), 0
+        self.rests: dict[str, float] = {}  # url: time.monotonic() before which it is not asked
+        self.failing: dict[str, tuple[float, str]] = {}  # url: time.time() of its first failure, why
+
+    def chat(self, messages: list[dict], **options) -> tuple[str, dict]:
+        """POST URL/chat/completions: the text, and its `usage` (prompt_tokens, completion_tokens, ...; {}
+        if untold). The options (temperature, max_tokens, seed, ...) join the request."""
+        def read(answer):
+            text = answer["choices"][0]["message"]["content"]
+            return "" if text is None else text.strip(), answer.get("usage") or {}
+
+        hello = {"messages": [{"role": "user", "content": HELLO}], "max_tokens": 1}
+        return self.ask("/chat/completions", {"messages": messages, **options}, read, hello)
+
+    def score(self, text: str) -> float:
+        """POST URL with {"input": text, "use_activation": false}: the score, before any sigmoid, from
+        {"score": x}, {"data": [{"probs": [x]}]} (vLLM's /classify) or {"data": [{"data": [x]}]} (its
+        /pooling; of [[x], ...], a number a token, the last)."""
+        def read(answer):
+            value = answer.get("score")
+            if value is None:
+                (item,) = answer["data"]
+                value = item["probs"] if "probs" in item else item["data"]
+                (value,) = value[-1] if isinstance(value[-1], list) else value
+            if isinstance(value, bool) or not math.isfinite(value):
+                raise ValueError(f"a score of {value}")
+            return float(value)
+
+        return self.ask("", {"input": text, "use_activation": False}, read,
+                        {"input": HELLO, "use_activation": False})
+
+    @property
+    def down(self) -> str:
+        """Each server, since when it fails and why, if all do; else empty. Who answers anything but 5xx is
+        not down."""
+        with self.lock:
+            return "" if len(self.failing) < len(self.urls) else "; ".join(
+                f"{url} since {time.strftime('%H:%M:%S', time.localtime(since))} ({why})"
+                for url, (since, why) in self.failing.items())
+
+    def ask(self, path: str, body: dict, read: Callable, hello: dict):
+        """read(answer), an object of JSON; where it raises, the answer was unusable. Raises Refused or
+        Unavailable."""
+        for last in (False, True):
+            try:
+                return self.attempt(path, body, read, self.attempts)
+            except Unavailable:
+                if not self.say or not self.down:
+                    raise
+                self.wait(path, hello, read)
+                if last:  # they answer, but fail on this request
+                    raise
+
+    def wait(self, path: str, hello: dict, read: Callable):
+        """Until a server is back. One thread asks, the others wait for it."""
+        with self.asking:
+            said = -math.inf
+            while why := self.down:
+                if time.monotonic() - said >= 30:
+                    self.say(f"waiting, because no server answers: {why}")
+                    said = time.monotonic()
+                time.sleep(PAUSE)
+                try:
+                    self.attempt(path, hello, read, len(self.urls))
+                except (Refused, Unavailable):
+                    pass
+
+    def attempt(self, path: str, body: dict, read: Callable, attempts: int):
+        reasons = {}
+        for attempt in range(attempts):
+            url, rest, down = self.choose(), 0.0, False
+            try:
+                value = read(self.post(url, path, body))
+                self.report(url)
+                return value
+            except urllib.error.HTTPError as e:
+                reasons[url], rest, down = f"{e.code} {self.reason(e)}", retry_after(e), e.code >= 500
+                if not down and e.code not in BUSY:
+                    self.report(url)
+                    refused = Refused(f"{url} answered {reasons[url]}")
+                    refused.status = e.code
+                    raise refused from None
+            except (OSError, http.client.HTTPException) as e:
+                reasons[url], down = str(getattr(e, "reason", "") or e) or type(e).__name__, True
+            except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as e:
+                reasons[url] = f"an unusable answer ({type(e).__name__}: {str(e)[:100]})"
+            back_off = BACK_OFF * 2**attempt * random.uniform(0.5, 1.5)
+            self.report(url, max(back_off, rest), reasons[url] if down else "")
+        raise Unavailable("; ".join(f"{url}: {why}" for url, why in reasons.items()))
+
+    def choose(self) -> str:
+        """The next server in turn, or the one whose rest is over first; returns when it is."""
+        with self.lock:
+            self.turn, now = (self.turn + 1) % len(self.urls), time.monotonic()
+            rest = {url: max(0.0, self.rests.get(url, 0.0) - now)
+                    for url in self.urls[self.turn:] + self.urls[:self.turn]}
+            url = min(rest, key=rest.get)
+            if url in self.failing and len(self.failing) < len(self.urls):
+                self.rests[url] = now + self.timeout  # this call finds out whether it is back
+        time.sleep(rest[url])
+        return url
+
+    def report(self, url: str, rest: float = 0.0, down: str = ""):
+        with self.lock:
+            if down:
+                self.failing[url] = self.failing.get(url, (time.time(),))[0], down
+                rest = max(rest, ASIDE if len(self.failing) < len(self.urls) else 0.0)
+            else:
+                self.failing.pop(url, None)
+            self.rests[url] = time.monotonic() + rest
+
+    def post(self, url: str, path: str, body: dict):
+        address, _, model = url.partition("#")
+        body = json.dumps({"model": model} | body if model else body).encode()
+        headers = {"Content-Type": "application/json"}
+        headers |= {"Authorization": f"Bearer {self.key}"} if self.key else {}
+        request = urllib.request.Request(address.rstrip("/") + path if path else address, body, headers)
+        with self.opener.open(request, timeout=self.timeout) as response:
+            return json.loads(response.read())
+
+    def reason(self, e: urllib.error.HTTPError) -> str:
+        """What the server says, without the key, which some repeat."""
+        try:
+            text = " ".join(e.read().decode(errors="replace").split())
+        except (OSError, http.client.HTTPException):
+            text = ""
+        return ((text.replace(self.key, "***") if self.key else text) or str(e.reason))[:300]
+
+
+def retry_after(e: urllib.error.HTTPError) -> float:
+    """Seconds, told as a number or as a date; 0 where nothing is told."""
+    value = e.headers.get("Retry-After", "0")
+    try:
+        rest = float(value) if value.strip().isdigit() else (
+            email.utils.parsedate_to_datetime(value).timestamp() - time.time())
+    except (TypeError, ValueError):
+        return 0.0
+    return min(max(rest, 0.0), LONGEST_REST)
+
+
+def each(call: Callable, items: Iterable, threads: int) -> Iterator[tuple]:
+    """(item, call(item), None), or (item, None, what it raised), as they come back.
+
+    The threads are daemons: none that hangs keeps the process. Where the reader walks away no further
+    item begins; what must not be lost then, `call` has to keep.
+    """
+    items, end, done, lock = iter(items), object(), queue.SimpleQueue(), threading.Lock()
+    stopped = threading.Event()
+
+    def work():
+        while not stopped.is_set():
+            with lock:
+                item = next(items, end)
+            if item is end:
+                break
+            try:
+                done.put((item, call(item), None))
+            except BaseException as e:
+                done.put((item, None, e))
+        done.put(None)
+
+    for _ in range(threads):
+        threading.Thread(target=work, daemon=True).start()
+    try:
+        while threads:
+            if back := done.get():
+                yield back
+            else:
+                threads -= 1
+    finally:
+        stopped.set()
