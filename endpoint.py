@@ -91,7 +91,6 @@ class Endpoint:
         return self.ask("", {"input": text, "use_activation": False}, read,
                         {"input": HELLO, "use_activation": False})
 
-    @property
     def down(self) -> str:
         """Each server, since when it fails and why, if all do; else empty. Who answers anything but 5xx is
         not down."""
@@ -107,7 +106,7 @@ class Endpoint:
             try:
                 return self.attempt(path, body, read, self.attempts)
             except Unavailable:
-                if not self.say or not self.down:
+                if not self.say or not self.down():
                     raise
                 self.wait(path, hello, read)
                 if last:  # they answer, but fail on this request
@@ -117,7 +116,7 @@ class Endpoint:
         """Until a server is back. One thread asks, the others wait for it."""
         with self.asking:
             said = -math.inf
-            while why := self.down:
+            while why := self.down():
                 if time.monotonic() - said >= 30:
                     self.say(f"waiting, because no server answers: {why}")
                     said = time.monotonic()

@@ -26,6 +26,10 @@ TAG = re.compile(r"</?(?:think|answer)>")
 OVERLONG_CACHE = 0.2  # share of max_new_tokens over which `overlong` falls (DAPO: 4,096 of 20,480)
 
 
+MISTAKES = (NameError, ImportError)  # of a remote reward: no server makes it raise these
+MISTAKES_OF_ALL = (AttributeError, TypeError)  # these one may, by an odd answer, but hardly on all samples
+
+
 class RewardError(ValueError):
     """A reward that raised, or returned what is no reward; the message names it, the prompt and the line."""
 
@@ -40,8 +44,9 @@ def remote(reward=None, *, threads: int = 8, patience: float = 60.0):
     """Marks a reward that waits for a network, as `@remote` or `@remote(threads=..., patience=...)`.
 
     It is called in one of `threads` threads as soon as a sample ends, and must not use torch. Where it
-    raises, or is not back `patience` seconds after the step's last sample, it is missing. Other ranks wait
-    too: patience must stay below torch.distributed's timeout, which is 10 minutes with NCCL.
+    raises, or is not back `patience` seconds after the step's last sample, it is missing; but a mistake in
+    the code (MISTAKES) ends the run, as in any reward. If it has an attribute `down`, as endpoint.Endpoint
+    has, the run pauses while `down()` is not empty, and patience stands still.
     """
     if not (threads >= 1 and 0 <= patience <= threading.TIMEOUT_MAX):
         raise ValueError(f"@remote: threads {threads} must be at least 1, and patience {patience} finite and "
@@ -214,12 +219,16 @@ def score(name: str, completions: list, prompts: list) -> list[float]:
         values = function(completions, prompts) if is_batched(name) else map(function, completions, prompts)
         values = list(values)
     except Exception as e:  # whatever a user's function raises
-        raise RewardError(f"reward {name!r} raised {describe(e)}, on an answer to prompt "
-                          f"{prompts[0].id!r}: repair it, or leave it out with --reward") from e
+        raise raised(name, e, prompts[0]) from e
     if len(values) != len(completions):
         raise RewardError(f"reward {name!r} returned {len(values)} values for {len(completions)} "
                           "completions: it must return one for each, None where it cannot be computed")
     return checked(name, values, prompts)
+
+
+def raised(name: str, e: BaseException, prompt) -> RewardError:
+    return RewardError(f"reward {name!r} raised {describe(e)}, on an answer to prompt {prompt.id!r}: repair "
+                       "it, or leave it out with --reward")
 
 
 def describe(e: BaseException) -> str:
@@ -266,6 +275,7 @@ class Remote:
         self.name, self.function = name, REWARDS[name][0]
         self.threads, self.patience = self.function.remote
         self.todo, self.done, self.closed = queue.SimpleQueue(), queue.SimpleQueue(), False
+        self.values, self.errors, self.waiting, self.paused = {}, {}, 0, -math.inf
 
     def __enter__(self):
         for _ in range(self.threads):
@@ -280,6 +290,7 @@ class Remote:
 
     def submit(self, i: int, completion, prompt):
         """Returns at once; i is the sample's place in `collect`."""
+        self.waiting += 1
         self.todo.put((i, completion, prompt))
 
     def work(self):
@@ -288,26 +299,36 @@ class Remote:
             try:
                 self.done.put((i, self.function(completion, prompt), None))
             except BaseException as e:  # asyncio's CancelledError is no Exception
-                self.done.put((i, None, describe(e)))
+                self.done.put((i, None, e))
 
-    def collect(self, prompts: list, since: float, interrupt=lambda: None) -> tuple[list[float], list[str]]:
-        """(scores, NaN where missing; the reason of each that failed). prompts: one a sample, all submitted.
-
-        Waits until `patience` seconds after `since`, a time.monotonic(), and calls `interrupt` meanwhile,
-        which may raise. Raises RewardError as `score` does.
-        """
-        deadline = since + self.patience
-        values, errors, waiting = [None] * len(prompts), [], len(prompts)
-        while waiting:
+    def wait(self, since: float, interrupt=lambda: None, seconds: float = 5.0) -> str | None:
+        """None once every sample is back, or given up `patience` seconds after `since`, a time.monotonic();
+        else, after some seconds, which servers are down, "" if they are only slow. `interrupt` is called
+        meanwhile, and may raise."""
+        until = time.monotonic() + seconds
+        while self.waiting:
             interrupt()
-            left = max(0.0, deadline - time.monotonic())
+            now, down = time.monotonic(), getattr(self.function, "down", str)()
+            self.paused = now if down else self.paused
+            left = max(since, self.paused) + self.patience - now
             try:
-                i, value, error = self.done.get(timeout=min(1.0, left))
+                i, value, error = self.done.get(timeout=max(0.0, min(1.0, left, until - now)))
             except queue.Empty:
-                if left > 1:
-                    continue
-                errors += [f"not back {self.patience:g} s after the last sample"] * waiting
-                break
-            values[i], waiting = value, waiting - 1
-            errors += [error] if error else []
-        return checked(self.name, values, prompts), errors
+                if left <= 0:
+                    break
+                if now >= until:
+                    return down
+                continue
+            self.waiting -= 1
+            (self.errors if error else self.values)[i] = error or value
+        return None
+
+    def collect(self, prompts: list) -> tuple[list[float], list[str]]:
+        """(scores, NaN where missing; the reason of each that failed), of what `wait` has seen. prompts: one
+        a sample, all submitted. Raises RewardError as `score` does."""
+        for i, e in self.errors.items():
+            if isinstance(e, MISTAKES) or isinstance(e, MISTAKES_OF_ALL) and not self.values:
+                raise raised(self.name, e, prompts[i]) from e
+        reasons = [describe(e) for e in self.errors.values()]
+        reasons += [f"not back {self.patience:g} s after the last sample"] * self.waiting
+        return checked(self.name, [self.values.get(i) for i in range(len(prompts))], prompts), reasons

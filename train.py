@@ -257,9 +257,11 @@ def sample_and_score(sampler: Sampler, prompts: list, requests: list[Request], c
             with parallel.agreed(RewardError, world), clock("score"):
                 values = score(name, sum(completions, []), answered)
                 rewards_BGR[..., r] = torch.tensor(values).view(len(prompts), n)
+        with clock("score"):
+            await_servers([pool for _, pool in remote], sampled, progress.label, world)
         with parallel.agreed(RewardError, world), clock("score"):
             for r, pool in remote:
-                values, failures[pool.name] = pool.collect(answered, sampled, world.heed)
+                values, failures[pool.name] = pool.collect(answered)
                 rewards_BGR[..., r] = torch.tensor(values).view(len(prompts), n)
     for name, errors in failures.items():
         reasons = Counter(sum(parallel.gather(errors, world), []))
@@ -268,6 +270,28 @@ def sample_and_score(sampler: Sampler, prompts: list, requests: list[Request], c
             print(f"warning: {progress.label}: reward {name!r} is missing for {reasons.total()} samples, "
                   f"because it failed: {shown}", file=sys.stderr, flush=True)
     return completions, rewards_BGR
+
+
+def await_servers(pools: list[Remote], since: float, label: str, world):
+    """Until the remote rewards of all ranks are back or given up. In rounds of seconds: no rank waits in a
+    collective, which has a timeout, for servers that are down, which have none."""
+    told = None
+    while pools:
+        with parallel.agreed(RewardError, world):
+            waiting = [pool.wait(since, world.heed) for pool in pools]
+        waiting = sum(parallel.gather(waiting, world), [])
+        down, now = next(filter(None, waiting), ""), time.monotonic()
+        if down and (told is None or now - told >= 30):
+            told = now
+            if world.main:
+                print(f"paused: {label} waits for its scores, and no server answers: {down}", file=sys.stderr,
+                      flush=True)
+        if told and not down:
+            told = None
+            if world.main:
+                print(f"{label} goes on: a server answers again", file=sys.stderr, flush=True)
+        if all(why is None for why in waiting):
+            return
 
 
 def summarise(prompts: list, completions: list[list[Completion]], rewards_BGR: torch.Tensor, names: list[str],

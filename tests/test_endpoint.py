@@ -72,7 +72,7 @@ def test_another_server_is_asked_where_one_fails(how):
             bad.stop()
         asked = client(bad, good, timeout=0.2)
         assert [asked.score(str(i)) for i in range(8)] == [2.5] * 8
-        assert not asked.down and len(good.calls) == 8
+        assert not asked.down() and len(good.calls) == 8
         if how in ("500", "cut", "hang"):
             assert len(bad.calls) == 1, "a server that is down is left alone"
         if how == "dead":
@@ -91,7 +91,7 @@ def test_what_fails_for_good_is_one_sentence_that_names_server_and_reason(how, s
             asked.score("text")
         assert fake.url in str(error.value) and said in str(error.value) and "\n" not in str(error.value)
         assert len(fake.calls) == 3 * (how != "dead")
-        assert bool(asked.down) == (how in ("500", "cut", "hang", "dead")), "who answers is not down"
+        assert bool(asked.down()) == (how in ("500", "cut", "hang", "dead")), "who answers is not down"
         if how == "dead":
             fake.start()
 
@@ -136,7 +136,7 @@ def test_where_all_servers_are_down_calls_wait_and_one_finds_out_when_they_are_b
         assert sorted(back) == [(i, 2.5, None) for i in range(16)]
         assert len(said) == 1 and fake.url in said[0] and "since" in said[0] and "refused" in said[0]
         assert [c["input"] for c in fake.calls].count(endpoint.HELLO) == 1 and len(fake.calls) == 17
-        assert not asked.down
+        assert not asked.down()
 
 
 def test_a_request_that_a_server_fails_on_stops_no_other():
@@ -145,7 +145,7 @@ def test_a_request_that_a_server_fails_on_stops_no_other():
         asked = client(fake, say=lambda text: None, attempts=2)
         with pytest.raises(Unavailable, match="500"):
             asked.score("poison")
-        assert not asked.down
+        assert not asked.down()
 
 
 @pytest.mark.parametrize("urls", ["", "gpu1:80", "ftp://gpu1", "http://", "http://me:sk-1@gpu1", "http://a,b",

@@ -5,13 +5,14 @@ import os
 import random
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 import rewards
 import train
-from rewards import Remote, batched, remote
+from rewards import Remote, RewardError, batched, remote
 from tests.test_run import launch, metrics
 
 LONG = 20  # seconds that a test waits for what must happen
@@ -140,6 +141,61 @@ def test_a_call_that_hangs_is_given_up_and_keeps_no_process(tmp_path):
     assert record["missing/judge"] == 2 and 0.3 < record["time/score"] < 20
 
 
+def scores(monkeypatch, judge, n: int = 8) -> tuple[list[float], list[str]]:
+    """Of a remote reward whose completions are numbers."""
+    monkeypatch.setitem(rewards.REWARDS, "judge", (judge, 1.0))
+    with Remote("judge") as pool:
+        for i in range(n):
+            pool.submit(i, i, None)
+        assert pool.wait(time.monotonic()) is None
+        return pool.collect([SimpleNamespace(id=f"p{i}") for i in range(n)])
+
+
+def test_a_mistake_in_a_remote_reward_ends_the_run_as_in_any_other(tmp_path, monkeypatch):
+    @remote
+    def judge(completion, prompt):
+        return completion.txt
+
+    with pytest.raises(RewardError, match="reward 'judge' raised AttributeError .* in test_remote.py, line"):
+        step(tmp_path / "run", monkeypatch, judge=judge)
+
+
+@pytest.mark.parametrize("slip, often", [(lambda: nowhere, 1), (lambda: "a" + 1, 8),  # noqa: F821
+                                         (lambda: __import__("nowhere"), 1), (lambda: None.get("score"), 8)])
+def test_what_is_a_mistake_in_the_code_is_not_taken_for_a_server_that_fails(monkeypatch, slip, often):
+    with pytest.raises(RewardError, match="prompt 'p0': repair it"):
+        scores(monkeypatch, remote(lambda i, prompt: slip() if i < often else 1.0, threads=1))
+
+
+@pytest.mark.parametrize("answer", [None, [], "{", {}])
+def test_a_server_that_answers_nonsense_now_and_then_ends_no_run(monkeypatch, answer):
+    """Though what reads it raises AttributeError, TypeError or ValueError."""
+    values, reasons = scores(monkeypatch, remote(
+        lambda i, prompt: float((answer if i % 2 else {"score": 1}).get("score", "x"))))
+    assert values[::2] == [1] * 4 and len(reasons) == 4 and all(v != v for v in values[1::2])
+
+
+def test_while_servers_are_down_patience_stands_still(monkeypatch):
+    back = threading.Event()
+
+    @remote(threads=2, patience=0.3)
+    def judge(completion, prompt):
+        back.wait(LONG)
+        return completion
+
+    judge.down = lambda: "gone"
+    monkeypatch.setitem(rewards.REWARDS, "judge", (judge, 1.0))
+    with Remote("judge") as pool:
+        for i in range(4):
+            pool.submit(i, i, None)
+        start = time.monotonic()
+        assert pool.wait(start - LONG, seconds=1.0) == "gone" and time.monotonic() - start >= 1
+        judge.down = lambda: ""
+        assert pool.wait(start - LONG, seconds=0.1) == "", "patience begins anew"
+        back.set()
+        assert pool.wait(start - LONG) is None and pool.collect([None] * 4) == ([0, 1, 2, 3], [])
+
+
 def test_what_no_thread_has_begun_is_given_up_with_the_step(monkeypatch):
     """A server that is late must not be asked about the last step during the next."""
     calls, begun, release = [], threading.Event(), threading.Event()
@@ -155,7 +211,8 @@ def test_what_no_thread_has_begun_is_given_up_with_the_step(monkeypatch):
         for i in range(3):
             pool.submit(i, i, None)
         assert begun.wait(LONG)
-        values, errors = pool.collect([None] * 3, time.monotonic())
+        assert pool.wait(time.monotonic()) is None
+        values, errors = pool.collect([None] * 3)
     assert all(v != v for v in values) and errors == ["not back 0 s after the last sample"] * 3
     release.set()
     thread = calls[0][1]
@@ -177,7 +234,8 @@ def test_patience_is_counted_from_the_last_sample_once_for_all_rewards(monkeypat
         while pool.done.qsize() < 16:
             time.sleep(0.001)
         start = time.monotonic()
-        values, errors = pool.collect([None] * 17, start - LONG)
+        assert pool.wait(start - LONG) is None
+        values, errors = pool.collect([None] * 17)
         assert time.monotonic() - start < LONG / 2
     assert values[:16] == list(range(16)) and values[16] != values[16] and len(errors) == 1
 
