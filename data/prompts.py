@@ -10,6 +10,7 @@ import json
 import random
 import re
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -95,44 +96,71 @@ def unreachable(prompt: Prompt, max_new_tokens: int) -> bool:
     return prompt.length_range[0] * TOKENS_PER_WORD[prompt.language] > budget
 
 
+def objects(path: str | Path) -> Iterator[tuple[int, dict]]:
+    """Number and object of each line of a JSONL file that is not empty. Raises PromptError."""
+    try:
+        with open(path, "rb") as f:
+            if f.read(4) == b"PAR1":
+                raise PromptError(f"{path} is a Parquet file, which needs a package that this program does "
+                                  "without: make JSONL of it, as by pandas.read_parquet(FILE).to_json(OUT, "
+                                  "orient='records', lines=True)")
+        with open(path, encoding="utf-8", newline="\n") as lines:  # JSON allows other line separators
+            for number, line in enumerate(lines, 1):
+                if line.strip():
+                    try:
+                        record = json.loads(line)
+                        if not isinstance(record, dict):
+                            raise ValueError("a line must be a JSON object")
+                    except (ValueError, RecursionError) as e:
+                        raise PromptError(f"{path}, line {number}: {e}") from None
+                    yield number, record
+    except (OSError, UnicodeDecodeError) as e:
+        raise PromptError(
+            f"prompts file {path} cannot be read ({e}): give a JSONL file, one object a line") from None
+
+
+def query_of(record: dict) -> str:
+    """Raises ValueError."""
+    for field in QUERY_FIELDS:
+        if isinstance(query := record.get(field), str) and query.strip():
+            query.encode()  # a lone surrogate would fail in the tokenizer, far from here
+            return query
+    raise ValueError(f"no text under any of {', '.join(QUERY_FIELDS)}")
+
+
+def queries(path: str | Path) -> Iterator[tuple[int, str, str, dict]]:
+    """(line, id, query, record) of each. Raises PromptError."""
+    seen = {}
+    for number, record in objects(path):
+        ident = str(next((record[f] for f in ID_FIELDS if record.get(f) is not None), number))
+        try:
+            query = query_of(record)
+            if ident in seen:
+                raise ValueError(f"id {ident!r} stands already on line {seen[ident]}; ids seed the sampling "
+                                 "and must differ")
+        except ValueError as e:
+            raise PromptError(f"{path}, line {number}: {e}") from None
+        seen[ident] = number
+        yield number, ident, query, record
+
+
 def read(path: str | Path, style: str, max_new_tokens: int,
          keep_unreachable: bool = False) -> tuple[list[Prompt], Counter]:
     """All usable prompts of a JSONL file, in its order, and how many were dropped for what.
 
-    Dropped: `unanswerable` (range [0, 0]) and `unreachable` (unless kept). Raises PromptError for a missing
-    file or a malformed line.
+    Dropped: `rejected` (`keep` is false), `unanswerable` (range [0, 0]) and `unreachable` (unless kept).
+    Raises PromptError for a missing file or a malformed line.
     """
-    try:
-        lines = Path(path).read_text(encoding="utf-8").split("\n")  # JSON allows other line separators
-    except (OSError, UnicodeDecodeError) as e:
-        raise PromptError(
-            f"prompts file {path} cannot be read ({e}): give a JSONL file, one object a line") from None
-    prompts, dropped, seen = [], Counter(), {}
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
+    prompts, dropped = [], Counter()
+    for number, ident, query, record in queries(path):
         try:
-            record = json.loads(line)
-            if not isinstance(record, dict):
-                raise ValueError("a line must be a JSON object")
-            query = next(
-                (record[f] for f in QUERY_FIELDS if isinstance(record.get(f), str) and record[f].strip()),
-                None)
-            if query is None:
-                raise ValueError(f"no text under any of {', '.join(QUERY_FIELDS)}")
             length_range = parse_range(record)
-            ident = str(next((record[f] for f in ID_FIELDS if record.get(f) is not None), number))
-            query.encode()  # a lone surrogate would fail in the tokenizer, far from here
-            if ident in seen:
-                raise ValueError(
-                    f"id {ident!r} stands already on line {seen[ident]}; ids seed the sampling and must "
-                    "differ"
-                )
-        except (ValueError, RecursionError) as e:
+        except ValueError as e:
             raise PromptError(f"{path}, line {number}: {e}") from None
-        seen[ident] = number
         prompt = Prompt(ident, render(query, style), query, length_range, language(query), style)
-        if length_range == (0, 0):
+        if record.get("keep") is False:
+            dropped["rejected"] += 1
+        elif length_range == (0, 0):
             dropped["unanswerable"] += 1
         elif not keep_unreachable and unreachable(prompt, max_new_tokens):
             dropped["unreachable"] += 1
