@@ -64,7 +64,7 @@ ANSWERS = {
     ("range", '{"range": [800, 1200]}'): [800, 1200], ("range", 'So: {"range":[0,0]}.'): [0, 0],
     ("range", '<think>{"range": [1, 2]}?</think> ```json\n{"range": [3, 4]}\n```'): [3, 4],
     ("range", '{"range": [1, 2]} or {"range": [900, 900]}'): [900, 900],
-    ("range", "800 to 1200"): None, ("range", ""): None, ("range", '{"range": [800, 1200]'): None,
+    ("range", '<think>{"range": [1, 2]}?</think> No.'): None, ("range", "800 to 1200"): None, ("range", ""): None, ("range", '{"range": [800, 1200]'): None,
     ("range", '{"range": [1200, 800]}'): None, ("range", '{"range": [-100, 800]}'): None,
     ("range", '{"range": [800]}'): None, ("range", '{"range": [800.0, 1200]}'): None,
     ("range", '{"range": ["800", "1200"]}'): None, ("range", '{"range": null}'): None,
