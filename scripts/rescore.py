@@ -273,7 +273,10 @@ def main():
         asking = [name for name in names if asks_somebody(suite, name)]
         step = functools.partial(rescore, args.run, args.rewards, names, [] if args.reward else asking)
         if asking and args.reward:
-            suite.prepare(names, config, parallel.setup())
+            world = parallel.setup()
+            for reward in (suite.REWARDS[name][0] for name in asking):
+                getattr(reward, "check", lambda config: None)(config)
+                getattr(reward, "prepare", lambda config, world: None)(config, world)
             steps = list(map(step, files))
         else:  # rules alone: each core takes steps
             cores = min(len(files), os.cpu_count())

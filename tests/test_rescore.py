@@ -129,12 +129,11 @@ def test_a_model_keeps_its_values_until_it_is_named(tmp_path, monkeypatch, capsy
         return [float(len(c.text)) for c in completions]
 
     monkeypatch.setattr(rewards, "REWARDS", {"length": (model, 1.0)})
-    monkeypatch.setattr(rewards, "prepare", lambda names, config, world: calls.append((names, world.size)),
-                        raising=False)
+    model.prepare = lambda config, world: calls.append((config.group_size, world.size))
     result, _ = main(monkeypatch, capsys, run)
     assert not calls and result["rewards"]["length"]["changed"] == 0
     result, _ = main(monkeypatch, capsys, run, "--reward", "length")
-    assert calls == [(["length"], 1), 4, 4, 4] and result["rewards"]["length"]["changed"] == 1
+    assert calls == [(2, 1), 4, 4, 4] and result["rewards"]["length"]["changed"] == 1
     assert result["rewards"]["length"]["spearman"] == pytest.approx(1)
     monkeypatch.setattr(rewards, "REWARDS", {"judge": (model, 1.0)})
     assert "pass --reward judge" in fails(monkeypatch, capsys, run)
@@ -148,7 +147,6 @@ def test_a_server_that_fails_leaves_samples_missing_and_says_why(tmp_path, monke
         return 1.0
 
     monkeypatch.setattr(rewards, "REWARDS", {"server": (server, 1.0)})
-    monkeypatch.setattr(rewards, "prepare", lambda *args: None, raising=False)
     monkeypatch.setattr(sys, "argv", ["rescore", str(made_up(tmp_path / "run")), "--reward", "server"])
     rescore.main()
     out, err = capsys.readouterr()
