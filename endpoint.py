@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterable, Iterator
 ADDRESS = re.compile(r"https?://([^\s/?#@:\[\]]+|\[[0-9a-fA-F:]+\])(:\d{1,5})?(/[^\s#@]*)?(#\S+)?")
 BUSY = (408, 425, 429)
 BACK_OFF = 0.5  # seconds after a call's first failure, doubled by each
-ASIDE = 30.0  # seconds for which a server that is down is not asked, if another is up
+AVOID = 30.0  # seconds for which a server that failed is not asked while another may be
 LONGEST_REST = 600.0  # that a Retry-After can have
 PAUSE = 1.0  # between attempts to find a server again
 HELLO = "Hello"  # what finds out whether a server is back
@@ -61,7 +61,8 @@ class Endpoint:
         self.timeout, self.attempts, self.say = timeout, max(attempts, len(self.urls)), say
         self.key, self.opener = os.environ.get(key, ""), urllib.request.build_opener(StayHere)
         self.lock, self.asking, self.turn = threading.Lock(), threading.Lock(), 0
-        self.rests: dict[str, float] = {}  # url: time.monotonic() before which it is not asked
+        self.rests: dict[str, float] = {}  # url: time.monotonic() before which it is not asked at all,
+        self.avoid: dict[str, float] = {}  # and before which another is asked, if one may be
         self.failing: dict[str, tuple[float, str]] = {}  # url: time.time() of its first failure, why
 
     def chat(self, messages: list[dict], **options) -> tuple[str, dict]:
@@ -150,25 +151,25 @@ class Endpoint:
         raise Unavailable("; ".join(f"{url}: {why}" for url, why in reasons.items()))
 
     def choose(self) -> str:
-        """The next server in turn, or the one whose rest is over first; returns when it is."""
+        """The next server in turn that may be asked, or the one that may first; returns when it may."""
         with self.lock:
             self.turn, now = (self.turn + 1) % len(self.urls), time.monotonic()
-            rest = {url: max(0.0, self.rests.get(url, 0.0) - now)
-                    for url in self.urls[self.turn:] + self.urls[:self.turn]}
-            url = min(rest, key=rest.get)
-            if url in self.failing and len(self.failing) < len(self.urls):
-                self.rests[url] = now + self.timeout  # this call finds out whether it is back
-        time.sleep(rest[url])
+            order = self.urls[self.turn:] + self.urls[:self.turn]
+            url = min(order, key=lambda url: max(now, self.rests.get(url, 0.0), self.avoid.get(url, 0.0)))
+            if url in self.failing:
+                self.avoid[url] = now + self.timeout  # this call finds out whether it is back
+            rest = self.rests.get(url, 0.0) - now
+        time.sleep(max(0.0, rest))
         return url
 
     def report(self, url: str, rest: float = 0.0, down: str = ""):
         with self.lock:
+            self.rests[url], self.avoid[url] = time.monotonic() + rest, 0.0
             if down:
                 self.failing[url] = self.failing.get(url, (time.time(),))[0], down
-                rest = max(rest, ASIDE if len(self.failing) < len(self.urls) else 0.0)
+                self.avoid[url] = time.monotonic() + AVOID
             else:
                 self.failing.pop(url, None)
-            self.rests[url] = time.monotonic() + rest
 
     def post(self, url: str, path: str, body: dict):
         address, _, model = url.partition("#")

@@ -74,6 +74,7 @@ class Plan:
     machine: Machine
     shape: ModelConfig
     cuda: bool = True
+    scorer: ModelConfig | None = None  # of the writing reward, where its folder is there
 
     @property
     def ranks(self) -> int:
@@ -135,6 +136,7 @@ class Plan:
             "AdamW's moments, fp32": 8 * self.numbers(rank=rank) * (not config.offload_optimizer),
             "gradients, fp32": 4 * self.numbers(),
             "reference's weights, fp32": 4 * self.numbers() * (config.beta > 0),
+            "reward model's weights": self.scorer_bytes * (not config.offload_reward_model),
             "sampler's weights": size * sum(slices.values()),
             "sampler's weights, packed": size * products * (not self.cuda),
         }
@@ -143,7 +145,23 @@ class Plan:
         """Host memory of a node that holds what is offloaded."""
         config, inputs = self.config, self.shape.num_hidden_layers * self.tokens * self.shape.hidden_size
         return self.machine.gpus * (8 * self.numbers() * config.offload_optimizer +
-                                    self.itemsize * inputs * config.offload_activations)
+                                    self.itemsize * inputs * config.offload_activations +
+                                    self.scorer_bytes * config.offload_reward_model)
+
+    @property
+    def scorer_bytes(self) -> int:
+        return self.itemsize * self.scorer.num_parameters // self.shards if self.scorer else 0
+
+    def scoring(self) -> dict[str, int]:
+        """Of the reward model at work on a micro-batch: embedding and two layers are whole; beside its input
+        a layer has its norm's output and queries, or gate, silu of it and up."""
+        shape = self.scorer
+        embedding = shape.vocab_size * shape.hidden_size
+        layer = (shape.num_parameters - embedding) // shape.num_hidden_layers
+        return {"reward model's weights": self.scorer_bytes,
+                "reward model, gathered": self.itemsize * (embedding + 2 * layer),
+                "reward model's activations": self.itemsize * self.tokens * (
+                    3 * shape.hidden_size + 3 * shape.intermediate_size)}
 
     def layer_activations(self) -> int:
         """What autograd keeps of a layer, its input included.
@@ -215,8 +233,9 @@ class Plan:
         update |= max(self.moments().values(), key=lambda buffers: sum(buffers.values()))
         update["unusable, of the allocator"] = int(SLACK * sum(update.values()) * self.cuda)
         beside = workspace(self.shape, self.config.tp, SAMPLER["token_budget"], self.rows, self.longest)
+        score = {"score": idle | self.scoring()} if self.scorer else {}  # the KV pool is not there then
         return {"load": {k: v for k, v in idle.items() if not k.startswith("AdamW")} | handoff,
-                "sample": idle | {"workspace of decoding": beside * self.cuda},
+                "sample": idle | {"workspace of decoding": beside * self.cuda}, **score,
                 "update": update, "publish": idle | handoff}
 
     @property
@@ -410,7 +429,13 @@ def read(arguments: list[str], kind: type) -> tuple[Plan, str]:
             raise ConfigError(f"{name} must be positive, not {value}")
     shape, note = find_shape(config.model)
     check_tp(shape, config.tp)
-    return Plan(config, machine, shape, cuda), note
+    scorer = None
+    if "writing" in config.reward_names:
+        if Path(folder := run.locate(config.reward_model)).exists():
+            scorer = read_config(folder)
+        else:
+            note += f"; there is no folder {config.reward_model}: the reward model is not counted"
+    return Plan(config, machine, shape, cuda, scorer), note
 
 
 def main(arguments: list[str], kind: type, check):

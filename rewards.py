@@ -8,8 +8,10 @@ One marked `@remote` waits for a network: it is called in a thread, while other 
 """
 
 import math
+import os
 import queue
 import re
+import sys
 import threading
 import time
 import traceback
@@ -18,11 +20,16 @@ from pathlib import Path
 import numpy as np
 
 import guards
+import writing
+from data.prompts import frame
+from endpoint import Endpoint, Unavailable
 from options import ConfigError
 from repeats import CJK, repetition, repetition_words
+from run import locate
 
 LATIN_WORD = re.compile(r"\b[a-zA-Z]+\b")
 TAG = re.compile(r"</?(?:think|answer)>")
+END_OF_TEXT = "<|endoftext|>"  # of the Qwen2.5 family: a writing model's score stands there
 OVERLONG_CACHE = 0.2  # share of max_new_tokens over which `overlong` falls (DAPO: 4,096 of 20,480)
 
 
@@ -148,6 +155,60 @@ def ending(completion, prompt) -> float | None:
     return guard(guards.ending)(completion, prompt) if closed else 0.0
 
 
+# ---------------------------------------------------------------------- writing
+
+
+SERVER_TIMEOUT, SERVER_PATIENCE, SERVER_THREADS = 60.0, 120.0, 32  # seconds; calls of a rank at a time
+
+
+class Writing:
+    """A reward model's score of query and answer body, through a sigmoid into (0, 1). No body: 0.
+
+    Where `reward_model` is the URLs of servers it is a remote reward, see endpoint.Endpoint.score.
+
+    The model is trained so that its scores have mean 0; the sigmoid keeps those of a text that it finds very
+    good, or very bad, from ruling the group's mean and spread.
+    """
+
+    batched = True
+
+    def check(self, config):
+        vars(self).clear()
+        if "://" not in config.reward_model:
+            return writing.check(locate(config.reward_model))
+        try:
+            self.servers = Endpoint(config.reward_model, SERVER_TIMEOUT, say=lambda why: None)  # the run does
+            Endpoint(config.reward_model, timeout=5.0, attempts=1, say=None).score("Hello")
+        except Unavailable as e:
+            if os.environ.get("RANK", "0") == "0":
+                print(f"warning: no server of reward_model answers yet ({e}); the run will wait for one when "
+                      "its first samples are written", file=sys.stderr, flush=True)
+        except ValueError as e:
+            raise ConfigError(f"reward_model: {e}") from None
+        self.batched, self.remote, self.down = False, (SERVER_THREADS, SERVER_PATIENCE), self.servers.down
+
+    def prepare(self, config, world):
+        if not self.batched:
+            return
+        self.scorer = writing.Scorer(locate(config.reward_model), config.micro_batch_tokens, world,
+                                     config.offload_reward_model)
+
+    def __call__(self, completions, prompts) -> list[float]:
+        if not self.batched:
+            return self.ask(completions, prompts)
+        bodies = [structure(c.text)[2] for c in completions]
+        scores = iter(self.scorer([(p.query, body) for p, body in zip(prompts, bodies) if body]))
+        return [sigmoid(next(scores)) if body else 0.0 for body in bodies]
+
+    def ask(self, completion, prompt) -> float:
+        body = structure(completion.text)[2]
+        return sigmoid(self.servers.score(f"{frame(prompt.query)} {body}{END_OF_TEXT}")) if body else 0.0
+
+
+def sigmoid(x: float) -> float:
+    return 0.5 + 0.5 * math.tanh(x / 2)
+
+
 # ---------------------------------------------------------------------- what is trained
 
 
@@ -163,6 +224,7 @@ def overlong(completion, prompt) -> float | None:
 REWARDS = {  # name: (function, weight); advantages are averaged with weights w / sum w
     "length": (length, 1.0),
     "format": (format_reward, 1.0),
+    "writing": (Writing(), 1.0),
     "overlong": (overlong, 0.0),
     "format_words": (format_words, 0.0),
     "no_stuffing": (guard(guards.stuffing), 0.0),
@@ -210,6 +272,21 @@ def is_batched(name: str) -> bool:
 
 def is_remote(name: str) -> bool:
     return hasattr(REWARDS[name][0], "remote")
+
+
+def check(names: list[str], config):
+    """Called before weights load: what a reward needs and can be known by then. Raises an error of one
+    sentence."""
+    for name in names:
+        if hasattr(REWARDS[name][0], "check"):
+            REWARDS[name][0].check(config)
+
+
+def prepare(names: list[str], config, world):
+    """Called on all ranks before the first step: rewards that are models load them."""
+    for name in names:
+        if hasattr(REWARDS[name][0], "prepare"):
+            REWARDS[name][0].prepare(config, world)
 
 
 def score(name: str, completions: list, prompts: list) -> list[float]:

@@ -19,10 +19,16 @@ from options import ConfigError
 
 ROOT = Path(__file__).parent
 
+
+def locate(path: str) -> str:
+    """A path as given, or, for the embedded default, inside the repository."""
+    return path if Path(path).exists() or not (ROOT / path).exists() else str(ROOT / path)
+
+
 # What a run may change when it goes on: nothing that its steps depend on.
 MAY_DIFFER = {"run_dir", "resume", "steps", "save_every", "keep_checkpoints", "keep_every", "device", "wandb",
               "max_sequences", "replicate", "recompute", "offload_activations", "offload_optimizer",
-              "timeout", "max_skipped"}
+              "offload_reward_model", "timeout", "max_skipped"}
 
 # ---------------------------------------------------------------------- folder of the run
 
@@ -32,6 +38,7 @@ def differences(config, recorded: dict) -> list[str]:
     return [
         f"{k} ({recorded.get(k)!r} there, {v!r} now)" for k, v in mine.items()
         if k not in MAY_DIFFER and recorded.get(k) != v
+        and not ("://" in str(v) and "://" in str(recorded.get(k)))  # servers may move
     ]
 
 

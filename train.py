@@ -35,6 +35,7 @@ from data import prompts as prompt_data
 from kernels import linear_logprob
 from options import ConfigError
 from rewards import Remote, RewardError, count_words, is_batched, is_remote, score, structure
+from run import locate
 from sampler import Completion, Sampler
 from scheduler import Request, assign
 from tokenizer import Tokenizer, TokenizerError
@@ -48,6 +49,8 @@ class Config:
     prompt_style: str = "think"  # think: <think></think><answer></answer>; direct: the answer alone
     unreachable: str = "drop"  # prompts whose shortest answer exceeds max_new_tokens: drop or keep
     reward: str = ""  # comma-separated names out of rewards.REWARDS; empty: all with a weight, or in REQUIRED
+    reward_model: str = "data/tiny/writing"  # the writing reward's: checkpoint folder, or URLs of servers
+    offload_reward_model: bool = False  # its weights wait in host memory until a step's samples are scored
     run_dir: str = ""  # folder of the run; empty: a new one under runs/
     resume: str = "auto"  # auto: go on with an unfinished run of this config; true: insist; false: refuse
     steps: int = 70  # GRPO steps (paper: 150)
@@ -108,11 +111,6 @@ class Config:
 
 def parse(arguments: list[str]) -> Config:
     return options.parse(Config, arguments, __doc__)
-
-
-def locate(path: str) -> str:
-    """A path as given, or, for the embedded default, inside the repository."""
-    return path if Path(path).exists() or not (run.ROOT / path).exists() else str(run.ROOT / path)
 
 
 def check(config: Config, world: parallel.World):
@@ -510,6 +508,8 @@ def read_inputs(config: Config, world) -> Inputs:
     model, reference = locate(config.model), locate(config.reference or config.model)
     shapes, tokenizer = {path: qwen.read_config(path) for path in (model, reference)}, Tokenizer(model)
     for path, shape in shapes.items():
+        if shape.scalar_head:
+            raise ConfigError(f"{path} is a reward model, which writes nothing: give it as reward_model")
         qwen.check_tensors(shape, path)
         replica.check_tp(shape, config.tp)
         if tokenizer.n_valid > shape.vocab_size:
@@ -520,6 +520,7 @@ def read_inputs(config: Config, world) -> Inputs:
     eval_prompts = []
     if config.eval_prompts:
         eval_prompts, _ = read_prompts(config, "eval_prompts", world.size, "every rank", tokenizer, context)
+    rewards.check(config.reward_names, config)
     for name in config.reward_names:  # a dry run: a reward that raises should do so now
         if is_batched(name) and is_remote(name):
             raise RewardError(f"reward {name!r} is marked both @batched and @remote: choose one")
@@ -633,6 +634,7 @@ def train(config: Config, clock: run.Clock | None = None, watch: Watch | None = 
     saved = checkpoints.load(newest[0], model, optimizer) if newest else {"step": 0, "cursor": 0}
     if config.offload_optimizer:
         parallel.offload_(optimizer)
+    rewards.prepare(names, config, world)
     made_by = {"code": run.code_hash(), "config": asdict(config)}
     # state: of the last step; safe: of the last that was not skipped, whose weights these still are
     state = safe = {name: saved.get(name, 0) for name in ("step", "cursor", "skipped")}

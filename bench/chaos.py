@@ -30,7 +30,7 @@ from bench import hardware
 
 ROOT = Path(__file__).parent.parent
 SMALL = ["--prompts_per_step", "4", "--group_size", "4", "--max_new_tokens", "48", "--unreachable", "keep",
-         "--eval_prompts", "", "--save_every", "2", "--steps", "40"]
+         "--eval_prompts", "", "--save_every", "2", "--steps", "40", "--reward", "length,format"]
 
 MOMENTS = {  # what is called then, and its calls in two to four steps of SMALL on each of two ranks
     "sampling": ("sampler.Sampler.launch", 120),

@@ -77,8 +77,8 @@ def step(folder: Path, args, head: str) -> dict:
         str(driver), head, "--model",
         str(folder), "--prompts",
         str(args.prompts), "--run_dir",
-        str(run), "--eval_prompts", "", "--steps", "2", "--prompts_per_step",
-        str(args.ranks), "--group_size", "4", "--max_new_tokens",
+        str(run), "--eval_prompts", "", "--reward", "length,format,even", "--steps", "2",
+        "--prompts_per_step", str(args.ranks), "--group_size", "4", "--max_new_tokens",
         str(args.new_tokens), "--unreachable", "keep", "--temperature", "0.8", "--lr", "1e-6", "--save_every",
         "1000"
     ]

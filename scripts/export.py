@@ -20,8 +20,8 @@ import torch.distributed.checkpoint as dcp
 
 import checkpoints
 import model as qwen
+from run import locate
 from tokenizer import Tokenizer, TokenizerError
-from train import locate
 
 
 class ExportError(ValueError):

@@ -49,6 +49,8 @@ class FakeEndpoint:
         threading.Thread(target=self.server.serve_forever, args=(0.01,), daemon=True).start()
 
     def stop(self):
+        if self.released.is_set():
+            return
         self.released.set()
         self.server.shutdown()
         self.server.server_close()

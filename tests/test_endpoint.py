@@ -75,8 +75,6 @@ def test_another_server_is_asked_where_one_fails(how):
         assert not asked.down() and len(good.calls) == 8
         if how in ("500", "cut", "hang"):
             assert len(bad.calls) == 1, "a server that is down is left alone"
-        if how == "dead":
-            bad.start()
 
 
 @pytest.mark.parametrize("how, said", [
@@ -92,8 +90,6 @@ def test_what_fails_for_good_is_one_sentence_that_names_server_and_reason(how, s
         assert fake.url in str(error.value) and said in str(error.value) and "\n" not in str(error.value)
         assert len(fake.calls) == 3 * (how != "dead")
         assert bool(asked.down()) == (how in ("500", "cut", "hang", "dead")), "who answers is not down"
-        if how == "dead":
-            fake.start()
 
 
 @pytest.mark.parametrize("how", ["400", "401", "404", "302"])
@@ -137,6 +133,15 @@ def test_where_all_servers_are_down_calls_wait_and_one_finds_out_when_they_are_b
         assert len(said) == 1 and fake.url in said[0] and "since" in said[0] and "refused" in said[0]
         assert [c["input"] for c in fake.calls].count(endpoint.HELLO) == 1 and len(fake.calls) == 17
         assert not asked.down()
+
+
+def test_a_server_that_failed_once_is_asked_at_once_where_the_others_fail_too():
+    with FakeEndpoint(lambda number, _: "500" if number == 0 else "ok", score=lambda _: 2.5) as good:
+        with FakeEndpoint() as dies:
+            asked, start = client(good, dies), time.monotonic()
+            while not good.calls:
+                asked.score("text")
+        assert [asked.score("text") for _ in range(4)] == [2.5] * 4 and time.monotonic() - start < 5
 
 
 def test_a_request_that_a_server_fails_on_stops_no_other():

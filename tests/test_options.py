@@ -304,7 +304,7 @@ def test_transforms_and_requirements_are_of_rewards_that_are_trained(table, entr
 
 def test_a_required_reward_is_computed_though_it_has_no_weight(monkeypatch):
     monkeypatch.setitem(REQUIRED, "overlong", -0.5)
-    assert Config().reward_names == ["length", "format", "overlong"]
+    assert Config().reward_names == ["length", "format", "writing", "overlong"]
     allowed()
     allowed(reward="length,overlong")
 

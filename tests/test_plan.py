@@ -352,6 +352,22 @@ def test_the_first_option_that_makes_it_fit_is_named():
     assert plan_of(SHAPES["Qwen2.5-72B"], 1, max_new_tokens=14_000).remedy() is None
 
 
+def test_a_reward_model_is_counted_where_its_folder_is_there(monkeypatch):
+    """By its config alone; gathered layers and activations only while it scores."""
+    options, scorer = ["--gpus", "4", "--offload_reward_model"], qwen.read_config(ROOT / "data/tiny/writing")
+    (there, note), (away, _) = (planner.read([*options, x], Config) for x in ("false", "true"))
+    whole = 2 * scorer.num_parameters // 4
+    assert note == "" and there.persistent()["reward model's weights"] == whole
+    assert away.persistent()["reward model's weights"] == 0 and away.pinned() == 4 * whole
+    for plan in (there, away):
+        score, load = plan.phases()["score"], sum(plan.phases()["load"].values())
+        assert score["reward model's weights"] == whole and sum(score.values()) > load
+    for more in (["--reward_model", "Qwen2.5-7B-writing"], ["--reward", "length"]):
+        plan, note = planner.read([*options, "false", *more], Config)
+        assert plan.persistent()["reward model's weights"] == 0 and "score" not in plan.phases()
+        assert ("there is no folder Qwen2.5-7B-writing" in note) == ("--reward_model" in more)
+
+
 def test_options_change_what_they_are_for():
     base = dict(max_new_tokens=8000, micro_batch_tokens=16384, recompute=True, tp=4)
     plan = plan_of(SHAPES["Qwen2.5-14B"], 16, **base)

@@ -157,7 +157,13 @@ def test_a_server_that_fails_leaves_samples_missing_and_says_why(tmp_path, monke
 # ------------------------------------------------------------------------------------------ a run in between
 
 
-def test_a_step_that_is_being_written_is_left_out(tmp_path, monkeypatch, capsys):
+@pytest.fixture
+def rules(monkeypatch):
+    """Rewards without a model, whose values the run would have to hold."""
+    monkeypatch.setattr(rewards, "REWARDS", {name: rewards.REWARDS[name] for name in ("length", "format")})
+
+
+def test_a_step_that_is_being_written_is_left_out(rules, tmp_path, monkeypatch, capsys):
     """Torn in the middle of a character, at the end of a line, or empty."""
     run = made_up(tmp_path / "run", steps=(1,))
     whole = (run / "rollouts" / "step_000001.jsonl").read_bytes()
@@ -179,7 +185,7 @@ def fails(monkeypatch, capsys, *arguments) -> str:
     return line
 
 
-def test_what_cannot_be_scored_is_one_sentence(tmp_path, monkeypatch, capsys):
+def test_what_cannot_be_scored_is_one_sentence(rules, tmp_path, monkeypatch, capsys):
     rescore.read_run.cache_clear()
     run = made_up(tmp_path / "run")
     assert "is no run: it has no config.json" in fails(monkeypatch, capsys, tmp_path)

@@ -14,6 +14,7 @@ from rewards import (
     REWARDS,
     count_words,
     format_reward,
+    is_batched,
     length,
     length_reward,
     repetition,
@@ -43,6 +44,7 @@ ZH_ESSAY = """
 第三章：归人。去年冬天，我带着女儿回来给老屋换瓦。她问我为什么不住进楼房，我指着檐下空了的燕巢，一时
 竟答不上来，只觉得远处有人在敲钟。
 """
+RULES = [name for name in REWARDS if not is_batched(name)]
 LETTERS, HANZI = "abcdefgh", "春夏秋冬山水风"
 
 
@@ -364,7 +366,7 @@ def test_degenerate_bodies(body, words, repeated, in_words):
     if repeated is not None:
         assert repetition(body) == pytest.approx(repeated, abs=1e-5)
         assert repeats.repetition_words(body) == pytest.approx(in_words, abs=1e-4)
-    for name in REWARDS:
+    for name in RULES:
         (value,) = score(name, [completion], [prompt])
         assert 0 <= value <= 1 or value != value or name == "overlong", name
     assert length(completion, prompt) == float(bool(body.strip()))
@@ -436,7 +438,7 @@ def test_any_text_whatever_earns_a_number_in_0_to_1_or_is_missing(seed):
         completion = said(text)
         completion.finish_reason = rng.choice(("stop", "length"))
         completion.token_ids, completion.max_new_tokens = [1] * rng.randint(1, 9), rng.choice((0, 9))
-        for name in REWARDS:
+        for name in RULES:
             (value,) = score(name, [completion], [prompt])
             assert value != value or -(name == "overlong") <= value <= 1, (name, text)
 
@@ -460,7 +462,7 @@ def test_time_grows_with_the_length_of_the_text_and_not_with_its_square():
             best = min(best, time.thread_time() - start)
         return best
 
-    for name in REWARDS:
+    for name in RULES:
         for piece in HOSTILE:
             for form in ("{}", "<think>t</think><answer>{}</answer>"):
                 short, long = (seconds(name, form.format(piece * (n // len(piece)))) for n in (3000, 24000))

@@ -80,8 +80,10 @@ def test_the_folder_of_a_run_holds_what_the_readme_says(undisturbed):
             *(f"time/{p}" for p in ("sample", "idle", "score", "logprob", "backward", "step", "update",
                                     "publish", "save")),
             *(f"{kind}/{name}" for kind in ("reward", "reward_std", "dead_groups", "missing")
-              for name in ("length", "format")),
-            "dominance/length", "dominance/format", "correlation/length,format", "disagreement/length,format"
+              for name in ("length", "format", "writing")),
+            *(f"dominance/{name}" for name in ("length", "format", "writing")),
+            *(f"{kind}/{pair}" for kind in ("correlation", "disagreement")
+              for pair in ("length,format", "length,writing", "format,writing"))
         }
         assert expected == {k for k in m if not k.startswith("eval/")}
         assert all(v == v and abs(v) != float("inf") for v in m.values())
@@ -196,7 +198,7 @@ def test_a_reward_that_fails_is_missing_and_training_goes_on(tmp_path, monkeypat
 
 def test_one_and_two_ranks_sample_the_same_texts_and_take_the_same_step(tmp_path):
     """Also for other numbers of micro-batches and of concurrent sequences."""
-    alike = ["--steps", "2", "--max_new_tokens", "150", "--group_size", "16"]
+    alike = ["--steps", "2", "--max_new_tokens", "150", "--group_size", "16", "--reward", "length,format"]
     other = ["--micro_batch_tokens", "300", "--max_sequences", "3"]
     for name, ranks, options in (("one", 1, []), ("two", 2, other)):
         done = launch(tmp_path / name, *alike, *options, ranks=ranks)
@@ -211,11 +213,11 @@ def test_one_and_two_ranks_sample_the_same_texts_and_take_the_same_step(tmp_path
 
 
 def test_the_rewards_of_the_default_rise(tmp_path):
-    """Twelve steps of what a user starts first: format and length must both be well on their way."""
+    """Twelve steps of what a user starts first: all three must be well on their way."""
     done = launch(tmp_path / "run", "--steps", "12", "--eval_prompts", "", ranks=2, small=[])
     assert done.returncode == 0, done.stderr
     steps = metrics(tmp_path / "run")
-    for name in ("format", "length"):
+    for name in ("format", "length", "writing"):
         values = [m[f"reward/{name}"] for m in steps]
         assert sum(values[-3:]) / 3 > sum(values[:3]) / 3 + 0.15, values
 

@@ -4,6 +4,8 @@ Not exercised here: CUDA.
 """
 
 import json
+import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,15 +13,20 @@ import torch
 
 import model as qwen
 import parallel
+import rewards
+import train
 import writing
 from data import prompts
+from data.preferences import Pair
 from data.tiny.pairs import pairs
+from options import ConfigError
+from sampler import Completion
 from scripts import train_rm
 from tests.launch import ROOT, torchrun
 from tests.test_model import KINDS, TINY, assert_same_bits, random_tokens
 from tokenizer import Tokenizer
 
-BASE = ROOT / "data/tiny/base"
+BASE, DEFAULT = ROOT / "data/tiny/base", ROOT / "data/tiny/writing"
 LENGTHS = [5, 1, 37, 12]
 
 
@@ -128,6 +135,57 @@ def test_two_ranks_score_as_one_packed_as_one_by_one_and_save_the_same_bits(tmp_
     assert zero[5] == one[5] and expected["pairs"] == 8 and len(set(expected["reliability"])) > 1
     for name in ("mean_chosen", "mean_rejected", "calibration_error"):
         assert zero[5][name] == pytest.approx(expected[name], rel=1e-3)
+
+
+def completion(text: str) -> Completion:
+    return Completion(0, 0, [], [], text, "stop")
+
+
+def test_the_reward_is_a_sigmoid_of_the_answer_bodys_score(monkeypatch, capsys):
+    """Thinking and tags are not read; without a body the reward is 0, though others have scores below; what
+    does not fit into the model is counted."""
+    config, world, reward = train.Config(micro_batch_tokens=300), parallel.setup("cpu"), rewards.Writing()
+    reward.check(config)
+    reward.prepare(config, world)
+    prompt = prompts.Prompt("1", "Write a story about Ada.", "Write a story about Ada.", None, "en")
+    bodies = ["Ada lived in Rome.", "Ada.", "Ada went home and sold a " + "very " * 150 + "old cat."]
+    texts = [f"<think>Ada?</think><answer>{bodies[0]}</answer>", "no tags", f"<answer>{bodies[1]}</answer>",
+             f"<think>other thoughts</think>\n<answer> {bodies[0]}", f"<answer>{bodies[2]}</answer>"]
+    found = reward([completion(text) for text in texts], [prompt] * 5)
+    rows = [writing.encode(reward.scorer.tokenizer, prompt.query, body, 2048)[0] for body in bodies]
+    plain = qwen.load(DEFAULT)
+    with torch.no_grad():
+        exact = [plain(torch.tensor(row), qwen.packed([len(row)])).sigmoid().item() for row in rows]
+    assert found == pytest.approx([exact[0], 0, exact[1], exact[0], exact[2]], abs=1e-5)
+    assert reward([completion("")], [prompt]) == [0.0] and capsys.readouterr().err == ""
+    monkeypatch.setattr(reward.scorer, "shape", replace(plain.config, max_position_embeddings=60))
+    cut = reward([completion(text) for text in texts], [prompt] * 5)
+    assert cut[:4] == pytest.approx(found[:4], abs=1e-5) and cut[4] != found[4]
+    said = capsys.readouterr().err
+    assert said.startswith("warning: 1 answers exceed the 60 tokens") and len(said.splitlines()) == 1
+
+
+def test_a_folder_whose_tokenizer_is_anothers_is_refused(tmp_path):
+    shutil.copytree(DEFAULT, tmp_path / "rm")
+    raw = json.loads((tmp_path / "rm" / "tokenizer.json").read_text())
+    raw["added_tokens"] += [raw["added_tokens"][0] | {"id": 5000, "content": "<|other|>"}]
+    (tmp_path / "rm" / "tokenizer.json").write_text(json.dumps(raw))
+    with pytest.raises(ConfigError, match="has only 1024 rows"):
+        writing.check(str(tmp_path / "rm"))
+
+
+def test_the_default_writing_model_keeps_its_accuracy_on_held_out_pairs():
+    """0.9 over all and 0.8 for each kind, with names and fillers that it was not trained on."""
+    held_out = [Pair(r["prompt"], r["chosen"], r["rejected"], r["kind"]) for r in pairs("bar", 200, True)]
+    tokenizer, world = Tokenizer(DEFAULT), parallel.setup("cpu")
+    model = parallel.load_sharded(DEFAULT, world)
+
+    def encode(pair, side):
+        return writing.encode(tokenizer, pair.query, getattr(pair, side), 2048)[0]
+
+    accuracy = train_rm.evaluate(model, held_out, encode, train_rm.Config(), world)["accuracy"]
+    assert accuracy["all"][0] >= 0.9
+    assert min(right for name, (right, _) in accuracy.items() if name.startswith("kind/")) >= 0.8
 
 
 @pytest.mark.parametrize("query, marks", [("Write of Paz.", ("<|user|>: ", " <|assistant|>: ")),

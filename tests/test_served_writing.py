@@ -1,0 +1,135 @@
+"""The writing reward by servers, in whole runs: whatever they do, no sample gets a score that it has not, and
+training goes on, or waits where nobody answers."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+import endpoint
+import rewards
+import train
+from options import ConfigError
+from tests.fake_endpoint import FakeEndpoint
+from tests.launch import ROOT
+from tests.test_run import metrics
+
+SMALL = ["--prompts_per_step", "2", "--group_size", "8", "--max_new_tokens", "64", "--unreachable", "keep",
+         "--eval_prompts", "", "--save_every", "100", "--reward", "writing"]
+
+
+def score(request: dict) -> float:
+    return (len(request["input"]) % 9 - 4) / 2
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    for module, name, value in ((endpoint, "BACK_OFF", 0.01), (endpoint, "PAUSE", 0.05),
+                                (rewards, "SERVER_TIMEOUT", 0.5)):
+        monkeypatch.setattr(module, name, value)
+
+
+def in_process(folder: Path, urls: str, steps: int) -> list[dict]:
+    train.train(train.parse([*SMALL, "--run_dir", str(folder), "--steps", str(steps),
+                             "--reward_model", urls]))
+    return [json.loads(line) for step in range(1, steps + 1)
+            for line in (folder / "rollouts" / f"step_{step:06d}.jsonl").read_text().splitlines()]
+
+
+def test_servers_that_misbehave_cost_samples_that_are_counted_and_no_run(tmp_path, capsys, quick):
+    """One server hangs, one dies in the middle, one fails on every second call in some way and on some texts
+    for good."""
+    def behave(number, request):
+        if number == 3:
+            threading.Thread(target=dies.stop).start()
+        if len(request["input"]) % 4 == 0:
+            return ("500", "broken", "wrong")[number % 3]
+        return ("ok", "429", "ok", "500", "ok", "cut", "ok", "broken")[number % 8]
+
+    with FakeEndpoint(lambda *_: "hang") as hangs, FakeEndpoint(score=score) as dies:
+        with FakeEndpoint(behave, score=score) as fails:
+            texts = in_process(tmp_path / "run", f"{hangs.url},{dies.url}, {fails.url}/classify", steps=2)
+        asked = {r["input"] for r in dies.calls + fails.calls}
+        assert dies.released.is_set()
+    scored = {True: 0, False: 0}
+    for r in texts:
+        body = rewards.structure(r["text"])[2]
+        value, request = r["rewards"]["writing"], f"{r['prompt'].splitlines()[-1]} {body}<|endoftext|>"
+        if body is None:
+            assert value == 0, "silence earns nothing, and is not asked for"
+        else:
+            assert request in asked
+            scored[value is not None] += 1
+            assert value is None or value == pytest.approx(1 / (1 + math.exp(-score({"input": request}))))
+    missing = [m["missing/writing"] for m in metrics(tmp_path / "run")]
+    assert sum(missing) == scored[False] and scored[True] > 4 and len(texts) == 32
+    warnings = [line for line in capsys.readouterr().err.splitlines() if "is missing for" in line]
+    assert len(warnings) == sum(n > 0 for n in missing) > 0
+    assert all("Unavailable" in line and fails.url in line for line in warnings)
+
+
+def test_nonsense_on_every_text_is_missing_and_no_zero(tmp_path, capsys, quick):
+    with FakeEndpoint(lambda *_: "wrong") as fake:
+        texts = in_process(tmp_path / "run", fake.url, steps=1)
+    with_body = [r for r in texts if rewards.structure(r["text"])[2]]
+    assert with_body and all(r["rewards"]["writing"] is None for r in with_body)
+    assert metrics(tmp_path / "run")[0]["missing/writing"] == len(with_body)
+    assert "an unusable answer" in capsys.readouterr().err
+
+
+def test_while_no_server_answers_all_ranks_wait_and_can_be_stopped(tmp_path):
+    """It dies with the fourth call of the first step and is back 4 s later; later it dies for good."""
+    def behave(number, request):
+        if number in (4, 40):
+            threading.Thread(target=fake.stop).start()
+            return "hang"
+        return "ok"
+
+    def said(words: str, n: int = 1) -> str:
+        start = time.monotonic()
+        while log.read_text().count(words) < n:
+            assert time.monotonic() - start < 200 and run.poll() is None, log.read_text()[-3000:]
+            time.sleep(0.05)
+        return next(line for line in log.read_text().splitlines() if words in line)
+
+    log = tmp_path / "log"
+    with FakeEndpoint(behave, score=score) as fake, log.open("w") as out:
+        run = subprocess.Popen(
+            [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+             str(ROOT / "train.py"), *SMALL, "--steps", "100", "--run_dir", str(tmp_path / "run"),
+             "--reward_model", fake.url],
+            cwd=ROOT, env=os.environ, stdout=out, stderr=out)
+        paused = said("paused: step 1 waits for its scores, and no server answers")
+        assert f"{fake.url} since " in paused and "refused" in paused
+        time.sleep(4)
+        assert log.read_text().count("paused") == 1
+        fake.start()
+        said("step 1 goes on: a server answers again")
+        said("paused", 2)
+        run.send_signal(signal.SIGTERM)
+        run.wait(60)
+    assert "stopped by SIGTERM: step " in log.read_text() and "error: " not in log.read_text()
+    made = metrics(tmp_path / "run")
+    assert len(made) >= 1 and all(m["missing/writing"] == 0 for m in made), "none is lost by the pause"
+
+
+@pytest.mark.parametrize("urls, words", [("gpu1://x", "'gpu1://x' is no address"), ("", "answered 404")])
+def test_servers_that_cannot_be_are_named_before_weights_load(tmp_path, urls, words):
+    with FakeEndpoint(lambda *_: "404") as fake, pytest.raises(ConfigError, match=f"reward_model: .*{words}"):
+        in_process(tmp_path / "run", urls or fake.url, steps=1)
+    assert not (tmp_path / "run").exists()
+
+
+def test_servers_may_move_while_a_run_is_away(tmp_path, quick):
+    with FakeEndpoint(score=score) as old:
+        in_process(tmp_path / "run", old.url, steps=1)
+    with FakeEndpoint(score=score) as new:
+        in_process(tmp_path / "run", new.url, steps=2)
+    assert len(new.calls) > 1 and [m["step"] for m in metrics(tmp_path / "run")] == [1, 2]
