@@ -137,6 +137,8 @@ def test_a_kill_costs_no_answer_and_repeats_none(tmp_path, monkeypatch, capsys):
         had, asked = {r["id"] for r in read(out)}, len(fake.calls)
         assert 8 <= len(had) < 20 and asked <= len(had) + 4
         out.write_bytes(out.read_bytes() + b'{"id": "q24", "prom')  # and the last line was torn
+        annotate.resume(annotate.Config(out=str(out)), "judge")
+        assert {r["id"] for r in read(out)} == had
         code, said = run(monkeypatch, capsys, annotate, **options)
         assert code == 0, said
         again = {f"q{number(r) // 100}" for r in fake.calls[asked:]}

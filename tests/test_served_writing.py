@@ -85,9 +85,9 @@ def test_nonsense_on_every_text_is_missing_and_no_zero(tmp_path, capsys, quick):
 
 
 def test_while_no_server_answers_all_ranks_wait_and_can_be_stopped(tmp_path):
-    """It dies with the fourth call of the first step and is back 4 s later; later it dies for good."""
+    """It dies with the fourth call of the first step and is back 2 s later; later it dies for good."""
     def behave(number, request):
-        if number in (4, 40):
+        if number in (4, 20):
             threading.Thread(target=fake.stop).start()
             return "hang"
         return "ok"
@@ -108,7 +108,7 @@ def test_while_no_server_answers_all_ranks_wait_and_can_be_stopped(tmp_path):
             cwd=ROOT, env=os.environ, stdout=out, stderr=out)
         paused = said("paused: step 1 waits for its scores, and no server answers")
         assert f"{fake.url} since " in paused and "refused" in paused
-        time.sleep(4)
+        time.sleep(2)
         assert log.read_text().count("paused") == 1
         fake.start()
         said("step 1 goes on: a server answers again")
