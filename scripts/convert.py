@@ -20,7 +20,7 @@ from pathlib import Path
 import options
 from data.prompts import ID_FIELDS, RANGE_FIELDS, PromptError, objects, parse_range, query_of
 from options import ConfigError
-from rewards import fold
+from repeats import fold
 
 FRAME = re.compile(r"<\|(?:user|用户)\|>:(.*)<\|(?:assistant|助手)\|>:", re.S)
 
@@ -70,7 +70,7 @@ def convert(config: Config) -> Counter:
                     length_range = range_of(record)
                 except ValueError as e:
                     raise PromptError(f"{path}, line {number}: {e}") from None
-                ident = blake2b((fold(text) or text).encode(), digest_size=8).hexdigest()
+                ident = blake2b(fold(text).tobytes() or text.encode(), digest_size=8).hexdigest()
                 spoken = record.get("language")
                 fate = ("in another language" if spoken and str(spoken).lower() not in languages else
                         "too short" if len(text) < config.min_chars else
