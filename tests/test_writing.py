@@ -83,9 +83,9 @@ def rows_of(lengths: list[int]) -> list[list[int]]:
 
 
 def trained(folder: Path, out: Path) -> dict:
-    """Two steps of three pairs, each rank with other ones, or none; and the report on eight."""
+    """Two steps of three pairs, two on one rank and one on the other; and the report on eight."""
     config = train_rm.Config(str(BASE), str(folder / "pairs.jsonl"), str(folder / "eval.jsonl"), str(out),
-                             pairs_per_step=3, micro_batch_tokens=150, warmup=0, lr=1e-4, device="cpu")
+                             pairs_per_step=3, micro_batch_tokens=600, warmup=0, lr=1e-3, device="cpu")
     return train_rm.run(config)
 
 
