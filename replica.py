@@ -4,8 +4,6 @@ The model stays the one of model.py, with the same parameters under the same nam
 how its linear layers are computed.
 """
 
-import ctypes
-from contextlib import suppress
 from functools import cache
 
 import torch
@@ -79,8 +77,6 @@ def release_(model: Qwen2):
     model.released = [(s, s.nbytes()) for s in storages if s.nbytes()]
     for s in storages:
         s.resize_(0)
-    with suppress(AttributeError):  # glibc keeps what is freed, a third of a small model's resident memory
-        ctypes.CDLL(None).malloc_trim(0)
 
 
 def restore_(model: Qwen2):
