@@ -8,13 +8,12 @@ one, is reported by itself.
 """
 
 import itertools
-import json
 import math
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-from data.prompts import QUERY_FIELDS
+from data.prompts import QUERY_FIELDS, objects, present
 
 SIDES = (("chosen", "rejected"), ("chosen_response", "rejected_response"), ("preferred", "dispreferred"),
          ("win", "lose"))
@@ -44,11 +43,6 @@ def plain(text) -> str:
     return text.strip()
 
 
-def present(record: dict, names):
-    """The value under the first of the names that the record has, or None."""
-    return next((record[name] for name in names if record.get(name) is not None), None)
-
-
 def rated(record: dict, responses: list) -> list[tuple[str, float]]:
     """(text, score) of each response: of objects, or of texts beside a list of scores. Raises ValueError."""
     if isinstance(given := present(record, SCORES), list) and len(given) != len(responses):
@@ -63,8 +57,6 @@ def rated(record: dict, responses: list) -> list[tuple[str, float]]:
 
 def pairs_of(record: dict) -> list[Pair]:
     """Raises ValueError for a record that is none."""
-    if not isinstance(record, dict):
-        raise ValueError("a line must be a JSON object")
     query, kind = present(record, QUERY_FIELDS), str(record.get("kind", ""))
     for names in SIDES:
         if all(name in record for name in names):
@@ -87,19 +79,14 @@ def read(path: str | Path) -> tuple[list[Pair], Counter]:
     """All pairs of a JSONL file, in its order, and how many were dropped: `empty` sides, `equal` ones. Raises
     PreferenceError for a missing file or a malformed line."""
     pairs, dropped = [], Counter()
-    try:
-        with open(path, encoding="utf-8", newline="\n") as lines:
-            for number, line in enumerate(lines, 1):
-                try:
-                    found = pairs_of(json.loads(line)) if line.strip() else []
-                except (ValueError, RecursionError) as e:
-                    raise PreferenceError(f"{path}, line {number}: {e}") from None
-                for pair in found:
-                    why = ("empty" if not (pair.chosen and pair.rejected) else
-                           "equal" if pair.chosen == pair.rejected else "")
-                    dropped[why] += bool(why)
-                    pairs += [] if why else [pair]
-    except (OSError, UnicodeDecodeError) as e:
-        raise PreferenceError(f"preference file {path} cannot be read ({e}): give a JSONL file, one object a "
-                              "line") from None
+    for number, record in objects(path, "preference", PreferenceError):
+        try:
+            found = pairs_of(record)
+        except ValueError as e:
+            raise PreferenceError(f"{path}, line {number}: {e}") from None
+        for pair in found:
+            why = ("empty" if not (pair.chosen and pair.rejected) else
+                   "equal" if pair.chosen == pair.rejected else "")
+            dropped[why] += bool(why)
+            pairs += [] if why else [pair]
     return pairs, +dropped

@@ -96,14 +96,19 @@ def unreachable(prompt: Prompt, max_new_tokens: int) -> bool:
     return prompt.length_range[0] * TOKENS_PER_WORD[prompt.language] > budget
 
 
-def objects(path: str | Path) -> Iterator[tuple[int, dict]]:
-    """Number and object of each line of a JSONL file that is not empty. Raises PromptError."""
+def present(record: dict, names, default=None):
+    """The value under the first of the names that the record has."""
+    return next((record[name] for name in names if record.get(name) is not None), default)
+
+
+def objects(path: str | Path, what: str = "prompts", error: type = PromptError) -> Iterator[tuple[int, dict]]:
+    """Number and object of each line of a JSONL file that is not empty. Raises `error`."""
     try:
         with open(path, "rb") as f:
             if f.read(4) == b"PAR1":
-                raise PromptError(f"{path} is a Parquet file, which needs a package that this program does "
-                                  "without: make JSONL of it, as by pandas.read_parquet(FILE).to_json(OUT, "
-                                  "orient='records', lines=True)")
+                raise error(f"{path} is a Parquet file, which needs a package that this program does "
+                            "without: make JSONL of it, as by pandas.read_parquet(FILE).to_json(OUT, "
+                            "orient='records', lines=True)")
         with open(path, encoding="utf-8", newline="\n") as lines:  # JSON allows other line separators
             for number, line in enumerate(lines, 1):
                 if line.strip():
@@ -112,11 +117,11 @@ def objects(path: str | Path) -> Iterator[tuple[int, dict]]:
                         if not isinstance(record, dict):
                             raise ValueError("a line must be a JSON object")
                     except (ValueError, RecursionError) as e:
-                        raise PromptError(f"{path}, line {number}: {e}") from None
+                        raise error(f"{path}, line {number}: {e}") from None
                     yield number, record
     except (OSError, UnicodeDecodeError) as e:
-        raise PromptError(
-            f"prompts file {path} cannot be read ({e}): give a JSONL file, one object a line") from None
+        raise error(f"{what} file {path} cannot be read ({e}): give a JSONL file, one object a line"
+                    ) from None
 
 
 def query_of(record: dict) -> str:
@@ -132,7 +137,7 @@ def queries(path: str | Path) -> Iterator[tuple[int, str, str, dict]]:
     """(line, id, query, record) of each. Raises PromptError."""
     seen = {}
     for number, record in objects(path):
-        ident = str(next((record[f] for f in ID_FIELDS if record.get(f) is not None), number))
+        ident = str(present(record, ID_FIELDS, number))
         try:
             query = query_of(record)
             if ident in seen:

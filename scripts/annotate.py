@@ -128,7 +128,6 @@ def by_sampler(config: Config, queries: list[Query], keep: Callable) -> Iterator
     """Gives `keep` each query with what was found; yields "" for it, or why nothing was."""
     path = locate(config.model)
     tokenizer, context = Tokenizer(path), qwen.read_config(path).max_position_embeddings
-    qwen.check_tensors(qwen.read_config(path), path)
     ends = tokenizer.encode("<|im_end|>")
     chat = {"chat": True, "base": False}.get(config.template, len(ends) == 1 and ends[0] in tokenizer.eos_ids)
     frame = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n" if chat else "{}\n\nJSON:\n"

@@ -18,7 +18,7 @@ from hashlib import blake2b
 from pathlib import Path
 
 import options
-from data.prompts import ID_FIELDS, RANGE_FIELDS, PromptError, objects, parse_range, query_of
+from data.prompts import ID_FIELDS, RANGE_FIELDS, PromptError, objects, parse_range, present, query_of
 from options import ConfigError
 from repeats import fold
 
@@ -79,8 +79,7 @@ def convert(config: Config) -> Counter:
                 counts[fate] += 1
                 if fate == "taken":
                     seen.add(ident)
-                    source = next((record[f] for f in ("conversation_hash", "conversation_id", *ID_FIELDS)
-                                   if record.get(f) is not None), number)
+                    source = present(record, ("conversation_hash", "conversation_id", *ID_FIELDS), number)
                     made = {"id": ident, "prompt": text, "source": f"{Path(path).name}: {source}"}
                     made |= {"length_range": length_range} if length_range else {}
                     out.write(json.dumps(made, ensure_ascii=False) + "\n")

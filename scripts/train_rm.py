@@ -29,7 +29,7 @@ import parallel
 import writing
 from data.preferences import Pair, PreferenceError, read
 from options import ConfigError
-from rewards import count_words
+from rewards import count_words, sigmoid
 from scripts.pretrain import learning_rate
 from tokenizer import Tokenizer, TokenizerError
 
@@ -165,7 +165,7 @@ def report(pairs: list[Pair], chosen: list[float], rejected: list[float]) -> dic
         kinds = [f"kind/{pair.kind}"] if pair.kind else []
         for name in ("all", *kinds, f"words/{low}+", f"longer/{longer}"):
             parts[name].append(right)
-        probability = 1 / (1 + math.exp(-min(abs(margin), 700)))
+        probability = sigmoid(abs(margin))
         bins[min(BINS - 1, int((2 * probability - 1) * BINS))].append((probability, right))
     table = [(sum(p for p, _ in b) / len(b), sum(r for _, r in b) / len(b), len(b))
              for _, b in sorted(bins.items())]
