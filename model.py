@@ -456,8 +456,9 @@ def check_tensors(config: ModelConfig, path: str | Path) -> dict[str, Path]:
         expected = {name: tuple(p.shape) for name, p in build(config).named_parameters()}
     found = {}
     for file in sorted(set(files.values())):
-        with safe_open(file, framework="pt") as f:
-            found |= {name: tuple(f.get_slice(name).get_shape()) for name in f.keys()}
+        with safe_open(file, framework="pt") as f:  # what the index places elsewhere, or nowhere, is not read
+            found |= {name: tuple(f.get_slice(name).get_shape()) for name in f.keys()
+                      if files.get(name) == file}
     tied = ("lm_head.weight", "model.embed_tokens.weight")
     if config.tie_word_embeddings and all(name in found for name in tied):  # some write it twice
         del found["lm_head.weight"]
@@ -475,7 +476,9 @@ def check_tensors(config: ModelConfig, path: str | Path) -> dict[str, Path]:
     ]
     if problems:
         more = f" and {len(problems) - 20} more" if len(problems) > 20 else ""
-        raise CheckpointError(f"{path} does not fit its config.json: " + "; ".join(problems[:20]) + more)
+        index = Path(path) / "model.safetensors.index.json"
+        where = f"{index}, with the files it names," if index.exists() else path
+        raise CheckpointError(f"{where} does not fit config.json: " + "; ".join(problems[:20]) + more)
     return files
 
 
@@ -487,12 +490,9 @@ def load(path: str | Path, dtype: torch.dtype = torch.float32, device="cpu") -> 
     with torch.device("meta"):
         model = build(config).to(dtype)
     model.to_empty(device=device)
-    parameters = dict(model.named_parameters())
-    for file in sorted(set(files.values())):
-        with safe_open(file, framework="pt") as f, torch.no_grad():
-            for name in f.keys():
-                if name in parameters:
-                    parameters[name].copy_(f.get_tensor(name))
+    for name, p in model.named_parameters():
+        with safe_open(files[name], framework="pt") as f, torch.no_grad():
+            p.copy_(f.get_tensor(name))
     return model
 
 

@@ -194,7 +194,9 @@ def load_sharded(path: str | Path, world: World, dtype: torch.dtype = torch.floa
     shard(model, world).to_empty(device=world.device)
     for name, p in model.named_parameters():
         local, first, _ = shard_of(p)
-        if name not in files:
+        if name == "score.weight" and not config.scalar_head:
+            if world.main:
+                print(f"{path} has no scalar head: a new one starts at random", flush=True)
             whole = torch.randn(p.shape, generator=torch.Generator().manual_seed(0)) * (p.shape[1] + 1)**-0.5
             local.copy_(whole[first:first + len(local)])
         elif len(local):  # opened for each: what was read of a mapped file is resident until it is closed

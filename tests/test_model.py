@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch.utils.flop_counter import FlopCounterMode
 
 import model as qwen
+import parallel
 
 TINY = {"vocab_size": 131, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
         "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 128,
@@ -267,6 +268,23 @@ def test_missing_unexpected_and_misshaped_tensors_are_all_listed_by_name(tmp_pat
                  "model.norm.weight has shape (63,), not (64,)"):
         assert part in str(e.value)
     assert str(e.value).count(";") == 3, "nothing but the four is listed"
+
+
+@pytest.mark.parametrize("place", [None, "model-00001-of-00006.safetensors"], ids=["omitted", "elsewhere"])
+def test_a_tensor_that_the_index_does_not_place_in_its_file_is_missing(place, tmp_path):
+    """Else load_sharded would start it at random."""
+    qwen.save(random_model(tie_word_embeddings=True), tmp_path, max_shard_bytes=60_000)
+    index, name = tmp_path / "model.safetensors.index.json", "model.layers.1.mlp.up_proj.weight"
+    content = json.loads(index.read_text())
+    old = content["weight_map"].pop(name)
+    content["weight_map"] |= {name: place} if place else {}
+    index.write_text(json.dumps(content))
+    assert old != place and name in load_file(tmp_path / old)
+    world = parallel.setup("cpu")
+    for load in (qwen.load, lambda path: parallel.load_sharded(path, world)):
+        with pytest.raises(qwen.CheckpointError, match=f"index.json, .* fit config.json: missing {name}$"):
+            load(tmp_path)
+    parallel.close()
 
 
 def test_a_tied_models_weights_under_an_untied_config_are_refused(tmp_path):

@@ -102,7 +102,7 @@ def worker(folder: Path):
     parallel.close()
 
 
-def test_two_ranks_score_as_one_packed_as_one_by_one_and_save_the_same_bits(tmp_path):
+def test_two_ranks_score_as_one_packed_as_one_by_one_and_save_the_same_bits(tmp_path, capsys):
     model = random_scorer()
     qwen.save(model, tmp_path / "rm")
     qwen.save(qwen.Qwen2(qwen.ModelConfig(**TINY)).init_weights_(0), tmp_path / "policy")
@@ -128,7 +128,9 @@ def test_two_ranks_score_as_one_packed_as_one_by_one_and_save_the_same_bits(tmp_
     assert zero[3] == zero[0] and len(set(single)) == len(single)
     assert_same_bits(qwen.load(tmp_path / "saved"), model)
     assert zero[4] == one[4] and 0.3 < torch.tensor(zero[4]).std() * 65**0.5 < 3
+    capsys.readouterr()
     fresh = parallel.load_sharded(tmp_path / "policy", world, scalar_head=True)
+    assert capsys.readouterr().out == f"{tmp_path}/policy has no scalar head: a new one starts at random\n"
     assert fresh.score.weight.tolist() == zero[4]
     expected = trained(tmp_path, tmp_path / "trained_by_one")
     assert zero[5] == one[5] and expected["pairs"] == 8 and len(set(expected["reliability"])) > 1
