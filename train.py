@@ -62,7 +62,7 @@ class Config:
     max_new_tokens: int = 256  # thinking and answer together (paper: 14000)
     temperature: float = 0.8  # of sampling, and of the logprobs that are trained (paper: 0.8)
     top_p: float = 1.0  # must be 1 in training, or the policy that samples is not the one that is trained
-    stop: str = "</answer>,<|user|>"  # comma-separated strings that end a sample; they stay in it
+    stop: str = "</answer>,<|user|>,<|用户|>"  # comma-separated strings that end a sample; they stay in it
     lr: float = 1.75e-4  # AdamW, constant after warm-up (not specified by the paper; try 1e-6 from 7B up)
     warmup: int = 5  # steps of linear warm-up (not specified by the paper)
     weight_decay: float = 0.0  # not specified by the paper

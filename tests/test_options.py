@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import train
+from data.prompts import TEMPLATES
 from parallel import World
 from rewards import REQUIRED, REWARDS, TRANSFORMS
 from train import Config, ConfigError, check, parse
@@ -323,6 +324,11 @@ def test_every_config_is_one(file, monkeypatch):
 
 def test_tiny_json_is_the_default_written_out():
     assert parse(["--config", str(ROOT / "configs" / "tiny.json")]) == Config()
+
+
+def test_a_sample_ends_where_it_goes_on_as_the_user_of_its_template():
+    for template in TEMPLATES.values():
+        assert re.findall(r"(<\|\w+\|>): \{query\}", template)[0] in Config().stop_strings
 
 
 def test_keys_that_begin_with_slashes_are_comments(tmp_path):
