@@ -511,7 +511,10 @@ def plan_files(model: Qwen2, itemsize: int, max_shard_bytes: int = 5 * 2**30) ->
 
 def write_file(tensors: dict[str, torch.Tensor], file: Path):
     file.parent.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, file, metadata={"format": "pt"})
+    file.touch()
+    mode = file.stat().st_mode
+    save_file(tensors, file, metadata={"format": "pt"})  # renames a file that only its owner may read
+    file.chmod(mode)
 
 
 def write_index(model: Qwen2, path: str | Path, dtype: torch.dtype, files: dict[str, list[str]]):

@@ -56,6 +56,12 @@ def tensors(folder: Path, step: int) -> dict[str, torch.Tensor]:
     return {f"{f.parent.name}/{f.name}/{name}": t for f in files for name, t in load_file(f).items()}
 
 
+def obeys_umask(folder: Path) -> bool:
+    """Whether all files have the mode of one that was just created."""
+    (plain := folder.with_name("plain")).touch()
+    return {f.stat().st_mode for f in folder.rglob("*") if f.is_file()} == {plain.stat().st_mode}
+
+
 def equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
     return len(a) > 0 and a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
