@@ -2,10 +2,14 @@
 
 import json
 import re
+import shutil
 from functools import cached_property
 from pathlib import Path
 
 import tokenizers
+
+FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "vocab.json", "merges.txt",
+         "added_tokens.json", "special_tokens_map.json", "generation_config.json")
 
 
 class TokenizerError(ValueError):
@@ -27,6 +31,13 @@ def find_system(path: Path) -> str:
         json.loads(config.read_text(encoding="utf-8")).get("chat_template") if config.exists() else "")
     found = re.search(r"<\|im_start\|>system\\n([^'\"<{]+)<\|im_end\|>", str(template))
     return found[1] if found else ""
+
+
+def copy_files(source: str | Path, out: str | Path):
+    """Copies the FILES that a checkpoint folder has into another one."""
+    for file in (Path(source) / name for name in FILES):
+        if file.exists() and file.resolve() != (target := Path(out) / file.name).resolve():
+            shutil.copyfile(file, target)
 
 
 class Tokenizer:

@@ -10,7 +10,6 @@ checkpoint, or to --dtype.
 
 import argparse
 import json
-import shutil
 import sys
 import warnings
 from pathlib import Path
@@ -21,7 +20,7 @@ import torch.distributed.checkpoint as dcp
 import checkpoints
 import model as qwen
 from run import locate
-from tokenizer import Tokenizer, TokenizerError
+from tokenizer import Tokenizer, TokenizerError, copy_files
 
 
 class ExportError(ValueError):
@@ -64,10 +63,7 @@ def export(source: Path, out: Path, dtype: str = "", model_path: str = "") -> Pa
             dcp.load(tensors, storage_reader=reader, no_dist=True)
         qwen.write_file(tensors, out / file)
     qwen.write_index(model, out, dtype, files)
-    ours = ("config.json", "generation_config.json", "model.safetensors.index.json")
-    for file in start.iterdir():  # the tokenizer's files, and whatever else stands beside the weights
-        if file.suffix in (".json", ".txt", ".jinja") and file.name not in ours:
-            shutil.copyfile(file, out / file.name)
+    copy_files(start, out)
     generation = {"eos_token_id": tokenizer.eos_ids, "pad_token_id": tokenizer.eos_ids[0]}
     if (start / "generation_config.json").exists():
         generation |= json.loads((start / "generation_config.json").read_text())

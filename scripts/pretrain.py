@@ -20,14 +20,14 @@ import model as qwen
 import parallel
 from data.packing import pack_documents
 from kernels import linear_logprob
-from tokenizer import Tokenizer
+from tokenizer import Tokenizer, copy_files
 
 
 @dataclass
 class Config:
     documents: str = "data/tiny/documents.jsonl"  # JSONL with `text`
     tokenizer: str = "data/tiny/base"  # folder with tokenizer.json
-    out: str = "data/tiny/base"  # folder for the Hugging Face checkpoint
+    out: str = ""  # folder for the Hugging Face checkpoint
     hidden_size: int = 128
     intermediate_size: int = 384
     num_hidden_layers: int = 4
@@ -100,6 +100,8 @@ def run(config: Config):
                 print(f"step {step + 1}/{steps}  loss {mean:.3f}  {time.perf_counter() - start:.0f} s",
                       flush=True)
     parallel.save_sharded(model, config.out, world)
+    if world.main:
+        copy_files(config.tokenizer, config.out)
     parallel.close()
 
 
@@ -107,4 +109,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     for field in dataclasses.fields(Config):
         parser.add_argument(f"--{field.name}", type=type(field.default), default=field.default)
-    run(Config(**vars(parser.parse_args())))
+    config = Config(**vars(parser.parse_args()))
+    if not config.out:
+        parser.exit(2, "error: --out is missing: give a folder for the checkpoint\n")
+    run(config)

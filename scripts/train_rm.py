@@ -12,7 +12,6 @@ import itertools
 import json
 import math
 import random
-import shutil
 import sys
 import time
 import zlib
@@ -31,7 +30,7 @@ from data.preferences import Pair, PreferenceError, read
 from options import ConfigError
 from rewards import count_words, sigmoid
 from scripts.pretrain import learning_rate
-from tokenizer import Tokenizer, TokenizerError
+from tokenizer import Tokenizer, TokenizerError, copy_files
 
 BINS = 10  # of predicted probability, in the reliability table
 LENGTHS = (0, 50, 100, 300, 1000, 3000, 10000)  # words of a pair's longer side: from where each bucket goes
@@ -42,7 +41,7 @@ class Config:
     model: str = "data/tiny/base"  # checkpoint folder: a policy, or a reward model to go on with
     pairs: str = "data/tiny/pairs.jsonl"  # training pairs, JSONL
     eval_pairs: str = "data/tiny/eval_pairs.jsonl"  # held-out pairs; empty: one request in 20 of `pairs`
-    out: str = "data/tiny/writing"  # folder for the Hugging Face checkpoint; empty: none
+    out: str = ""  # folder for the Hugging Face checkpoint; with --epochs 0 none is needed
     dtype: str = "bfloat16"  # of the weights as they are saved: bfloat16 or float32
     epochs: int = 1  # passes over the pairs; 0: only the report on held-out pairs
     pairs_per_step: int = 16  # over all ranks
@@ -69,6 +68,8 @@ def check(config: Config):
     for name, choices in (("dtype", ("bfloat16", "float32")), ("device", ("auto", "cpu", "cuda"))):
         if getattr(config, name) not in choices:
             raise ConfigError(f"{name} must be one of {', '.join(choices)}, not {getattr(config, name)!r}")
+    if config.epochs and not config.out:
+        raise ConfigError("--out is missing: give a folder for the checkpoint, or --epochs 0 for a report")
     if config.out and Path(config.out).resolve() == Path(config.model).resolve():
         raise ConfigError(f"out {config.out} is the folder of `model`: choose another")
 
@@ -235,10 +236,7 @@ def run(config: Config) -> dict:
     if saved:
         parallel.save_sharded(model, saved, world, getattr(torch, config.dtype))
         if world.main:
-            for file in Path(config.model).iterdir():  # the tokenizer's files
-                ours = file.name in ("config.json", "model.safetensors.index.json", "evaluation.json")
-                if file.suffix in (".json", ".txt", ".jinja") and not ours:
-                    shutil.copyfile(file, Path(saved) / file.name)
+            copy_files(config.model, saved)
             (Path(saved) / "evaluation.json").write_text(json.dumps(found, indent=2) + "\n")
     if world.main:
         print(shown(found), f"{len(cut)} texts were longer than {most} tokens and read without their middle",

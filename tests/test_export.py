@@ -1,6 +1,7 @@
 """A run as a Hugging Face folder: what transformers makes of it."""
 
 import json
+import shutil
 import subprocess
 import sys
 from functools import partial
@@ -12,8 +13,8 @@ import transformers
 import model as qwen
 from sampler import Request, Sampler
 from scripts import export
-from tests.test_run import ROOT, in_process, tensors
-from tokenizer import Tokenizer
+from tests.test_run import ROOT, in_process, obeys_umask, tensors
+from tokenizer import FILES, Tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -49,6 +50,16 @@ def test_an_older_checkpoint_and_another_dtype(run, tmp_path):
     two, four = (qwen.load(tmp_path / name).state_dict() for name in ("two", "four"))
     assert json.loads((tmp_path / "two" / "config.json").read_text())["torch_dtype"] == "bfloat16"
     assert any(not torch.equal(two[name], four[name].bfloat16().float()) for name in two)
+
+
+def test_the_tokenizers_files_go_along_alone_and_all_files_obey_the_umask(run, tmp_path):
+    base = shutil.copytree(ROOT / "data/tiny/base", tmp_path / "base")
+    for name in [*FILES, "evaluation.json", "pytorch_model.bin.index.json"]:
+        if not (base / name).exists():
+            (base / name).write_text('{"eos_token_id": 0}' if name == "generation_config.json" else "{}")
+    export.export(run, tmp_path / "hf", model_path=str(base))
+    assert {f.name for f in (tmp_path / "hf").iterdir()} == {"config.json", "model.safetensors", *FILES}
+    assert "chat_template.jinja" in FILES and obeys_umask(tmp_path / "hf") and obeys_umask(run)
 
 
 def test_a_file_at_a_time_is_the_same_checkpoint(run, tmp_path, monkeypatch):

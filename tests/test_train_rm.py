@@ -6,6 +6,7 @@ Not exercised here: CUDA. Several ranks are in test_writing.py.
 import json
 import math
 import re
+import runpy
 import shutil
 import sys
 import zlib
@@ -19,9 +20,10 @@ from data.tiny import make
 from data.tiny import pairs as tiny
 from data.tiny.pairs import KINDS, pairs
 from rewards import count_words
-from scripts import train_rm
+from scripts import pretrain, train_rm
 from tests.launch import ROOT
-from tokenizer import TokenizerError
+from tests.test_run import obeys_umask
+from tokenizer import Tokenizer, TokenizerError
 
 BASE = ROOT / "data/tiny/base"
 
@@ -168,7 +170,7 @@ def test_a_tokenizer_of_another_model_is_refused(tmp_path):
     raw["added_tokens"] += [raw["added_tokens"][0] | {"id": 5000, "content": "<|other|>"}]
     (tmp_path / "base" / "tokenizer.json").write_text(json.dumps(raw))
     with pytest.raises(TokenizerError, match="1025 ids, but the model in .*base has only 1024 rows"):
-        train_rm.run(train_rm.Config(model=str(tmp_path / "base")))
+        train_rm.run(train_rm.Config(model=str(tmp_path / "base"), out=str(tmp_path / "rm")))
 
 
 def test_a_short_training_tells_texts_apart_and_transformers_reads_the_result(tmp_path, monkeypatch, capsys):
@@ -188,11 +190,26 @@ def test_a_short_training_tells_texts_apart_and_transformers_reads_the_result(tm
     theirs = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "rm", dtype="auto")
     assert torch.equal(theirs.score.weight, model.score.weight) and theirs.dtype == torch.bfloat16
     assert (tmp_path / "rm/tokenizer.json").read_bytes() == (BASE / "tokenizer.json").read_bytes()
+    assert obeys_umask(tmp_path / "rm")
     monkeypatch.setattr(sys, "argv", ["train_rm", *map(str, options), "--epochs", "0", "--model",
                                       str(tmp_path / "rm"), "--out", ""])
     train_rm.main()
     again = float(re.search(r"^all +(\S+)", capsys.readouterr().out, re.M).group(1))
     assert again == pytest.approx(found["accuracy"]["all"][0], abs=0.1), "a reward model is only reported on"
+
+
+def test_a_pretrained_folder_is_complete(tmp_path, monkeypatch, capsys):
+    """Also where it is the tokenizer's own. Nothing is written where nobody said."""
+    documents = write(tmp_path / "documents.jsonl", [{"text": "The fog came over the harbour."}] * 4)
+    shutil.copytree(BASE, tmp_path / "own")
+    for out, tokenizer in ((tmp_path / "base", BASE), (tmp_path / "own", tmp_path / "own")):
+        pretrain.run(pretrain.Config(documents, str(tokenizer), str(out), 16, 16, 1, 2, 1, row_tokens=8,
+                                     device="cpu"))
+        assert Tokenizer(out).n_valid == qwen.load(out).config.vocab_size and obeys_umask(out)
+    monkeypatch.setattr(sys, "argv", ["pretrain"])
+    with pytest.raises(SystemExit, match="2"):
+        runpy.run_path(pretrain.__file__, run_name="__main__")
+    assert capsys.readouterr().err == "error: --out is missing: give a folder for the checkpoint\n"
 
 
 @pytest.mark.parametrize("options, said", [
@@ -202,6 +219,7 @@ def test_a_short_training_tells_texts_apart_and_transformers_reads_the_result(tm
                                                                      "nowhere cannot"),
     (["--pairs_per_step", "1000"], "has 3 usable pairs"), (["--eval_pairs", ""], "no held-out pair is left"),
     (["--epoch", "2"], "did you mean 'epochs'"),
+    (["--out", ""], "--out is missing: give a folder"),
     (["--out", "README.md/rm"], "out README.md/rm cannot be written"),
     (["--max_tokens", "2049"], "max_tokens 2049 exceeds the model's context of 2048"),
 ])  # fmt: skip

@@ -1,6 +1,7 @@
 """The embedded default: a small world of stories and letters, made from a seed.
 
-    python -m data.tiny.make && torchrun --nproc_per_node=2 -m scripts.pretrain    # 15 minutes on 2 cores
+    python -m data.tiny.make
+    torchrun --nproc_per_node=2 -m scripts.pretrain --out data/tiny/base    # 15 minutes on 2 cores
 
 The first makes documents, tokenizer and prompts; the second trains the base on them.
 

@@ -1,6 +1,7 @@
 """Preferences of the embedded default: a text as it should be, and one as long that is spoiled.
 
-    python -m data.tiny.pairs && torchrun --nproc_per_node=2 -m scripts.train_rm    # 10 minutes on 2 cores
+    python -m data.tiny.pairs
+    torchrun --nproc_per_node=2 -m scripts.train_rm --out data/tiny/writing    # 10 minutes on 2 cores
 
 Both sides answer the same request with as many words (within 2 %), so that length says nothing. One is what
 make.py writes, the other that text with its sentences shuffled, repeated in the place of others, padded with
