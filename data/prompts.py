@@ -101,25 +101,30 @@ def present(record: dict, names, default=None):
     return next((record[name] for name in names if record.get(name) is not None), default)
 
 
-def objects(path: str | Path, what: str = "prompts", error: type = PromptError) -> Iterator[tuple[int, dict]]:
-    """Number and object of each line of a JSONL file that is not empty. Raises `error`."""
+def objects(path: str | Path, what: str = "prompts", error: type = PromptError,
+            broken: list[str] | None = None) -> Iterator[tuple[int, dict]]:
+    """Number and object of each line of a JSONL file that is not empty. Raises `error`; for a broken line
+    only without a list `broken`, which gets its message otherwise."""
     try:
         with open(path, "rb") as f:
             if f.read(4) == b"PAR1":
                 raise error(f"{path} is a Parquet file, which needs a package that this program does "
                             "without: make JSONL of it, as by pandas.read_parquet(FILE).to_json(OUT, "
                             "orient='records', lines=True)")
-        with open(path, encoding="utf-8", newline="\n") as lines:  # JSON allows other line separators
+        with open(path, "rb") as lines:  # of bytes, because JSON allows other line separators
             for number, line in enumerate(lines, 1):
                 if line.strip():
                     try:
-                        record = json.loads(line)
+                        record = json.loads(line.decode())
                         if not isinstance(record, dict):
                             raise ValueError("a line must be a JSON object")
                     except (ValueError, RecursionError) as e:
-                        raise error(f"{path}, line {number}: {e}") from None
+                        if broken is None:
+                            raise error(f"{path}, line {number}: {e}") from None
+                        broken.append(f"{path}, line {number}: {e}")
+                        continue
                     yield number, record
-    except (OSError, UnicodeDecodeError) as e:
+    except OSError as e:
         raise error(f"{what} file {path} cannot be read ({e}): give a JSONL file, one object a line"
                     ) from None
 

@@ -63,13 +63,13 @@ def listed(names: str) -> list[str]:
 
 def convert(config: Config) -> Counter:
     """Writes the queries; counts what became of the records."""
-    counts, seen, languages = Counter(), set(), listed(config.languages.lower())
+    counts, seen, broken, languages = Counter(), set(), [], listed(config.languages.lower())
     files, beside = listed(config.files), Path(f"{config.out}.writing")
     if Path(config.out).resolve() in [Path(path).resolve() for path in files]:
         raise ConfigError(f"out {config.out} is one of the files: choose another")
     with beside.open("w", encoding="utf-8", errors="replace") as out:  # `source` may be any text
         for path in files:
-            for number, record in objects(path):
+            for number, record in objects(path, broken=broken):
                 try:
                     text, length_range = request_of(record), None
                 except ValueError:
@@ -78,7 +78,8 @@ def convert(config: Config) -> Counter:
                 try:
                     length_range = range_of(record)
                 except ValueError as e:
-                    raise PromptError(f"{path}, line {number}: {e}") from None
+                    broken.append(f"{path}, line {number}: {e}")
+                    continue
                 ident = blake2b(fold(text).tobytes() or text.encode(), digest_size=8).hexdigest()
                 spoken = record.get("language")
                 fate = ("in another language" if spoken and str(spoken).lower() not in languages else
@@ -92,6 +93,8 @@ def convert(config: Config) -> Counter:
                     made = {"id": ident, "prompt": text, "source": f"{Path(path).name}: {source}"}
                     made |= {"length_range": length_range} if length_range else {}
                     out.write(json.dumps(made, ensure_ascii=False) + "\n")
+    if broken:
+        counts[f"broken (the first: {broken[0]})"] = len(broken)
     if not counts["taken"]:
         beside.unlink()
         raise PromptError(f"{config.files}: no record could be taken ({dict(counts)}): is it of one of the "

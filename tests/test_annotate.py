@@ -354,6 +354,15 @@ def test_records_of_others_become_queries_that_train_reads(tmp_path, monkeypatch
     assert len(kept) == 5 and dropped == {"unanswerable": 1}
 
 
+def test_a_broken_line_is_skipped_counted_and_named(tmp_path, monkeypatch, capsys):
+    file, out = tmp_path / "a.jsonl", tmp_path / "out.jsonl"
+    file.write_bytes(b'{"prompt": "About the sea."}\n{"prompt": "Wri\n{"prompt": "About the s\xffn."}\n[1]\n'
+                     b'{"prompt": "About the moon.", "range": [5, 1]}\n{"prompt": "About the fog."}\n')
+    code, said = run(monkeypatch, capsys, convert, files=file, out=out)
+    assert code == 0 and [r["prompt"] for r in read(out)] == ["About the sea.", "About the fog."]
+    assert said.startswith(f"{out}: 2 taken, 4 broken (the first: {file}, line 2: ")
+
+
 def test_files_that_cannot_be_converted_get_one_sentence(tmp_path, monkeypatch, capsys):
     parquet = tmp_path / "data.parquet"
     parquet.write_bytes(b"PAR1\x00")

@@ -151,7 +151,7 @@ def test_a_prompts_file_that_cannot_be(option, lines, tmp_path, capsys, monkeypa
 
 def test_prompts_in_another_encoding(tmp_path, capsys, monkeypatch):
     (tmp_path / "p.jsonl").write_bytes('{"prompt": "déjà"}'.encode("latin-1"))
-    assert "p.jsonl cannot be read" in fails(capsys, monkeypatch, "--prompts", str(tmp_path / "p.jsonl"))
+    assert "p.jsonl, line 1: 'utf-8'" in fails(capsys, monkeypatch, "--prompts", str(tmp_path / "p.jsonl"))
 
 
 def cut(folder: Path):
