@@ -28,7 +28,7 @@ import model as qwen
 import options
 import run
 from data import prompts as prompt_data
-from data.prompts import PromptError, language, parse_range, query_of
+from data.prompts import RANGE_FIELDS, PromptError, language, parse_range, present, query_of
 from options import ConfigError
 from sampler import Sampler
 from scheduler import Request
@@ -41,6 +41,7 @@ class Config:
     task: str = "range"  # range: [lo, hi] in words of a good answer; filter: whether to keep the query
     queries: str = ""  # JSONL, as train.py reads prompts (scripts.convert makes it)
     out: str = ""  # JSONL; a file that the same command began is continued
+    replace: bool = False  # ask for a range where the record has one, too; false: it stays
     model: str = "data/tiny/base"  # checkpoint folder, or URLs of servers: http://HOST:PORT/v1#NAME
     max_new_tokens: int = 4096  # of an answer, thinking included
     temperature: float = 0.6
@@ -211,10 +212,10 @@ def is_json(line: bytes) -> bool:
     return True
 
 
-def resume(config: Config, name: str) -> dict[tuple[str, str], dict]:
-    """The records that --out holds already, by id and text; a torn last line is cut off. Raises ConfigError
-    for a file that is not of this command."""
-    out, done = Path(config.out), {}
+def resume(config: Config, name: str, kept: dict[tuple[str, str], dict]) -> dict[tuple[str, str], dict]:
+    """The records that --out holds already, by id and text, beside those that are `kept` as they are; a torn
+    last line is cut off. Raises ConfigError for a file that is not of this command."""
+    out, done = Path(config.out), dict(kept)
     if out.exists():
         *lines, torn = out.read_bytes().split(b"\n")
         if torn and (torn[:1] != b"{" or is_json(torn)):  # no kill has left it
@@ -222,13 +223,13 @@ def resume(config: Config, name: str) -> dict[tuple[str, str], dict]:
         for number, line in enumerate(lines, 1):
             try:
                 record = json.loads(line)
-                other = annotators(record).get(config.task)
-            except (ValueError, TypeError, AttributeError):
-                other = None
-            if other != name:
+                other, key = annotators(record).get(config.task), (str(record["id"]), query_of(record))
+            except (ValueError, LookupError, TypeError, AttributeError):
+                other, key, record = None, None, {}
+            if other != name and record != kept.get(key):
                 raise ConfigError(f"{out}, line {number}, is no {config.task} by {name}, but by {other}: "
                                   "choose another --out")
-            done[record["id"], query_of(record)] = record
+            done[key] = record
         os.truncate(out, out.stat().st_size - len(torn))
     return done
 
@@ -237,7 +238,10 @@ def annotate(config: Config):
     queries = [Query(ident, text, record) for _, ident, text, record in prompt_data.queries(config.queries)
                if record.get("keep") is not False]
     name = endpoint.model_names(config.model)
-    done, lock = resume(config, name), threading.Lock()
+    kept = {(query.id, query.text): query.record | {"id": query.id} for query in queries
+            if config.task == "range" and not config.replace
+            and present(query.record, (*RANGE_FIELDS, "length")) is not None}
+    done, lock = resume(config, name, kept), threading.Lock()
     todo = [query for query in queries if (query.id, query.text) not in done]
     ask = by_server if "://" in config.model else by_sampler
     failed, start, shown = Counter(), time.monotonic(), 0.0
@@ -262,7 +266,8 @@ def annotate(config: Config):
     lines = [json.dumps(done[key], ensure_ascii=False) + "\n"
              for key in sorted(done, key=lambda key: place.get(key, len(place)))]
     run.replace(Path(config.out), "".join(lines))  # in the order of the queries
-    kinds = Counter(kind(record, config.task) for record in done.values())
+    kinds = Counter("kept as they were" if record == kept.get(key) else kind(record, config.task)
+                    for key, record in done.items())
     print(f"{config.out}: {', '.join(f'{n} {what}' for what, n in kinds.items())}")
     if failed:
         why, n = failed.most_common(1)[0]

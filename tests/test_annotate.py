@@ -141,7 +141,7 @@ def test_a_kill_costs_no_answer_and_repeats_none(tmp_path, monkeypatch, capsys):
         had, asked = {r["id"] for r in read(out)}, len(fake.calls)
         assert 8 <= len(had) < 20 and asked <= len(had) + 4
         out.write_bytes(out.read_bytes() + b'{"id": "q24", "prom')  # and the last line was torn
-        annotate.resume(annotate.Config(out=str(out)), "judge")
+        annotate.resume(annotate.Config(out=str(out)), "judge", {})
         assert {r["id"] for r in read(out)} == had
         code, said = run(monkeypatch, capsys, annotate, **options)
         assert code == 0, said
@@ -149,6 +149,22 @@ def test_a_kill_costs_no_answer_and_repeats_none(tmp_path, monkeypatch, capsys):
         assert again == {q["id"] for q in QUERIES} - had and len(fake.calls) - asked == len(again)
     expected = [[100 * i - 10, 100 * i + 10] for i in range(1, 25)]
     assert [r["length_range"] for r in read(out)] == expected
+
+
+def test_a_range_that_is_there_stays_unless_it_is_to_be_replaced(tmp_path, monkeypatch, capsys):
+    """Also in the file that is continued."""
+    given = [{"length_range": [7, 9]}, {"length": 7}, {"range": [0, 0], "annotators": {"range": "QwQ"}}, {}]
+    queries = jsonl(tmp_path / "queries.jsonl", [q | more for q, more in zip(QUERIES, given)])
+    with FakeEndpoint(reply=range_reply) as fake:
+        options = dict(queries=queries, out=tmp_path / "out.jsonl", model=f"{fake.url}/v1#judge")
+        for _ in range(2):
+            code, said = run(monkeypatch, capsys, annotate, **options)
+            assert code == 0 and "out.jsonl: 3 kept as they were, 1 ranges" in said, said
+            assert read(options["out"])[:3] == read(queries)[:3] and [number(r) for r in fake.calls] == [400]
+        code, said = run(monkeypatch, capsys, annotate, **options, replace=True)
+        assert code == 2 and "line 1, is no range by judge, but by None" in said
+        code, said = run(monkeypatch, capsys, annotate, **options | {"out": tmp_path / "new"}, replace=True)
+    assert code == 0 and [r["length_range"][0] for r in read(tmp_path / "new")] == [90, 190, 290, 390]
 
 
 def test_a_filter_keeps_its_verdicts_and_what_it_rejects_is_passed_over(tmp_path, monkeypatch, capsys):
@@ -303,7 +319,7 @@ def test_bad_input_gets_one_sentence(tmp_path, monkeypatch, capsys):
     for text in ('{"lr": 1e-6}', "a note", "[1]"):  # nor is one of a line without an end
         theirs.write_text(text)
         with pytest.raises(ConfigError, match="line 1, is no range by judge"):
-            annotate.resume(annotate.Config(out=str(theirs)), "judge")
+            annotate.resume(annotate.Config(out=str(theirs)), "judge", {})
         assert theirs.read_text() == text
 
 
