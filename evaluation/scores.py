@@ -54,6 +54,8 @@ def aggregate(benchmark: str, records: list[Record], answers: list[dict], verdic
         for group in "", "en/", "zh/":
             if scores.get(f"{group}S_q") is not None:
                 scores[f"{group}overall"] = (scores[f"{group}S_l"] + scores[f"{group}S_q"]) / 2
+    if judged and benchmark == "arena":
+        scores["games_answered"] = sum(found["win_rate_answered"][1] for found in founds)
     return scores | ({"missing_verdicts": missing} if judged else {}), rows, games
 
 
@@ -113,11 +115,13 @@ def writingbench(record: Record, answer: dict, got: dict) -> Weighted:
 
 
 def arena(record: Record, answer: dict, got: dict) -> Weighted:
-    """Shares of the games. Consistency is the judge's: where his two verdicts on a game agree."""
+    """Shares of the games; win_rate_answered of those in which both sides wrote an answer. Consistency is the
+    judge's: where his two verdicts on a game agree."""
     pairs = {b: (got[f"{b}/0"], got[f"{b}/1"]) for b in record.baselines}
     games = {b: game(*pair) for b, pair in pairs.items()}
     agreed = [agree(*pair) for pair in pairs.values() if None not in pair and answer["answer"]]
-    found = shares(list(games.values())) | {"consistency": over(agreed)}
+    answered = [games[b] for b, text in record.baselines.items() if text and answer["answer"]]
+    found = shares(list(games.values())) | {"win_rate_answered": over(answered), "consistency": over(agreed)}
     for b in record.baselines:
         found |= {f"{score}/{b}": value for score, value in shares([games[b]]).items()}
     return found

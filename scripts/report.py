@@ -150,6 +150,11 @@ def section(results: list[dict], pinned: dict[str, float], rounds: int, seed: in
             notes.append(f"Other samples: {key} is {apart(found)}.")
     if len(found := split(results, lambda r: len(r["records"]))) > 1:
         notes.append(f"Other records: the first {apart(found)}.")
+    for r in results:
+        games = sum(game[3] is not None for game in r.get("games", []))
+        if (answered := r["scores"].get("games_answered", games)) < games:
+            notes.append(f"{r['label']}: {games - answered:,} of {games:,} games went to the only side with "
+                         "an answer; win_rate_answered leaves them out, win_rate and Elo count them.")
     try:
         played = [group for group in judges.values()
                   if any(game[3] is not None for r in group for game in r.get("games", []))]

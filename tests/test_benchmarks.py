@@ -357,6 +357,15 @@ def test_a_game_is_won_only_in_both_orders(first, second, points):
     assert game(first, second) == points
 
 
+def test_wins_over_a_baseline_without_an_answer_are_counted_apart():
+    records = [Record(str(i), "Write.", "en", None, "", "", (), {"X": text})
+               for i, text in enumerate(("", "", "x", "x"))]
+    verdicts = [line(i, f"X/{order}", verdict) for i, winner in enumerate((A, A, A, B))
+                for order, verdict in enumerate((winner, B if winner is A else A))]
+    found, *_ = aggregate("arena", records, [answer(i) for i in range(4)], verdicts)
+    assert (found["win_rate"], found["win_rate_answered"], found["games_answered"]) == (0.75, 0.5, 2)
+
+
 def test_arena_by_hand():
     """Against X: a win, a loss by silence, a missing verdict; against Y: a tie by contradiction, a loss
     by silence, a tie that both verdicts name."""
@@ -373,7 +382,8 @@ def test_arena_by_hand():
     assert found == pytest.approx({
         "win_rate": 0.4, "win": 0.2, "tie": 0.4, "loss": 0.4, "consistency": 2 / 3, "en/win_rate": 0.375,
         "zh/win_rate": 0.5, "win_rate/X/1": 0.5, "win/X/1": 0.5, "tie/X/1": 0, "loss/X/1": 0.5,
-        "win_rate/Y": 1 / 3, "win/Y": 0, "tie/Y": 2 / 3, "loss/Y": 1 / 3, "missing_verdicts": 1})
+        "win_rate/Y": 1 / 3, "win/Y": 0, "tie/Y": 2 / 3, "loss/Y": 1 / 3, "missing_verdicts": 1,
+        "win_rate_answered": 2 / 3, "games_answered": 3})
     assert [row["scores"]["win_rate"] for row in rows] == [0.75, 0, 0.5]
     found, _, games = aggregate("arena", records, answers, None)
     assert found["win_rate"] is None and games == []

@@ -132,6 +132,18 @@ def test_elo_is_of_all_folders_and_a_baseline_may_be_a_result(tmp_path, monkeypa
     assert rows["middle"][-2:] == ["0.700", "0.750"]
 
 
+def test_games_against_a_side_without_an_answer_are_said(tmp_path, monkeypatch, capsys):
+    a = arena(tmp_path / "a", "weak", ["human"])
+    made = json.loads((a / "result.json").read_text())
+    made["scores"] |= {"win_rate_answered": 0.125, "games_answered": 7}
+    (a / "result.json").write_text(json.dumps(made))
+    (part,) = run(monkeypatch, tmp_path, a, arena(tmp_path / "b", "strong", ["human"]), "--rounds", 20)
+    (note,) = part["notes"]
+    assert note.startswith("weak: 3 of 10 games went to the only side with an answer")
+    lines = said(capsys)
+    assert ["win_rate_answered", "0.125", "–"] in lines and [note] in lines
+
+
 def test_judges_have_an_elo_each(tmp_path, monkeypatch):
     a = arena(tmp_path / "a", "weak", ["human"])
     b = arena(tmp_path / "b", "strong", ["human"], judge="qwen")
