@@ -107,8 +107,8 @@ def measure(folder: Path, options: list[str], shape: str, tokenizer: Path):
         append(to, metrics)
         stamps.append((time.perf_counter(), time.process_time()))
 
-    run.append_metrics = stamped
-    with mock.patch.object(checkpoints, "save"):  # the last step's, which no option turns off
+    no_checkpoint = mock.patch.object(checkpoints, "save")  # no option turns off the last step's
+    with mock.patch.object(run, "append_metrics", stamped), no_checkpoint:
         train.train(config)
     dist.barrier()
     texts = sorted((Path(config.run_dir) / "rollouts").iterdir())
