@@ -82,7 +82,9 @@ def peer(config: qwen.ModelConfig, device: str):
 
     transformers.logging.set_verbosity_error()
     fields = {k: v for k, v in qwen.config_json(config, torch.bfloat16).items() if k != "architectures"}
-    return transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**fields)).to(device, torch.bfloat16).eval()
+    with torch.device(device):  # in bf16 at once: on a CPU in fp32 7B takes minutes
+        return transformers.AutoModelForCausalLM.from_config(transformers.Qwen2Config(**fields),
+                                                             dtype=torch.bfloat16).eval()
 
 
 def main():

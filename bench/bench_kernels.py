@@ -10,6 +10,7 @@ inputs.
 Shapes are those of Qwen2.5-7B (28 query heads, 4 KV heads, head dim 128, hidden 3,584) and 32B (40, 8, 128,
 5,120), vocabulary 152,064, bf16.
 
+--slow_peers adds FlexAttention, which takes long to compile, and gathered pages.
 --smoke runs small shapes, on a CPU in Triton's interpreter: it proves the program, its times mean nothing.
 """
 
@@ -47,6 +48,7 @@ from kernels.sample import head_draw
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
 PAGE = 16
+SLOW_PEERS = ("FlexAttention", "gather")  # compiled for each shape; one copies all contexts in each call
 
 
 @dataclass
@@ -455,6 +457,7 @@ def main():
     parser.add_argument("--repeats", type=int, default=30)
     parser.add_argument("--smoke", action="store_true", help="small shapes, on a CPU in Triton's interpreter")
     parser.add_argument("--no_peers", action="store_true", help="our kernels alone")
+    parser.add_argument("--slow_peers", action="store_true", help="FlexAttention and gathered pages too")
     parser.add_argument("--out", default="", help="JSON file for the result")
     args = parser.parse_args()
     if not args.smoke and not CUDA:
@@ -475,6 +478,8 @@ def main():
             case = make()
             if args.no_peers:
                 case.peers, case.bars = {}, {}
+            if not args.slow_peers:
+                case.peers = {k: v for k, v in case.peers.items() if not k.startswith(SLOW_PEERS)}
             row = run(case, result, 1 if args.smoke else args.repeats)
             del case
             show(row)

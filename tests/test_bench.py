@@ -1,14 +1,17 @@
 """The programs that wait for a GPU, as far as a machine without one can run them."""
 
 import json
+import os
+import signal
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
 
 pytest.importorskip("triton")
-from bench import bench_engine, bench_kernels, bench_sampler, gpu_check, tune  # noqa: E402 - they need triton
+from bench import bench_engine, bench_kernels, bench_sampler, bench_step, gpu_check, tune  # noqa: E402 - they need triton
 from kernels import backend  # noqa: E402
 
 ROOT = Path(__file__).parent.parent
@@ -42,8 +45,8 @@ def test_gpu_check_keeps_what_was_measured_before_and_names_missed_bars(tmp_path
     bars = {"fast": {"figure": 0.8, "bound": 0.85, "met": False},
             "right": {"figure": 1, "bound": 1, "met": True}}
     result = json.dumps({"bench": "kernels", "cases": [{"case": "decode", "bars": bars}]})
-    made = {"tests": [script("raise SystemExit(2)")], "kernels": [script(f"print({result!r})")]}
-    monkeypatch.setattr(gpu_check, "stages", lambda: made)
+    made = {"tests": [(1, script("raise SystemExit(2)"))], "kernels": [(1, script(f"print({result!r})"))]}
+    monkeypatch.setattr(gpu_check, "stages", lambda slow_peers=False: made)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(gpu_check, "hardware", lambda: {"gpu": "one"})
 
@@ -60,6 +63,99 @@ def test_gpu_check_keeps_what_was_measured_before_and_names_missed_bars(tmp_path
     assert list(record["stages"]) == ["tests", "kernels"]
     monkeypatch.setattr(gpu_check, "hardware", lambda: {"gpu": "another"})
     assert list(check("--stages", "kernels")[1]["stages"]) == ["kernels"], "two machines were mixed"
+
+
+def test_a_line_is_printed_while_its_command_still_runs(tmp_path, monkeypatch):
+    seen = tmp_path / "seen"
+    monkeypatch.setattr(gpu_check, "print", lambda line, flush: seen.touch(), raising=False)
+    text = f"""
+import pathlib, time
+print("measured")
+for _ in range(200):
+    time.sleep(0.05)
+    if pathlib.Path({str(seen)!r}).exists():
+        raise SystemExit(0)
+raise SystemExit(1)
+"""
+    assert gpu_check.run(script(text), 30)["exit"] == 0
+
+
+def test_a_budget_skips_what_does_not_fit_and_stops_what_takes_longer(tmp_path, monkeypatch, capsys):
+    made = {"tests": [(0.1, script("print('a')")), (100, script("print('b')"))],
+            "step": [(0.1, script("print('c')")), (0, script("import time; time.sleep(60)")),
+                     (0.1, script("print('d')"))]}
+    monkeypatch.setattr(gpu_check, "smoke_stages", lambda: made)
+    monkeypatch.setattr(gpu_check, "hardware", lambda: {"gpu": None})
+    monkeypatch.setattr(sys, "argv", ["gpu_check", "--smoke", "--budget", "2", "--out", str(tmp_path)])
+    start = time.perf_counter()
+    with pytest.raises(SystemExit, match="exit stopped after [12] s"):
+        gpu_check.main()
+    assert time.perf_counter() - start < 6
+    record = json.loads((tmp_path / "gpu.json").read_text())
+    assert [r["tail"] for name in ("tests", "step") for r in record["stages"][name]] == [["a"], ["c"], []]
+    skipped = record["skipped"]
+    assert len(skipped) == 2 and "print('b') (estimated 100 s" in skipped[0] and "print('d')" in skipped[1]
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[-2:] == [f"skipped: {line}" for line in skipped]
+
+
+def test_the_schedule_of_a_budget_is_printed_without_a_gpu_and_nothing_runs(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(gpu_check, "run", None)
+    monkeypatch.setattr(sys, "argv", ["gpu_check", "--budget", "500", "--dry-run", "--out", str(tmp_path)])
+    gpu_check.main()
+    _, *lines = capsys.readouterr().out.splitlines()
+    table = [(seconds, gpu_check.spoken(c)) for group in gpu_check.stages().values() for seconds, c in group]
+    runs = [seconds for line, (seconds, command) in zip(lines, table, strict=True)
+            if command in line and "SKIPPED" not in line]
+    assert 400 < sum(runs) <= 500 and len(runs) < len(table) and "pytest" in lines[0]
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_test_that_gpu_check_deselects_exists():
+    assert f"def {gpu_check.AOT_TEST}(" in (ROOT / "tests/test_kernels.py").read_text()
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_killed_in_the_middle_gpu_check_leaves_a_valid_record(tmp_path, monkeypatch):
+    last = script("import os, time\nparent = os.getppid()\nwhile os.getppid() == parent: time.sleep(0.05)")
+    made = {"tests": [(1, script("print('first')"))], "step": [(1, last)]}
+    monkeypatch.setattr(gpu_check, "smoke_stages", lambda: made)
+    monkeypatch.setattr(gpu_check, "hardware", lambda: {"gpu": None})
+    monkeypatch.setattr(sys, "argv", ["gpu_check", "--smoke", "--out", str(tmp_path)])
+    child = os.fork()
+    if not child:
+        try:
+            gpu_check.main()
+        finally:
+            os._exit(0)
+    file, until = tmp_path / "gpu.json", time.perf_counter() + 30
+    while not file.exists() and time.perf_counter() < until:
+        time.sleep(0.02)
+    os.kill(child, signal.SIGKILL)
+    assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL
+    assert json.loads(file.read_text())["stages"]["tests"][0]["tail"] == ["first"]
+
+
+def test_slow_peers_are_measured_only_on_request(monkeypatch, capsys):
+    peers = dict.fromkeys(("SDPA", "FlexAttention, contiguous", "gather + SDPA with a mask"), lambda: None)
+
+    def decode(name):
+        return bench_kernels.Case(name, lambda: None, dict(peers), lambda out: 0.0, 1.0)
+
+    monkeypatch.setattr(backend, "fused", backend.fused)  # --smoke replaces it
+    monkeypatch.setattr(bench_kernels, "smoke_cases", lambda: [bench_kernels.partial(decode, "x")])
+    for options, expected in ([], ["SDPA"]), (["--slow_peers"], list(peers)):
+        monkeypatch.setattr(sys, "argv", ["bench_kernels", "--smoke", *options])
+        bench_kernels.main()
+        (case,) = json.loads(capsys.readouterr().out.splitlines()[-1])["cases"]
+        assert list(case["peers"]) == expected
+
+
+def test_bench_step_writes_no_checkpoint(tmp_path, capsys):
+    options = ["--device", "cpu", *gpu_check.SMOKE_STEP]
+    bench_step.measure(tmp_path, options, "", ROOT / "data/tiny/base")
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["seconds"] > 0
+    assert not (tmp_path / "run/checkpoints").exists()
 
 
 def test_tuning_keeps_the_fastest_entry_that_is_right(monkeypatch):

@@ -223,9 +223,9 @@ def test_a_prompt_in_chunks_equals_the_prompt_at_once(fused, kernels, monkeypatc
     """On the reference too, which is what a CPU runs."""
     monkeypatch.setattr(backend, "fused", lambda x: fused)
     keys, values, table = cache_of([75], 2, 32, 16)
-    if not fused:  # a CPU reads masked slots too: the pool holds no NaN
-        keys, values = keys.nan_to_num(), values.nan_to_num()
     q = normal(75, 6, 32, seed=5)
+    if not fused:  # a CPU reads masked slots too: the pool holds no NaN
+        keys, values, table, q = keys.nan_to_num().cpu(), values.nan_to_num().cpu(), table.cpu(), q.cpu()
     whole = PagedPrefill(keys, 6, table, [75], [75])(q, keys, values)
     for cut in (1, 16, 40, 74):
         parts = [PagedPrefill(keys, 6, table, [b - a], [b])(q[a:b], keys, values)
@@ -241,7 +241,8 @@ def test_on_a_cpu_a_row_has_the_same_bits_alone_in_a_batch_and_in_a_chunk(kv_hea
     monkeypatch.setattr(backend, "fused", lambda x: False)
     n, heads = 1100, kv_heads * group
     keys, values, table = cache_of([n], kv_heads, dim, 16)
-    keys, values, q = keys.nan_to_num(), values.nan_to_num(), normal(n, heads, dim, seed=5)
+    keys, values, table, q = (x.cpu() for x in (keys.nan_to_num(), values.nan_to_num(), table,
+                                                normal(n, heads, dim, seed=5)))
     contexts = torch.tensor([1, 2, 15, 16, 17, 100, 255, 256, 257, 300, 383, 384, 385, 400, 511, 512, 513,
                              640, 896, 897, 1000, 1024, 1025, 1100])
     alone = torch.cat([PagedDecode(keys, table, c[None])(q[c - 1][None], keys, values) for c in contexts])
@@ -375,11 +376,11 @@ REQUESTS = [Request(list(range(40, 70)), n=2, max_new_tokens=6, temperature=0.9,
 
 
 def test_the_sampler_on_kernels_writes_what_the_reference_writes(kernels, monkeypatch):
-    """Prefill, decode over forked pages, greedy, sampled and filtered rows."""
-    model, runs = tiny_model(layers=1), []
+    """Prefill, decode over forked pages, greedy, sampled and filtered rows; the reference on a CPU."""
+    runs = []
     for fused in (False, True):
         monkeypatch.setattr(backend, "fused", lambda x, fused=fused: fused)
-        sampler = Sampler(model, max_sequences=3)
+        sampler = Sampler(tiny_model(layers=1).to(DEVICE if fused else "cpu"), max_sequences=3)
         runs.append(sorted(sampler.generate(REQUESTS), key=lambda c: (c.prompt_index, c.sample_index)))
         assert sampler.stats.copied_pages and sampler.stats.peak_rows == 3
     assert len(runs[0]) == 4
