@@ -167,8 +167,9 @@ def test_two_prompts_with_one_id_are_an_error_that_names_both_lines(tmp_path):
 
 def test_a_file_that_cannot_be_read_is_an_error_that_names_it(tmp_path):
     (tmp_path / "binary.jsonl").write_bytes(b"\xff\xfe\x00\x81")
-    for name in ("absent.jsonl", "binary.jsonl", "."):
-        with pytest.raises(PromptError, match="cannot be read") as e:
+    for name, why in (("absent.jsonl", "cannot be read"), ("binary.jsonl", "line 1: 'utf-8'"),
+                      (".", "cannot be read")):
+        with pytest.raises(PromptError, match=why) as e:
             read(tmp_path / name, "think", 100)
         assert str(tmp_path / name) in str(e.value)
 
