@@ -83,12 +83,12 @@ def stages(slow_peers: bool = False) -> Stages:
 
 
 def smoke_stages() -> Stages:
-    """The same programs at small shapes; seconds on 2 CPU cores."""
+    """The same programs at small shapes, with about the CPU seconds that they take."""
     return {
-        "tests": [(40, [*PYTHON, "pytest", "-q", *TESTS, "-k", SMOKE_TESTS])],
-        "engine": [(20, [*PYTHON, "bench.bench_engine", "--smoke"])],
-        "kernels": [(30, [*PYTHON, "bench.bench_kernels", "--smoke"])],
-        "step": [(20, [*PYTHON, "bench.bench_step", *SMOKE_STEP])],
+        "tests": [(20, [*PYTHON, "pytest", "-q", *TESTS, "-k", SMOKE_TESTS])],
+        "engine": [(25, [*PYTHON, "bench.bench_engine", "--smoke"])],
+        "kernels": [(25, [*PYTHON, "bench.bench_kernels", "--smoke"])],
+        "step": [(25, [*PYTHON, "bench.bench_step", *SMOKE_STEP])],
     }
 
 
