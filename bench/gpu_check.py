@@ -13,7 +13,7 @@ The stages, the most valuable first:
     engines    bench.bench_engine at 7B with other numbers of rows, 1.5B and 0.5B
     sanitizer  compute-sanitizer's memcheck and racecheck over the kernels at small shapes
 
-Everything takes longer than half an hour. Where a GPU is lent for 15 minutes, at most 10 a command:
+All of it is estimated at 33 minutes. Where a GPU is lent for 15 minutes, at most 10 a command:
 
     python -m bench.gpu_check --stages tests engine --budget 330   # estimated 5 minutes
     python -m bench.gpu_check --stages kernels step --budget 450   # estimated 7 minutes
