@@ -13,7 +13,7 @@ The stages, the most valuable first:
     engines    bench.bench_engine at 7B with other numbers of rows, 1.5B and 0.5B
     sanitizer  compute-sanitizer's memcheck and racecheck over the kernels at small shapes
 
-Everything takes longer than half an hour. Where a GPU is lent for 15 minutes, at most 10 a command:
+All of it is estimated at 33 minutes. Where a GPU is lent for 15 minutes, at most 10 a command:
 
     python -m bench.gpu_check --stages tests engine --budget 330   # estimated 5 minutes
     python -m bench.gpu_check --stages kernels step --budget 450   # estimated 7 minutes
@@ -83,12 +83,12 @@ def stages(slow_peers: bool = False) -> Stages:
 
 
 def smoke_stages() -> Stages:
-    """The same programs at small shapes; seconds on 2 CPU cores."""
+    """The same programs at small shapes, with about the CPU seconds that they take."""
     return {
-        "tests": [(40, [*PYTHON, "pytest", "-q", *TESTS, "-k", SMOKE_TESTS])],
-        "engine": [(20, [*PYTHON, "bench.bench_engine", "--smoke"])],
-        "kernels": [(30, [*PYTHON, "bench.bench_kernels", "--smoke"])],
-        "step": [(20, [*PYTHON, "bench.bench_step", *SMOKE_STEP])],
+        "tests": [(20, [*PYTHON, "pytest", "-q", *TESTS, "-k", SMOKE_TESTS])],
+        "engine": [(25, [*PYTHON, "bench.bench_engine", "--smoke"])],
+        "kernels": [(25, [*PYTHON, "bench.bench_kernels", "--smoke"])],
+        "step": [(25, [*PYTHON, "bench.bench_step", *SMOKE_STEP])],
     }
 
 
