@@ -155,22 +155,45 @@ def append_metrics(folder: Path, metrics: dict):
     write_jsonl(folder / "metrics.jsonl", [finite], "a")
 
 
-class NoLog:
-    """What wandb.init returns, without wandb."""
-    def log(self, metrics: dict, step: int):
-        pass
+class Wandb:
+    """A run at Weights & Biases, or none: what fails there is said once on stderr, and training goes on."""
+    def __init__(self, run=None):
+        self.run = run
 
-    def finish(self):
-        pass
+    def send(self, method: str, *arguments, **options):
+        try:
+            if self.run:
+                getattr(self.run, method)(*arguments, **options)
+        except Exception as e:
+            self.run = None
+            warn_of_wandb(e, "goes on without it, and metrics.jsonl holds every step")
 
 
-def open_wandb(config, folder: Path):
-    import wandb
+def warn_of_wandb(error: Exception, consequence: str):
+    print(f"warning: wandb failed ({' '.join(str(error).split())[:200]}): this run {consequence}",
+          file=sys.stderr, flush=True)
 
+
+def open_wandb(config, folder: Path) -> Wandb:
+    """Online if there is a key and the server answers in time, else offline, else none."""
     has_key = bool(os.environ.get("WANDB_API_KEY")) or (Path.home() / ".netrc").exists()
     mode = os.environ.get("WANDB_MODE") or ("online" if has_key else "offline")
-    return wandb.init(project="longwriter-zero", name=folder.name, id=folder.name, resume="allow",
-                      dir=str(folder), mode=mode, config=dataclasses.asdict(config))
+    options = {"project": "longwriter-zero", "name": folder.name, "resume": "allow", "dir": str(folder),
+               "id": hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16],
+               "config": dataclasses.asdict(config)}
+    limits = {"login_timeout": 5, "init_timeout": 10, "finish_timeout": 60}  # seconds
+    try:
+        import wandb
+        try:
+            return Wandb(wandb.init(mode=mode, settings=limits, **options))
+        except Exception as e:
+            wandb.teardown()  # its service holds on to the id
+            offline = Wandb(wandb.init(mode="offline", **options))
+            warn_of_wandb(e, f"logs offline; later: wandb sync {folder}/wandb/offline-run-*")
+            return offline
+    except Exception as e:
+        warn_of_wandb(e, "goes on without it; pip install wandb if it is missing, or leave --wandb out")
+        return Wandb()
 
 
 # ---------------------------------------------------------------------- display

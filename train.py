@@ -657,7 +657,7 @@ def train(config: Config, clock: run.Clock | None = None, watch: Watch | None = 
     start = on_disk = state["step"]
     sampler = make_sampler(model, tokenizer, config, world)
     parallel.publish(model, sampler.model)
-    log = run.open_wandb(config, folder) if config.wandb and world.main else run.NoLog()
+    log = run.open_wandb(config, folder) if config.wandb and world.main else run.Wandb()
     if world.main:
         notes = [f"{model.config.num_parameters:,} parameters", f"{len(prompts)} prompts"]
         notes += [f"{n} {why} dropped" for why, n in inputs.dropped.items()]
@@ -691,7 +691,7 @@ def train(config: Config, clock: run.Clock | None = None, watch: Watch | None = 
             if world.main:
                 run.append_metrics(folder, metrics)
         if world.main:
-            log.log(metrics, step=metrics["step"])
+            log.send("log", metrics, step=metrics["step"])
 
     def log_step(metrics: dict, texts: list[dict]):
         """One line, one object, one record a sample; and the evaluation."""
@@ -779,7 +779,7 @@ def train(config: Config, clock: run.Clock | None = None, watch: Watch | None = 
         if due and (safe is state or last):
             safe, due = state, False
             save()
-    log.finish()
+    log.send("finish")
     if world.main:
         print(f"done: {folder} holds metrics.jsonl, rollouts/ and checkpoints/", flush=True)
 

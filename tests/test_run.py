@@ -6,12 +6,14 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
 import rewards
+import run
 import train
 from evaluation.scores import length_score
 
@@ -264,3 +266,62 @@ def test_bad_input_ends_with_one_sentence_and_code_2(tmp_path, ranks):
     assert done.returncode == (2 if ranks == 1 else 1)  # torchrun answers 1 whatever its workers say
     assert done.stderr.count("error: command line: there is no option 'learning_rate'") == 1 and not (
         tmp_path / "run").exists()
+
+
+class FakeWandb(SimpleNamespace):
+    """The module wandb; what is named in `broken` raises."""
+    def __init__(self, *broken):
+        super().__init__(broken=broken, calls=[])
+
+    def init(self, mode, **options):
+        self.calls.append((mode, options["id"], options["resume"]))
+        self.fail("init " + mode)
+        return self
+
+    def fail(self, what):
+        if what in self.broken:
+            raise OSError(f"no route\nfor {what}")
+
+    def log(self, metrics, step):
+        self.fail("log")
+        self.calls.append(step)
+
+    def finish(self):
+        self.fail("finish")
+        self.calls.append("finish")
+
+    def teardown(self):
+        self.calls.append("teardown")
+
+
+@pytest.mark.parametrize("broken, calls, said", [
+    ([], ["online", 1, 2, "finish"], None),
+    (["init online"], ["online", "teardown", "offline", 1, 2, "finish"], "logs offline"),
+    (["init online", "init offline"], ["online", "teardown", "offline"], "goes on without it"),
+    (["log"], ["online"], "goes on without it"),
+    (["finish"], ["online", 1, 2], "goes on without it"),
+    (None, [], "goes on without it; pip install wandb"),
+])
+def test_what_fails_at_wandb_is_said_once_and_ends_no_run(broken, calls, said, tmp_path, monkeypatch, capsys):
+    fake = FakeWandb(*broken or ())
+    monkeypatch.setitem(sys.modules, "wandb", None if broken is None else fake)  # None: not installed
+    monkeypatch.setenv("WANDB_API_KEY", "k" * 40)
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    log = run.open_wandb(train.Config(), tmp_path)
+    for step in (1, 2):
+        log.send("log", {"loss": 0.5}, step=step)
+    log.send("finish")
+    assert [c[0] if isinstance(c, tuple) else c for c in fake.calls] == calls
+    err = capsys.readouterr().err
+    assert err.count("\n") == (said is not None) and (said or "") in err
+    assert ("no route for" in err) == bool(broken)
+
+
+def test_a_wandb_run_is_named_by_the_whole_path_of_its_folder_and_kept_on_resume(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", fake := FakeWandb())
+    for folder in ("a/7b", "b/7b", "a/7b", "a/../a/7b"):
+        run.open_wandb(train.Config(), tmp_path / folder)
+    monkeypatch.chdir(tmp_path)
+    run.open_wandb(train.Config(), Path("a/7b"))
+    (one, other, *again), resume = ([c[i] for c in fake.calls] for i in (1, 2))
+    assert one != other and again == [one] * 3 and set(resume) == {"allow"}
