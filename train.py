@@ -19,6 +19,9 @@ from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+# Before torch loads OpenMP: threads that spin at every barrier starve each other where cores are busy.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 import torch
 
 import checkpoints

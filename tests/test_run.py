@@ -2,6 +2,7 @@
 
 import json
 import os
+import runpy
 import signal
 import subprocess
 import sys
@@ -325,3 +326,13 @@ def test_a_wandb_run_is_named_by_the_whole_path_of_its_folder_and_kept_on_resume
     run.open_wandb(train.Config(), Path("a/7b"))
     (one, other, *again), resume = ([c[i] for c in fake.calls] for i in (1, 2))
     assert one != other and again == [one] * 3 and set(resume) == {"allow"}
+
+
+@pytest.mark.parametrize("chosen, policy", [({}, "passive"), ({"OMP_WAIT_POLICY": "active"}, "active")])
+def test_threads_that_wait_leave_their_core_to_others_unless_told_otherwise(chosen, policy, monkeypatch):
+    """OpenMP reads the variable when torch loads it; here torch is an ImportError."""
+    monkeypatch.setattr(os, "environ", dict(chosen))
+    monkeypatch.setitem(sys.modules, "torch", None)
+    with pytest.raises(ImportError, match="torch"):
+        runpy.run_path(str(ROOT / "train.py"))
+    assert os.environ == {"OMP_WAIT_POLICY": policy}
