@@ -9,7 +9,7 @@ import resource
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from datetime import timedelta
 from pathlib import Path
 
@@ -85,8 +85,9 @@ def open_folder(config, folder: Path, newest: tuple[Path, dict] | None):
     except OSError as e:
         raise ConfigError(f"run_dir {folder} cannot be written ({e}): choose another") from None
     if (code := state.get("code")) and code != code_hash():
-        print(f"warning: {path} was made by other code than this: {kept.name} holds what runs from here on",
-              file=sys.stderr, flush=True)
+        with logged(folder):
+            print(f"warning: {path} was made by other code than this: {kept.name} holds what runs from here "
+                  "on", file=sys.stderr, flush=True)
 
 
 def replace(file: Path, text: str):
@@ -199,13 +200,37 @@ def open_wandb(config, folder: Path) -> Wandb:
 # ---------------------------------------------------------------------- display
 
 
+class Tee:
+    """A stream whose text goes to a file too. Where the file cannot be written, metrics.jsonl, which cannot
+    either, ends the run."""
+    def __init__(self, screen, file: Path):
+        self.screen, self.file = screen, file
+
+    def write(self, text: str) -> int:
+        with suppress(OSError), self.file.open("a", encoding="utf-8") as f:
+            f.write(text)
+        return self.screen.write(text)
+
+    def __getattr__(self, name: str):
+        return getattr(self.screen, name)
+
+
+@contextmanager
+def logged(folder: Path) -> Iterator[None]:
+    """Appends to log.txt what is printed meanwhile, but for progress."""
+    file = folder / "log.txt"
+    with redirect_stdout(Tee(sys.stdout, file)), redirect_stderr(Tee(sys.stderr, file)):
+        yield
+
+
 class Progress:
     """How far sampling is, and when it ends if it goes on so: one line that is overwritten on a terminal, a
     line every 30 seconds elsewhere."""
     def __init__(self, label: str, total: int, show: bool, what: str = "samples"):
         self.label, self.total, self.show, self.what = label, total, show, what
         self.start = self.last = time.perf_counter()
-        self.terminal = sys.stderr.isatty()
+        self.stream = getattr(sys.stderr, "screen", sys.stderr)  # not to log.txt
+        self.terminal = self.stream.isatty()
 
     def update(self, stats):
         now = time.perf_counter()
@@ -218,21 +243,23 @@ class Progress:
                 f"{rate:,.0f} tok/s on this rank"
                 + f", about {timedelta(seconds=round(left))} left" * (stats.finished > 0))
         start, end = ("\r", "\033[K") if self.terminal else ("", "\n")
-        print(f"{start}{line}", end=end, file=sys.stderr, flush=True)
+        print(f"{start}{line}", end=end, file=self.stream, flush=True)
 
     def close(self):
         if self.show and self.terminal:
-            print("\r\033[K", end="", file=sys.stderr, flush=True)
+            print("\r\033[K", end="", file=self.stream, flush=True)
 
 
 class Clock:
-    """Seconds by phase of a step, and where the run is. `save` keeps the time of the last checkpoint."""
+    """Seconds by phase of a step, and where the run is. `save` keeps the time of the last checkpoint.
+    begun: when the process and each of its steps began."""
     def __init__(self):
-        self.step, self.phase, self.seconds = 0, "start", {"save": 0.0}
+        self.step, self.phase, self.seconds, self.begun = 0, "start", {"save": 0.0}, []
         self.begin(0)
 
     def begin(self, step: int):
         self.step, self.phase = step, "log"  # whatever is no phase of its own
+        self.begun.append(time.perf_counter())
         phases = ("sample", "idle", "score", "logprob", "backward", "step", "update", "publish")
         self.seconds |= dict.fromkeys(phases, 0.0)
 
@@ -257,10 +284,26 @@ def peak_memory_gb(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
-def describe(metrics: dict, steps: int, names: list[str]) -> str:
+def describe(metrics: dict, steps: int, names: list[str], begun: list[float]) -> str:
+    """A step's line. begun: of the Clock; its steps so far say how long the rest takes."""
+    now, done = time.perf_counter(), len(begun) - 1
+    left = (now - begun[done > 0]) / max(1, done) * (steps - metrics["step"]) / 60
     rewards = " ".join(f"{name} {metrics[f'reward/{name}']:.3f}" for name in names)
     return (f"step {metrics['step']:4d}/{steps}  {rewards}  words {metrics['length/answer_words']:.0f} "
             f"in-range {metrics['length/in_range']:.0%} cut {metrics['truncated']:.0%}  "
-            f"grad {metrics['grad_norm']:.3f} entropy {metrics['entropy']:.3f} "
-            f"gap {metrics['gap/mean']:.1e}  sample {metrics['time/sample']:.1f}s "
-            f"({metrics['tokens_per_second/sample']:,.0f} tok/s) update {metrics['time/update']:.1f}s")
+            f"grad {metrics['grad_norm']:.3f} entropy {metrics['entropy']:.2f} "
+            f"gap {metrics['gap/mean']:.0e}  sample {metrics['time/sample']:.1f}s "
+            f"({metrics['tokens_per_second/sample']:,.0f} tok/s) update {metrics['time/update']:.1f}s "
+            f"all {metrics['time/total']:.1f}s  elapsed {(now - begun[0]) / 60:.0f}min left {left:.0f}min")
+
+
+def warnings(metrics: dict, config) -> Iterator[str]:
+    """What a step's metrics call for, with the remedy."""
+    if metrics["truncated"] > 0.25:
+        yield (f"warning: {metrics['truncated']:.0%} of the samples were cut at max_new_tokens "
+               f"{config.max_new_tokens}: raise it, or ask for shorter texts")
+    dead = {name: metrics[f"dead_groups/{name}"] for name in config.reward_names}
+    if dead := [f"{name} in {n}" for name, n in dead.items() if 2 * n > config.prompts_per_step]:
+        yield (f"warning: all samples of a group earned the same, {', '.join(dead)} of the "
+               f"{config.prompts_per_step} groups: raise group_size or temperature, or choose prompts that "
+               "are neither too easy nor too hard")
