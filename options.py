@@ -19,11 +19,11 @@ def help_text(kind: type, about: str) -> str:
     return "\n".join([about.strip(), "", "Options, with their defaults:", *rows])
 
 
-def convert(config: type, name: str, value, source: str):
+def convert(config: type, name: str, value, source: str, others: tuple[str, ...] = ()):
     """A string or JSON value as the type of the field `name`; raises ConfigError."""
     fields = {f.name: f for f in dataclasses.fields(config)}
     if name not in fields:
-        near = difflib.get_close_matches(name, fields, 1)
+        near = difflib.get_close_matches(name, [*fields, *others], 1)
         raise ConfigError(f"{source}: there is no option {name!r}" +
                           (f"; did you mean {near[0]!r}?" if near else "; see --help"))
     kind = fields[name].type
@@ -42,10 +42,10 @@ def convert(config: type, name: str, value, source: str):
         raise ConfigError(f"{source}: {name} must be {expected}, not {value!r}") from None
 
 
-def parse(config: type, arguments: list[str], about: str):
+def parse(config: type, arguments: list[str], about: str, others: tuple[str, ...] = ()):
     """A `config` from `--config FILE.json` and `--NAME VALUE` (or --NAME=VALUE); later ones win.
 
-    `about` is what --help says above the options. Raises ConfigError.
+    about: what --help says above the options. others: of another class, to suggest. Raises ConfigError.
     """
     values, rest = {}, []
     for argument in arguments:
@@ -71,5 +71,5 @@ def parse(config: type, arguments: list[str], about: str):
             loaded = {k: v for k, v in loaded.items() if not k.startswith("//")}  # a comment
             values |= {k: convert(config, k, v, value) for k, v in loaded.items()}
         else:
-            values[name] = convert(config, name, value, "command line")
+            values[name] = convert(config, name, value, "command line", others)
     return config(**values)

@@ -10,6 +10,7 @@ and head together are its root.
 """
 
 import inspect
+import math
 import os
 import random
 from collections.abc import Iterator
@@ -393,12 +394,18 @@ def describe(plan: Plan) -> Iterator[str]:
     yield (f"KV pool: {plan.pages} pages of {config.page_size} tokens hold {plan.pages // plan.columns} "
            f"samples of {plan.machine.prompt_tokens} + {config.max_new_tokens} tokens; a sampler writes "
            f"{plan.samples} a step, in {plan.rows} rows")
+    hours = []
     for full in (False, True) if plan.pages > plan.columns + 1 else ():
         r = plan.rehearse(full)
-        update, publish = map(duration, plan.seconds(r["mean"]))
+        update, publish = plan.seconds(r["mean"])
+        hours.append((r["seconds"] + update + publish) * config.steps / 3600)
         yield (f"{'full' if full else 'mixed'} lengths, {r['mean']:,.0f} new tokens a sample: sample "
                f"{duration(r['seconds'])} ({r['preemptions']} preemptions, {r['again']:.0%} prefilled "
-               f"again), update {update}, publish {publish}")
+               f"again), update {duration(update)}, publish {duration(publish)}")
+    if hours:
+        yield (f"all {config.steps} steps: {hours[0]:,.1f} to {hours[1]:,.1f} hours, "
+               f"{plan.ranks * hours[0]:,.1f} to {plan.ranks * hours[1]:,.1f} "
+               f"{'GPU' if plan.cuda else 'process'}-hours, without scoring, evaluation and checkpoints")
     yield "\nThese times follow from:"
     for name, (value, source) in RATES["cuda" if plan.cuda else "cpu"].items():
         yield f"  {name:15}{value:9.3g} {source}"
@@ -421,15 +428,17 @@ def read(arguments: list[str], kind: type) -> tuple[Plan, str]:
     words = [w for a in arguments for w in (a.split("=", 1) if a.startswith("--") else [a])]
     pairs = [words[i:i + 2] for i in range(0, len(words), 2)]
     own = [p for p in pairs if p[0].strip("-").replace("-", "_") in Machine.__dataclass_fields__]
-    config = options.parse(kind, sum((p for p in pairs if p not in own), []), "The run's:")
+    config = options.parse(kind, sum((p for p in pairs if p not in own), []), "The run's:",
+                           tuple(Machine.__dataclass_fields__))
     machine = options.parse(Machine, sum(own, []), "")
+    for name in (p[0].strip("-").replace("-", "_") for p in own):
+        if not 0 < getattr(machine, name) < math.inf:
+            raise ConfigError(f"{name} must be positive and finite, not {getattr(machine, name)}: give what "
+                              "the machine has, or leave it out")
     cuda = config.device == "cuda" or config.device == "auto" and (bool(own) or torch.cuda.is_available())
     here = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / GIB
     machine = replace(machine, gpus=machine.gpus or (8 if cuda else 1),
                       gpu_memory=machine.gpu_memory or (80.0 if cuda else here))
-    for name, value in vars(machine).items():
-        if not value > 0:
-            raise ConfigError(f"{name} must be positive, not {value}")
     shape, note = find_shape(config.model)
     check_tp(shape, config.tp)
     scorer = None

@@ -9,7 +9,7 @@ import resource
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from datetime import timedelta
 from pathlib import Path
 
@@ -85,8 +85,9 @@ def open_folder(config, folder: Path, newest: tuple[Path, dict] | None):
     except OSError as e:
         raise ConfigError(f"run_dir {folder} cannot be written ({e}): choose another") from None
     if (code := state.get("code")) and code != code_hash():
-        print(f"warning: {path} was made by other code than this: {kept.name} holds what runs from here on",
-              file=sys.stderr, flush=True)
+        with logged(folder):
+            print(f"warning: {path} was made by other code than this: {kept.name} holds what runs from here "
+                  "on", file=sys.stderr, flush=True)
 
 
 def replace(file: Path, text: str):
@@ -155,25 +156,71 @@ def append_metrics(folder: Path, metrics: dict):
     write_jsonl(folder / "metrics.jsonl", [finite], "a")
 
 
-class NoLog:
-    """What wandb.init returns, without wandb."""
-    def log(self, metrics: dict, step: int):
-        pass
+class Wandb:
+    """A run at Weights & Biases, or none: what fails there is said once on stderr, and training goes on."""
+    def __init__(self, run=None):
+        self.run = run
 
-    def finish(self):
-        pass
+    def send(self, method: str, *arguments, **options):
+        try:
+            if self.run:
+                getattr(self.run, method)(*arguments, **options)
+        except Exception as e:
+            self.run = None
+            warn_of_wandb(e, "goes on without it, and metrics.jsonl holds every step")
 
 
-def open_wandb(config, folder: Path):
-    import wandb
+def warn_of_wandb(error: Exception, consequence: str):
+    print(f"warning: wandb failed ({' '.join(str(error).split())[:200]}): this run {consequence}",
+          file=sys.stderr, flush=True)
 
+
+def open_wandb(config, folder: Path) -> Wandb:
+    """Online if there is a key and the server answers in time, else offline, else none."""
     has_key = bool(os.environ.get("WANDB_API_KEY")) or (Path.home() / ".netrc").exists()
     mode = os.environ.get("WANDB_MODE") or ("online" if has_key else "offline")
-    return wandb.init(project="longwriter-zero", name=folder.name, id=folder.name, resume="allow",
-                      dir=str(folder), mode=mode, config=dataclasses.asdict(config))
+    options = {"project": "longwriter-zero", "name": folder.name, "resume": "allow", "dir": str(folder),
+               "id": hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16],
+               "config": dataclasses.asdict(config)}
+    limits = {"login_timeout": 5, "init_timeout": 10, "finish_timeout": 60}  # seconds
+    try:
+        import wandb
+        try:
+            return Wandb(wandb.init(mode=mode, settings=limits, **options))
+        except Exception as e:
+            wandb.teardown()  # its service holds on to the id
+            offline = Wandb(wandb.init(mode="offline", **options))
+            warn_of_wandb(e, f"logs offline; later: wandb sync {folder}/wandb/offline-run-*")
+            return offline
+    except Exception as e:
+        warn_of_wandb(e, "goes on without it; pip install wandb if it is missing, or leave --wandb out")
+        return Wandb()
 
 
 # ---------------------------------------------------------------------- display
+
+
+class Tee:
+    """A stream whose text goes to a file too. Where the file cannot be written, metrics.jsonl, which cannot
+    either, ends the run."""
+    def __init__(self, screen, file: Path):
+        self.screen, self.file = screen, file
+
+    def write(self, text: str) -> int:
+        with suppress(OSError), self.file.open("a", encoding="utf-8") as f:
+            f.write(text)
+        return self.screen.write(text)
+
+    def __getattr__(self, name: str):
+        return getattr(self.screen, name)
+
+
+@contextmanager
+def logged(folder: Path) -> Iterator[None]:
+    """Appends to log.txt what is printed meanwhile, but for progress."""
+    file = folder / "log.txt"
+    with redirect_stdout(Tee(sys.stdout, file)), redirect_stderr(Tee(sys.stderr, file)):
+        yield
 
 
 class Progress:
@@ -182,7 +229,8 @@ class Progress:
     def __init__(self, label: str, total: int, show: bool, what: str = "samples"):
         self.label, self.total, self.show, self.what = label, total, show, what
         self.start = self.last = time.perf_counter()
-        self.terminal = sys.stderr.isatty()
+        self.stream = getattr(sys.stderr, "screen", sys.stderr)  # not to log.txt
+        self.terminal = self.stream.isatty()
 
     def update(self, stats):
         now = time.perf_counter()
@@ -195,21 +243,23 @@ class Progress:
                 f"{rate:,.0f} tok/s on this rank"
                 + f", about {timedelta(seconds=round(left))} left" * (stats.finished > 0))
         start, end = ("\r", "\033[K") if self.terminal else ("", "\n")
-        print(f"{start}{line}", end=end, file=sys.stderr, flush=True)
+        print(f"{start}{line}", end=end, file=self.stream, flush=True)
 
     def close(self):
         if self.show and self.terminal:
-            print("\r\033[K", end="", file=sys.stderr, flush=True)
+            print("\r\033[K", end="", file=self.stream, flush=True)
 
 
 class Clock:
-    """Seconds by phase of a step, and where the run is. `save` keeps the time of the last checkpoint."""
+    """Seconds by phase of a step, and where the run is. `save` keeps the time of the last checkpoint.
+    begun: when the process and each of its steps began."""
     def __init__(self):
-        self.step, self.phase, self.seconds = 0, "start", {"save": 0.0}
+        self.step, self.phase, self.seconds, self.begun = 0, "start", {"save": 0.0}, []
         self.begin(0)
 
     def begin(self, step: int):
         self.step, self.phase = step, "log"  # whatever is no phase of its own
+        self.begun.append(time.perf_counter())
         phases = ("sample", "idle", "score", "logprob", "backward", "step", "update", "publish")
         self.seconds |= dict.fromkeys(phases, 0.0)
 
@@ -234,10 +284,26 @@ def peak_memory_gb(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
-def describe(metrics: dict, steps: int, names: list[str]) -> str:
+def describe(metrics: dict, steps: int, names: list[str], begun: list[float]) -> str:
+    """A step's line. begun: of the Clock; its steps so far say how long the rest takes."""
+    now, done = time.perf_counter(), len(begun) - 1
+    left = (now - begun[done > 0]) / max(1, done) * (steps - metrics["step"]) / 60
     rewards = " ".join(f"{name} {metrics[f'reward/{name}']:.3f}" for name in names)
     return (f"step {metrics['step']:4d}/{steps}  {rewards}  words {metrics['length/answer_words']:.0f} "
             f"in-range {metrics['length/in_range']:.0%} cut {metrics['truncated']:.0%}  "
-            f"grad {metrics['grad_norm']:.3f} entropy {metrics['entropy']:.3f} "
-            f"gap {metrics['gap/mean']:.1e}  sample {metrics['time/sample']:.1f}s "
-            f"({metrics['tokens_per_second/sample']:,.0f} tok/s) update {metrics['time/update']:.1f}s")
+            f"grad {metrics['grad_norm']:.3f} entropy {metrics['entropy']:.2f} "
+            f"gap {metrics['gap/mean']:.0e}  sample {metrics['time/sample']:.1f}s "
+            f"({metrics['tokens_per_second/sample']:,.0f} tok/s) update {metrics['time/update']:.1f}s "
+            f"all {metrics['time/total']:.1f}s  elapsed {(now - begun[0]) / 60:.0f}min left {left:.0f}min")
+
+
+def warnings(metrics: dict, config) -> Iterator[str]:
+    """What a step's metrics call for, with the remedy."""
+    if metrics["truncated"] > 0.25:
+        yield (f"warning: {metrics['truncated']:.0%} of the samples were cut at max_new_tokens "
+               f"{config.max_new_tokens}: raise it, or ask for shorter texts")
+    dead = {name: metrics[f"dead_groups/{name}"] for name in config.reward_names}
+    if dead := [f"{name} in {n}" for name, n in dead.items() if 2 * n > config.prompts_per_step]:
+        yield (f"warning: all samples of a group earned the same, {', '.join(dead)} of the "
+               f"{config.prompts_per_step} groups: raise group_size or temperature, or choose prompts that "
+               "are neither too easy nor too hard")

@@ -15,9 +15,12 @@ import sys
 import time
 from collections import Counter, deque
 from collections.abc import Iterator
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+
+# Before torch loads OpenMP: threads that spin at every barrier starve each other where cores are busy.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import torch
 
@@ -633,15 +636,21 @@ def train(config: Config, clock: run.Clock | None = None, watch: Watch | None = 
     clock, world = clock or run.Clock(), parallel.setup(config.device, config.timeout, watch,
                                                         config.replicate)
     inputs = read_inputs(config, world)
-    prompts, eval_prompts, tokenizer = inputs.prompts, inputs.eval_prompts, inputs.tokenizer
-    names = config.reward_names
     folder, newest = open_run(config, world)
     if newest and finished(newest[1], config):
         if world.main:
             print(f"{folder} has finished its {newest[1]['step']} steps; raise --steps, or choose another "
                   "run_dir")
         return
+    with run.logged(folder) if world.main else nullcontext():
+        go_on(config, inputs, folder, newest, clock, world)
 
+
+def go_on(config: Config, inputs: Inputs, folder: Path, newest: tuple[Path, dict] | None, clock: run.Clock,
+          world):
+    """Trains from the newest checkpoint, or from the beginning, to the last step."""
+    prompts, eval_prompts, tokenizer = inputs.prompts, inputs.eval_prompts, inputs.tokenizer
+    names = config.reward_names
     model = parallel.load_sharded(inputs.model, world)
     model.recompute, model.offload_activations = config.recompute, config.offload_activations
     reference = parallel.load_sharded(inputs.reference, world) if config.beta else None
@@ -657,12 +666,15 @@ def train(config: Config, clock: run.Clock | None = None, watch: Watch | None = 
     start = on_disk = state["step"]
     sampler = make_sampler(model, tokenizer, config, world)
     parallel.publish(model, sampler.model)
-    log = run.open_wandb(config, folder) if config.wandb and world.main else run.NoLog()
+    log = run.open_wandb(config, folder) if config.wandb and world.main else run.Wandb()
     if world.main:
         notes = [f"{model.config.num_parameters:,} parameters", f"{len(prompts)} prompts"]
         notes += [f"{n} {why} dropped" for why, n in inputs.dropped.items()]
         notes += [f"{world.size} x {world.device.type}"] + [f"resumed after step {start}"] * (start > 0)
         print(f"{folder}: {', '.join(notes)}", flush=True)
+        if (share := (n := sum(inputs.dropped.values())) / (n + len(prompts))) > 0.25:
+            print(f"warning: {share:.0%} of the prompts are dropped: raise max_new_tokens if they are "
+                  f"unreachable, or mend their `keep` and `length_range` in {config.prompts}", flush=True)
 
     def save(**unlogged):
         nonlocal on_disk
@@ -691,7 +703,7 @@ def train(config: Config, clock: run.Clock | None = None, watch: Watch | None = 
             if world.main:
                 run.append_metrics(folder, metrics)
         if world.main:
-            log.log(metrics, step=metrics["step"])
+            log.send("log", metrics, step=metrics["step"])
 
     def log_step(metrics: dict, texts: list[dict]):
         """One line, one object, one record a sample; and the evaluation."""
@@ -700,10 +712,8 @@ def train(config: Config, clock: run.Clock | None = None, watch: Watch | None = 
                 if world.main:
                     run.write_jsonl(folder / "rollouts" / f"step_{metrics['step']:06d}.jsonl", texts)
             if world.main:
-                print(run.describe(metrics, config.steps, names), flush=True)
-                if metrics["truncated"] > 0.25:
-                    print(f"warning: {metrics['truncated']:.0%} of the samples were cut at max_new_tokens "
-                          f"{config.max_new_tokens}", flush=True)
+                print(run.describe(metrics, config.steps, names, clock.begun), *run.warnings(metrics, config),
+                      sep="\n", flush=True)
             if eval_prompts and metrics["step"] % config.eval_every == 0:
                 evaluated = evaluate(metrics["step"], eval_prompts, sampler, config, folder, clock, world)
                 metrics = metrics | evaluated
@@ -756,6 +766,7 @@ def train(config: Config, clock: run.Clock | None = None, watch: Watch | None = 
         safe = state if True in taken or False not in taken else safe
 
         # Log.
+        clock.seconds["total"] = time.perf_counter() - clock.begun[-1]
         metrics = {"step": step, **summarise(mine, completions, rewards_BGR, names, world), **conflicts,
                    **trained, "lr": lr, "weights/fingerprint": fingerprint,
                    **costs(samples, clock.seconds, world)}
@@ -779,7 +790,7 @@ def train(config: Config, clock: run.Clock | None = None, watch: Watch | None = 
         if due and (safe is state or last):
             safe, due = state, False
             save()
-    log.finish()
+    log.send("finish")
     if world.main:
         print(f"done: {folder} holds metrics.jsonl, rollouts/ and checkpoints/", flush=True)
 

@@ -334,7 +334,10 @@ def test_a_folder_that_exists_is_read():
 @pytest.mark.parametrize("arguments, part", [
     (["--model", "nowhere/Llama-3"], "nowhere/Llama-3 does not exist"), (["--gpus", "-1"], "gpus"),
     (["--nodes", "two"], "nodes"), (["--model", "Qwen2.5-7B", "--tp", "8"], "tp 8"),
-    (["--gpus"], "lacks its value"),
+    (["--gpus"], "lacks its value"), (["--gpus", "0"], "gpus must be positive and finite, not 0: give"),
+    (["--nodes=0"], "nodes must be"), (["--gpu_memory", "0"], "gpu_memory must be"),
+    (["--gpu-memory", "inf"], "gpu_memory must be"), (["--gpu_memry", "80"], "did you mean 'gpu_memory'"),
+    (["--temprature", "1"], "did you mean 'temperature'"),
 ])
 def test_what_cannot_be_planned_is_refused_in_a_sentence(arguments, part):
     with pytest.raises((ConfigError, qwen.CheckpointError), match=part):
@@ -416,6 +419,10 @@ def test_the_command_line_prints_it(monkeypatch, capsys):
     assert "32,763,876,352 parameters (there is no folder Qwen2.5-32B" in said and "\nIt fits." in said
     assert "It does not fit: update needs" in said and "It would with --offload_optimizer true." in said
     assert "assumed" in said
+    line = next(line for line in said.splitlines() if line.startswith("all 150 steps: "))
+    numbers = [float(word.replace(",", "")) for word in line.split() if word[0].isdigit()][1:]
+    assert 20 < numbers[0] < numbers[1] < 48
+    assert numbers[2:] == pytest.approx([64 * hours for hours in numbers[:2]], rel=0.01)
 
 
 def test_the_config_is_checked_for_the_machine_that_is_planned(monkeypatch, capsys):

@@ -2,16 +2,19 @@
 
 import json
 import os
+import runpy
 import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
 import rewards
+import run
 import train
 from evaluation.scores import length_score
 
@@ -66,6 +69,32 @@ def equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
     return len(a) > 0 and a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
+class FakeWandb(SimpleNamespace):
+    """The module wandb; what is named in `broken` raises."""
+    def __init__(self, *broken):
+        super().__init__(broken=broken, calls=[])
+
+    def init(self, mode, **options):
+        self.calls.append((mode, options["id"], options["resume"]))
+        self.fail("init " + mode)
+        return self
+
+    def fail(self, what):
+        if what in self.broken:
+            raise OSError(f"no route\nfor {what}")
+
+    def log(self, metrics, step):
+        self.fail("log")
+        self.calls.append(step)
+
+    def finish(self):
+        self.fail("finish")
+        self.calls.append("finish")
+
+    def teardown(self):
+        self.calls.append("teardown")
+
+
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("runs") / "undisturbed"
@@ -85,7 +114,7 @@ def test_the_folder_of_a_run_holds_what_the_readme_says(undisturbed):
             "weights/fingerprint", "tokens_per_second/sample", "tokens_per_second/update", "memory/peak_gb",
             "balance/flops", "balance/tokens",
             *(f"time/{p}" for p in ("sample", "idle", "score", "logprob", "backward", "step", "update",
-                                    "publish", "save")),
+                                    "publish", "save", "total")),
             *(f"{kind}/{name}" for kind in ("reward", "reward_std", "dead_groups", "missing")
               for name in ("length", "format", "writing")),
             *(f"dominance/{name}" for name in ("length", "format", "writing")),
@@ -114,9 +143,16 @@ def test_trainer_and_sampler_agree_on_policy(tmp_path):
     assert 0 < first["gap/mean"] < 1e-5 and 0 <= first["gap/k3"] < 1e-9
 
 
-def test_three_and_three_steps_equal_six_bit_for_bit(undisturbed, tmp_path):
+def test_three_and_three_steps_equal_six_bit_for_bit(undisturbed, tmp_path, monkeypatch, capfd):
+    """Also where wandb fails meanwhile. log.txt has what is printed of both."""
+    monkeypatch.setitem(sys.modules, "wandb", FakeWandb("log"))
     in_process(tmp_path / "run", "--steps", "3")
-    in_process(tmp_path / "run", "--steps", "6")
+    in_process(tmp_path / "run", "--steps", "6", "--wandb", "true")
+    said, log = capfd.readouterr(), (tmp_path / "run" / "log.txt").read_text()
+    assert said.err.count("wandb failed (no route for log)") == 1 and log.count("resumed after step 3") == 1
+    assert sorted(log.splitlines()) == sorted((said.out + said.err).splitlines())
+    assert [line.split()[1] for line in log.splitlines() if line.startswith("step ")] == [
+        f"{n}/{steps}" for n, steps in ((1, 3), (2, 3), (3, 3), (4, 6), (5, 6), (6, 6))]
     assert metrics(tmp_path / "run") == metrics(undisturbed)
     assert rollouts(tmp_path / "run") == rollouts(undisturbed)
     assert equal(tensors(tmp_path / "run", 6), tensors(undisturbed, 6))
@@ -270,3 +306,100 @@ def test_bad_input_ends_with_one_sentence_and_code_2(tmp_path, ranks):
     assert done.returncode == (2 if ranks == 1 else 1)  # torchrun answers 1 whatever its workers say
     assert done.stderr.count("error: command line: there is no option 'learning_rate'") == 1 and not (
         tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("broken, calls, said", [
+    ([], ["online", 1, 2, "finish"], None),
+    (["init online"], ["online", "teardown", "offline", 1, 2, "finish"], "logs offline"),
+    (["init online", "init offline"], ["online", "teardown", "offline"], "goes on without it"),
+    (["log"], ["online"], "goes on without it"),
+    (["finish"], ["online", 1, 2], "goes on without it"),
+    (None, [], "goes on without it; pip install wandb"),
+])
+def test_what_fails_at_wandb_is_said_once_and_ends_no_run(broken, calls, said, tmp_path, monkeypatch, capsys):
+    fake = FakeWandb(*broken or ())
+    monkeypatch.setitem(sys.modules, "wandb", None if broken is None else fake)  # None: not installed
+    monkeypatch.setenv("WANDB_API_KEY", "k" * 40)
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    log = run.open_wandb(train.Config(), tmp_path)
+    for step in (1, 2):
+        log.send("log", {"loss": 0.5}, step=step)
+    log.send("finish")
+    assert [c[0] if isinstance(c, tuple) else c for c in fake.calls] == calls
+    err = capsys.readouterr().err
+    assert err.count("\n") == (said is not None) and (said or "") in err
+    assert ("no route for" in err) == bool(broken)
+
+
+def test_a_wandb_run_is_named_by_the_whole_path_of_its_folder_and_kept_on_resume(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", fake := FakeWandb())
+    for folder in ("a/7b", "b/7b", "a/7b", "a/../a/7b"):
+        run.open_wandb(train.Config(), tmp_path / folder)
+    monkeypatch.chdir(tmp_path)
+    run.open_wandb(train.Config(), Path("a/7b"))
+    (one, other, *again), resume = ([c[i] for c in fake.calls] for i in (1, 2))
+    assert one != other and again == [one] * 3 and set(resume) == {"allow"}
+
+
+@pytest.mark.parametrize("chosen, policy", [({}, "passive"), ({"OMP_WAIT_POLICY": "active"}, "active")])
+def test_threads_that_wait_leave_their_core_to_others_unless_told_otherwise(chosen, policy, monkeypatch):
+    """OpenMP reads the variable when torch loads it; here torch is an ImportError."""
+    monkeypatch.setattr(os, "environ", dict(chosen))
+    monkeypatch.setitem(sys.modules, "torch", None)
+    with pytest.raises(ImportError, match="torch"):
+        runpy.run_path(str(ROOT / "train.py"))
+    assert os.environ == {"OMP_WAIT_POLICY": policy}
+
+
+def test_progress_is_shown_and_not_logged(tmp_path, capsys):
+    stats = SimpleNamespace(new_tokens=9, finished=1)
+    with run.logged(tmp_path):
+        progress = run.Progress("step 1", 2, True)
+        progress.last -= 60
+        progress.update(stats)
+        print("warning: so", file=sys.stderr)
+    print("later")
+    assert "step 1: 1/2 samples" in capsys.readouterr().err
+    assert (tmp_path / "log.txt").read_text() == "warning: so\n"
+
+
+def test_where_the_log_cannot_be_written_lines_are_still_shown(tmp_path, capsys):
+    with run.logged(tmp_path / "nowhere"):
+        print("a line")
+    assert capsys.readouterr().out == "a line\n"
+
+
+STEP = {"step": 10, "reward/length": 0.5, "reward/format": 1.0, "reward/writing": 0.25, "truncated": 0.0,
+        "length/answer_words": 987.0, "length/in_range": 0.5, "grad_norm": 12.345, "entropy": 1.234,
+        "gap/mean": 1e-6, "tokens_per_second/sample": 9876.0, "time/sample": 600.0, "time/update": 300.0,
+        "time/total": 910.0, "dead_groups/length": 4, "dead_groups/format": 5, "dead_groups/writing": 0}
+
+
+def test_a_line_of_a_step_says_how_long_it_took_and_how_long_the_run_will(monkeypatch):
+    """Loading took 100 s, steps 9 and 10, the first since a resume, 1,000 s each."""
+    monkeypatch.setattr(run.time, "perf_counter", lambda: 3100.0)
+    line = run.describe(STEP, 150, ["length", "format", "writing"], [1000.0, 1100.0, 2100.0])
+    assert "all 910.0s  elapsed 35min left 2333min" in line and len(line) <= 205
+    assert "elapsed 35min left" in run.describe(STEP, 10, ["length"], [1000.0])  # of a step before a resume
+
+
+def test_a_warning_of_a_step_has_a_remedy():
+    config = train.Config(reward="length,format,writing")
+    (dead,) = run.warnings(STEP, config)
+    assert "the same, format in 5 of the 8 groups: raise group_size" in dead
+    (cut,) = run.warnings(STEP | {"dead_groups/format": 4, "truncated": 0.26}, config)
+    assert "26% of the samples were cut at max_new_tokens 256: raise it" in cut
+
+
+@pytest.mark.parametrize("dropped, part", [
+    (1, None), (2, "warning: 40% of the prompts are dropped: raise max_new_tokens")])
+def test_a_run_that_drops_many_prompts_says_what_to_do(dropped, part, tmp_path, capfd):
+    ranges = [[0, 0]] * dropped + [[8, 9]] * 3
+    lines = [{"prompt": f"Write letter {i}.", "length_range": r} for i, r in enumerate(ranges)]
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    in_process(tmp_path / "run", "--steps", "1", "--eval_prompts", "", "--max_new_tokens", "4", "--reward",
+               "length", "--prompts", str(prompts))
+    out = capfd.readouterr().out
+    assert f"{dropped} unanswerable dropped" in out and ("are dropped: raise" in out) == (part is not None)
+    assert (part or "") in out
