@@ -19,6 +19,7 @@ ADVANTAGES = ("per_reward", "sum", "gdpo")
 LOSSES = ("token", "sequence", "constant")
 IS_RATIOS = ("token", "sequence", "cispo")
 DEAD = 1e-6  # a group whose rewards spread no more than this has no signal, only rounding
+STD_FLOOR = 0.1  # default of `advantages` and of the option of this name
 VIOLATION = 0.1  # the least that a sample's advantage lies below 0 where it violates what is required
 
 
@@ -64,16 +65,29 @@ def group_spread(rewards_BGR: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor,
     return mean, std.masked_fill(dead, 0), dead
 
 
-def advantages(rewards_BGR: torch.Tensor, weights_R: torch.Tensor, mode: str = "per_reward",
-               std_floor: float = 1e-4, normalise_std: bool = True) -> tuple[torch.Tensor, torch.Tensor]:
-    """Advantage of each sample, and of each of its rewards: (advantage_BG, per_reward_BGR).
+def live_rms(std_BR: torch.Tensor) -> torch.Tensor:
+    """Root mean square of each reward's group stds over the groups that are not dead; 0 if all are."""
+    return (std_BR.square().sum(0) / (std_BR > 0).sum(0).clamp(min=1)).sqrt()
 
-    per_reward (the paper, section 3.1): A_k = (r_k - mean) / (std + floor) in the group for each reward, then
-    the mean over rewards with the given weights. Raw rewards are never summed: the one of largest scale would
-    win. gdpo (arXiv 2601.05242): that, then whitened over the whole batch; pass the rewards of all ranks.
+
+def advantages(rewards_BGR: torch.Tensor, weights_R: torch.Tensor, mode: str = "per_reward",
+               std_floor: float = STD_FLOOR,
+               normalise_std: bool = True) -> tuple[torch.Tensor, torch.Tensor]:
+    """Advantage of each sample, and of each of its rewards: (advantage_BG, per_reward_BGR). Pass the rewards
+    of all ranks, in fp64 where an offset is large against the spread.
+
+    per_reward (the paper, section 3.1): A_k = (r_k - mean) / max(std_k, floor_k) in the group for each
+    reward, then the mean over rewards with the given weights. Raw rewards are never summed: the one of
+    largest scale would win. gdpo (arXiv 2601.05242): that, then whitened over the whole batch.
     sum (plain GRPO): the weighted mean of raw rewards, normalised once; per_reward_BGR holds the parts that
     add up to it. Without normalise_std no group is divided by its standard deviation (Dr. GRPO, arXiv
     2503.20783).
+
+    floor_k = std_floor * rms of the batch's group stds of reward k, and at least DEAD: a group of ordinary
+    spread is normalised exactly, scale and offset of a reward do not matter, and one that is nearly saturated
+    beside others that are not keeps its small share. Dead groups are left out of the rms: counted as 0 they
+    would lower the floor just where most groups are saturated. A batch with one live group has no other
+    measure than its own: it is normalised exactly, and |A_k| is at most sqrt(G - 1).
 
     A reward that is missing (NaN) leaves mean and std alone and has A_k = 0; so has a group without spread,
     where rounding divided by a tiny std would make noise.
@@ -89,12 +103,13 @@ def advantages(rewards_BGR: torch.Tensor, weights_R: torch.Tensor, mode: str = "
         centred *= shares_R
         _, std, dead = group_spread(centred.sum(-1, keepdim=True))
         centred = centred.masked_fill(dead[:, None], 0)
-    scale = (std + std_floor).masked_fill(dead, 1) if normalise_std else torch.ones_like(std)
+    scale = torch.maximum(std, (std_floor * live_rms(std)).clamp(min=DEAD))
+    scale = scale if normalise_std else torch.ones_like(std)
     per_reward = centred / scale[:, None]
     advantage = per_reward.sum(-1) if mode == "sum" else per_reward @ shares_R
     if mode == "gdpo":
         spread = advantage.std(correction=0)
-        advantage = (advantage - advantage.mean()) / (spread + std_floor) if spread > DEAD else advantage * 0
+        advantage = (advantage - advantage.mean()) / spread if spread > DEAD else advantage * 0
     return advantage.float(), per_reward.float()
 
 

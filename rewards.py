@@ -32,7 +32,7 @@ LATIN_WORD = re.compile(r"\b[a-zA-Z]+\b")
 TAG = re.compile(r"</?(?:think|answer)>")
 END_OF_TEXT = "<|endoftext|>"  # of the Qwen2.5 family: a writing model's score stands there
 OVERLONG_CACHE = 0.2  # share of max_new_tokens over which `overlong` falls (DAPO: 4,096 of 20,480)
-LARGEST = float(np.finfo(np.float32).max)  # reward: they are kept in fp32
+LARGEST = float(np.finfo(np.float32).max)  # reward: its square and their sums are finite in fp64
 
 MISTAKES = (NameError, ImportError)  # of a remote reward: no server makes it raise these
 MISTAKES_OF_ALL = (AttributeError, TypeError)  # these one may, by an odd answer, but hardly on all samples

@@ -71,7 +71,7 @@ class Config:
     max_skipped: int = 3  # skipped updates in a row that end the run
     advantage: str = "per_reward"  # per_reward: each normalised in its group, then averaged; or sum, gdpo
     normalise_std: bool = True  # false: advantages are not divided by the group's std (Dr. GRPO)
-    std_floor: float = 0.1  # added to a group's std: small spreads are noise (not specified by the paper)
+    std_floor: float = grpo.STD_FLOOR  # least std, in rms of the batch's group stds (not in the paper)
     loss: str = "token"  # mean over all tokens; or sequence, constant (not specified by the paper)
     is_ratio: str = "token"  # PPO's ratio; or sequence (GSPO), cispo; with one update per batch all are 1
     eps_low: float = 0.2  # clip of the ratio below (paper: 0.2); with one update per batch it never acts
@@ -229,7 +229,7 @@ def sample_and_score(sampler: Sampler, prompts: list, requests: list[Request], c
     """
     n, names = requests[0].n, config.reward_names
     completions: list[list] = [[None] * n for _ in prompts]
-    rewards_BGR = torch.full((len(prompts), n, len(names)), torch.nan)
+    rewards_BGR = torch.full((len(prompts), n, len(names)), torch.nan, dtype=torch.float64)
     answered = [prompt for prompt in prompts for _ in range(n)]
     inline = [(r, name) for r, name in enumerate(names) if not is_batched(name) and not is_remote(name)]
     at_the_end = [(r, name) for r, name in enumerate(names) if is_batched(name)]
@@ -257,13 +257,13 @@ def sample_and_score(sampler: Sampler, prompts: list, requests: list[Request], c
         for r, name in at_the_end:  # perhaps sharded models, which nobody enters alone
             with parallel.agreed(RewardError, world), clock("score"):
                 values = score(name, sum(completions, []), answered)
-                rewards_BGR[..., r] = torch.tensor(values).view(len(prompts), n)
+                rewards_BGR[..., r] = torch.tensor(values, dtype=torch.float64).view(len(prompts), n)
         with clock("score"):
             await_servers([pool for _, pool in remote], sampled, progress.label, world)
         with parallel.agreed(RewardError, world), clock("score"):
             for r, pool in remote:
                 values, failures[pool.name] = pool.collect(answered)
-                rewards_BGR[..., r] = torch.tensor(values).view(len(prompts), n)
+                rewards_BGR[..., r] = torch.tensor(values, dtype=torch.float64).view(len(prompts), n)
     for name, errors in failures.items():
         reasons = Counter(sum(parallel.gather(errors, world), []))
         if reasons and world.main:
@@ -298,7 +298,7 @@ def await_servers(pools: list[Remote], since: float, label: str, world):
 def summarise(prompts: list, completions: list[list[Completion]], rewards_BGR: torch.Tensor, names: list[str],
               world) -> dict[str, float]:
     """Means over all samples of all ranks: rewards, their spread within groups, lengths."""
-    mean, std, dead = grpo.group_spread(rewards_BGR.double())
+    _, std, dead = grpo.group_spread(rewards_BGR)
     sums = {"groups": len(prompts), "samples": rewards_BGR[..., 0].numel()}
     for r, name in enumerate(names):
         present = ~rewards_BGR[..., r].isnan()
@@ -337,12 +337,12 @@ def compose(raw: list, names: list[str], config: Config,
     requirements of `suite`, a module such as rewards: (advantage_BG, per_reward_BGR, metrics). Raises
     RewardError."""
     weights_R = torch.tensor([suite.REWARDS[name][1] for name in names])
-    least_R = torch.tensor([suite.REQUIRED.get(name, -math.inf) for name in names])
+    least_R = torch.tensor([suite.REQUIRED.get(name, -math.inf) for name in names], dtype=torch.float64)
     worth_BGR = torch.tensor([[list(map(suite.transformed, names, values)) for values in group]
                               for group in raw], dtype=torch.float64)
     advantage_BG, per_reward_BGR = grpo.advantages(worth_BGR, weights_R, config.advantage, config.std_floor,
                                                    config.normalise_std)
-    advantage_BG, violates_BGR = grpo.require(advantage_BG, torch.tensor(raw), least_R)
+    advantage_BG, violates_BGR = grpo.require(advantage_BG, torch.tensor(raw, dtype=torch.float64), least_R)
     violators = dict(zip(names, violates_BGR.sum((0, 1)).tolist()))
     return advantage_BG, per_reward_BGR, {
         **{f"violators/{name}": violators[name] for name in suite.REQUIRED},

@@ -175,7 +175,7 @@ def rescore(folder: Path, suite_file: Path, names: list[str], kept: list[str], f
                               f"pass --reward {','.join(names)} to ask now")
     old_SR = np.array([stored(name) for name in names]).T
     new_SR = np.array([stored(name) if name in kept else values(suite, name, completions, asked)
-                       for name in names], dtype=np.float32).T  # as the run holds them
+                       for name in names]).T
     raw = new_SR.reshape(-1, config.group_size, len(names)).tolist()
     advantage_BG, per_reward_BGR, _ = compose(raw, names, config, suite)
     old_S, new_S = np.array([r["advantage"] for r in records]), advantage_BG.flatten().numpy()

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import inspect
 import math
 import random
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 
 import grpo
+import train
 from grpo import Sample, advantages, collate, mismatch, pack, policy_loss
 from kernels import linear_logprob
 from model import ModelConfig, Qwen2
@@ -52,7 +54,7 @@ def test_only_the_proportion_of_weights_matters():
     torch.testing.assert_close(alone, advantages(r_BGR[..., 1:2], torch.ones(1))[0])
 
 
-def test_a_group_knows_nothing_of_another():
+def test_a_group_of_ordinary_spread_knows_nothing_of_another():
     r_BGR = torch.rand(4, 6, 2, generator=torch.Generator().manual_seed(1))
     whole = advantages(r_BGR, torch.ones(2))[0]
     for b in range(4):
@@ -61,16 +63,53 @@ def test_a_group_knows_nothing_of_another():
 
 def test_one_failure_among_31_successes_gets_minus_root_31_and_a_floor_bounds_it():
     """With mean 31/32 and std sqrt(31)/32 the failure stands sqrt(31) = 5.57 deviations below."""
-    a = one([1.0] * 31 + [0.0])
+    group = [1.0] * 31 + [0.0]
+    a = one(group)
     assert a[31] == pytest.approx(-5.5678, abs=1e-4) and a[0] == pytest.approx(1 / math.sqrt(31), abs=1e-6)
-    bounded = one([1.0] * 31 + [0.0], floor=0.1)
-    assert bounded[31] == pytest.approx(-(31 / 32) / (math.sqrt(31) / 32 + 0.1), abs=1e-5)
-    assert -3.54 < bounded[31] < -3.53
+    assert one(group, floor=2) == pytest.approx([x / 2 for x in a])
 
 
-def test_the_floor_is_added_to_the_standard_deviation():
-    assert one([0.0, 1.0], floor=0.5) == pytest.approx([-0.5, 0.5])
-    assert one([0.0, 1e-3], floor=0.5) == pytest.approx([-0.0005 / 0.5005, 0.0005 / 0.5005])
+def rms(x: torch.Tensor) -> float:
+    return x.double().square().mean().sqrt().item()
+
+
+def test_the_floor_is_a_share_of_the_batchs_spread_and_below_it_a_group_is_exact():
+    """Stds 1, 1, .05 and a dead group: the floor is .1 of sqrt(2.0025 / 3). The dead group is not counted."""
+    r_BGR = rewards([-1, 1], [6, 4], [0.05, -0.05], [3, 3])
+    a_BG = advantages(r_BGR, torch.ones(1))[0]
+    floor = 0.1 * math.sqrt(2.0025 / 3)
+    np.testing.assert_allclose(a_BG, [[-1, 1], [1, -1], [0.05 / floor, -0.05 / floor], [0, 0]], atol=1e-6)
+    np.testing.assert_allclose(a_BG[:3], advantages(r_BGR[:3], torch.ones(1))[0])
+    lone = advantages(rewards([0, 4e-3, 0], *[[7, 7, 7]] * 31), torch.ones(1))[0]
+    np.testing.assert_allclose(lone[0], np.array([-1, 2, -1]) / math.sqrt(2), atol=1e-6)
+    summed = advantages(torch.stack((r_BGR[..., 0],) * 2, -1), torch.ones(2), "sum")[0]
+    np.testing.assert_allclose(summed, a_BG, atol=1e-6)
+
+
+@pytest.mark.parametrize("mode", grpo.ADVANTAGES)
+@pytest.mark.parametrize("scale", [1e-3, 1, 1e3])
+@pytest.mark.parametrize("offset", [0, 1e3])
+def test_the_size_of_an_advantage_depends_on_neither_scale_nor_offset(mode, scale, offset):
+    generator = torch.Generator().manual_seed(3)
+    r_BGR = torch.randn(16, 8, 1, generator=generator, dtype=torch.float64)
+    plain, moved = (advantages(x, torch.ones(1), mode)[0] for x in (r_BGR, offset + scale * r_BGR))
+    assert rms(moved) == pytest.approx(rms(plain), rel=0.01) and 0.95 < rms(plain) < 1.01
+    torch.testing.assert_close(moved, plain, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("scale", [1e-3, 1, 1e3])
+def test_a_group_with_a_twentieth_of_the_batchs_spread_is_not_blown_up(scale):
+    r_BGR = torch.randn(16, 8, 1, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    mean, std, _ = grpo.group_spread(r_BGR)
+    r_BGR = (r_BGR - mean[:, None]) / std[:, None]
+    r_BGR[0] /= 20
+    a_BG = advantages(scale * r_BGR, torch.ones(1))[0]
+    assert 0.4 < rms(a_BG[0]) <= 0.6 and rms(a_BG[1:]) == pytest.approx(1, rel=1e-6)
+
+
+def test_the_options_default_is_the_functions():
+    default = inspect.signature(advantages).parameters["std_floor"].default
+    assert train.Config().std_floor == default == 0.1
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -88,7 +127,8 @@ def test_a_constant_group_has_advantage_exactly_zero(value, size, dtype):
 
 def test_a_spread_below_one_in_a_million_is_dead_and_one_above_is_not():
     assert one([0.5, 0.5 + 9e-7]) == [0.0, 0.0]
-    assert one([0.5, 0.5 + 1.1e-6]) == pytest.approx([-1.0, 1.0], rel=1e-6)
+    assert one([0.5, 0.5 + 1.1e-6]) == pytest.approx([-0.55, 0.55], rel=1e-6), "the least floor"
+    assert one([0.5, 0.5 + 2.1e-6]) == pytest.approx([-1.0, 1.0], rel=1e-6)
     assert one([0.3, 0.3 + 5e-7, 0.3 - 3e-7]) == [0.0, 0.0, 0.0]
 
 
@@ -136,7 +176,7 @@ def test_sum_normalises_the_weighted_mean_of_raw_rewards():
     np.testing.assert_allclose(each.sum(-1), total, atol=1e-6)
     np.testing.assert_allclose(each[0, :, 0], 0.25 * (np.arange(4) - 1.5) / raw.std(), atol=1e-6)
     floored = advantages(r_BGR, torch.tensor([1.0, 3.0]), "sum", 0.5)[0]
-    np.testing.assert_allclose(floored[0], (raw - raw.mean()) / (raw.std() + 0.5), atol=1e-6)
+    np.testing.assert_allclose(floored[0], (raw - raw.mean()) / raw.std(), atol=1e-6)
 
 
 def test_in_a_sum_the_reward_of_largest_scale_wins_and_opposite_ones_cancel():
@@ -161,8 +201,8 @@ def test_gdpo_whitens_the_averaged_advantages_over_the_batch():
     plain, each = advantages(r_BGR, torch.tensor([1.0, 2.0]), "per_reward", 0.01)
     total, each_too = advantages(r_BGR, torch.tensor([1.0, 2.0]), "gdpo", 0.01)
     a = plain.double().numpy()
-    np.testing.assert_allclose(total, (a - a.mean()) / (a.std() + 0.01), atol=1e-5)
-    assert torch.equal(each, each_too) and total.std(correction=0).item() == pytest.approx(1, abs=0.05)
+    np.testing.assert_allclose(total, (a - a.mean()) / a.std(), atol=1e-5)
+    assert torch.equal(each, each_too) and total.std(correction=0).item() == pytest.approx(1, abs=1e-5)
     assert torch.count_nonzero(advantages(torch.ones(3, 4, 2), torch.ones(2), "gdpo")[0]) == 0
 
 
