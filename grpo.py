@@ -65,6 +65,23 @@ def group_spread(rewards_BGR: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor,
     return mean, std.masked_fill(dead, 0), dead
 
 
+def place_lowest(rewards_BGR: torch.Tensor) -> torch.Tensor:
+    """The rewards with a number in place of each -inf, which says that a sample has nothing to judge. Pass
+    those of all ranks.
+
+    The number lies below the lowest of its group by the group's std or, where that is more, by the rms of the
+    batch's: the sample is worse than any that can be judged, at every scale and offset, and widens its group
+    no more than an ordinary bad one. Without another in its group that can be judged it is missing (NaN).
+    """
+    nothing_BGR = rewards_BGR.isneginf()
+    judged_BGR = rewards_BGR.masked_fill(nothing_BGR, torch.nan)
+    _, std, _ = group_spread(judged_BGR)
+    step = torch.maximum(std, live_rms(std))
+    step = step.masked_fill(step == 0, 1)  # no two of the batch can be compared: any distance will do
+    place = judged_BGR.nan_to_num(torch.inf).amin(1) - step
+    return torch.where(nothing_BGR, place.masked_fill(place.isinf(), torch.nan)[:, None], rewards_BGR)
+
+
 def live_rms(std_BR: torch.Tensor) -> torch.Tensor:
     """Root mean square of each reward's group stds over the groups that are not dead; 0 if all are."""
     return (std_BR.square().sum(0) / (std_BR > 0).sum(0).clamp(min=1)).sqrt()

@@ -222,7 +222,8 @@ def generate(sampler: Sampler, requests: list[Request], world) -> Iterator[Compl
 def sample_and_score(sampler: Sampler, prompts: list, requests: list[Request], config: Config,
                      clock: run.Clock, progress: run.Progress,
                      world) -> tuple[list[list[Completion]], torch.Tensor]:
-    """Completions of this rank's prompts, scored as they finish: completions[b][g], rewards_BGR.
+    """Completions of this rank's prompts, scored as they finish: completions[b][g], rewards_BGR with NaN
+    where missing and -inf for rewards.LOWEST.
 
     Rewards marked `remote` are called in threads meanwhile and waited for at the end; those marked `batched`
     see all samples then. Raises RewardError, or Stopped, on all ranks if one has it.
@@ -612,6 +613,7 @@ def evaluate(step: int, prompts: list, sampler: Sampler, config: Config, folder:
     progress = run.Progress(f"evaluation after step {step}", len(mine), world.main)
     with clock("sample"):
         completions, rewards_BGR = sample_and_score(sampler, mine, requests, config, clock, progress, world)
+    rewards_BGR = grpo.place_lowest(rewards_BGR)  # a single sample without a body has no such reward
     metrics = summarise(mine, completions, rewards_BGR, config.reward_names, world)
     measured = [[{"scores": measure(prompt, c)} for c in group] for prompt, group in zip(mine, completions)]
     texts = records(mine, completions, rewards_BGR, config.reward_names, share, world, measured)
@@ -730,9 +732,11 @@ def train(config: Config, clock: run.Clock | None = None, watch: Watch | None = 
         clock.seconds["sample"] -= clock.seconds["score"] + clock.seconds["idle"]
 
         # Advantages, of all ranks' groups: each reward on its own within its group, then averaged.
+        raw_BGR = grpo.place_lowest(torch.tensor(everyones(rewards_BGR.tolist(), share, world),
+                                                 dtype=torch.float64))
         with kept():
-            *composed, conflicts = compose(everyones(rewards_BGR.tolist(), share, world), names, config)
-        advantage_BG, per_reward_BGR = (x[share] for x in composed)
+            *composed, conflicts = compose(raw_BGR.tolist(), names, config)
+        rewards_BGR, advantage_BG, per_reward_BGR = (x[share] for x in (raw_BGR, *composed))
 
         # Update: samples of all ranks, packed and dealt by flops; logprobs, the clipped loss, AdamW.
         lr = config.lr * min(1.0, step / max(1, config.warmup))

@@ -107,6 +107,24 @@ def test_a_group_with_a_twentieth_of_the_batchs_spread_is_not_blown_up(scale):
     assert 0.4 < rms(a_BG[0]) <= 0.6 and rms(a_BG[1:]) == pytest.approx(1, rel=1e-6)
 
 
+def test_a_sample_with_nothing_to_judge_is_placed_below_all_of_its_group_that_can_be_judged():
+    """Stds of the judged are 1, .1, 0 (one alone) and none: rms of the live ones sqrt(1.01 / 2). The place is
+    below the lowest by the larger of the group's and that."""
+    low, rms_of_live = -math.inf, math.sqrt(1.01 / 2)
+    groups = [[4, 6, low, low], [5, 5.2, NAN, low], [7, low, low, low], [low, low, NAN, low]]
+    for scale, offset in ((1, 0), (1e3, -5e3), (1e-3, 1e3)):
+        r_BGR = rewards(*groups)
+        placed = (grpo.place_lowest(offset + scale * r_BGR)[..., 0] - offset) / scale
+        step = rms_of_live
+        np.testing.assert_allclose(placed, [[4, 6, 3, 3], [5, 5.2, NAN, 5 - step],
+                                            [7, 7 - step, 7 - step, 7 - step], [NAN] * 4], rtol=1e-6)
+    a_BG = advantages(grpo.place_lowest(r_BGR), torch.ones(1))[0]
+    assert (a_BG[:3][r_BGR[:3, :, 0] == low] < -0.3).all() and torch.count_nonzero(a_BG[3]) == 0
+    alone = grpo.place_lowest(rewards([7, low], [low, low]))
+    assert alone[0, 1] < alone[0, 0] == 7 and alone[1].isnan().all()
+    assert torch.equal(grpo.place_lowest(rewards([1, 2])), rewards([1, 2]))
+
+
 def test_the_options_default_is_the_functions():
     default = inspect.signature(advantages).parameters["std_floor"].default
     assert train.Config().std_floor == default == 0.1
