@@ -17,7 +17,13 @@ from model import Packed, packed
 
 ADVANTAGES = ("per_reward", "sum", "gdpo")
 LOSSES = ("token", "sequence", "constant")
-IS_RATIOS = ("token", "sequence", "cispo")
+EPS = 0.2  # the paper's clip, below and above
+FORMS = {  # is_ratio: the loss, eps_low and eps_high that it is published with
+    "token": ("token", EPS, EPS),  # the paper; its aggregation is open, DAPO's
+    "sequence": ("sequence", 3e-4, 4e-4),  # GSPO, section 5.1
+    "cispo": ("token", 1.0, 4.0),  # no lower clip; its paper names no upper: ScaleRL's (arXiv 2510.13786)
+}
+IS_RATIOS = tuple(FORMS)
 DEAD = 1e-6  # a group whose rewards spread no more than this has no signal, only rounding
 STD_FLOOR = 0.1  # default of `advantages` and of the option of this name
 VIOLATION = 0.1  # the least that a sample's advantage lies below 0 where it violates what is required
@@ -256,7 +262,7 @@ def k3(log_ratio: torch.Tensor) -> torch.Tensor:
 
 
 def policy_loss(logp_N: torch.Tensor, old_logp_N: torch.Tensor, advantage_N: torch.Tensor,
-                denominator_N: torch.Tensor | float, eps_low: float = 0.2, eps_high: float = 0.2,
+                denominator_N: torch.Tensor | float, eps_low: float = EPS, eps_high: float = EPS,
                 is_ratio: str = "token", lengths: list[int] | None = None,
                 correction_N: torch.Tensor | float = 1.0, reference_logp_N: torch.Tensor | None = None,
                 beta: float = 0.0) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
@@ -266,8 +272,9 @@ def policy_loss(logp_N: torch.Tensor, old_logp_N: torch.Tensor, advantage_N: tor
     token      -min(rho A, clip(rho) A)                                    (PPO; paper, eq. 1)
     sequence   the same with rho's geometric mean over the sample          (GSPO, arXiv 2507.18071)
     cispo      -clip(rho) A log p, clip(rho) detached: no token is muted   (arXiv 2506.13585)
-    The clip is [1 - eps_low, 1 + eps_high]. While on-policy (old_logp_N = logp_N.detach()) rho is 1, the clip
-    never acts and all three have the gradient of -A log p, `sequence` averaged over the sample.
+    The clip is [1 - eps_low, 1 + eps_high]; FORMS has those of the papers. While on-policy (old_logp_N =
+    logp_N.detach()) rho is 1, the clip never acts and all three have the gradient of -A log p, `sequence`
+    averaged over the sample.
 
     lengths: tokens of each sample, needed by `sequence`. correction_N: weight of each token, see
     `truncated_ratio`. beta: of the KL to a reference policy, `k3` of p_ref / p, whose gradient flows.
