@@ -17,8 +17,15 @@ from model import Packed, packed
 
 ADVANTAGES = ("per_reward", "sum", "gdpo")
 LOSSES = ("token", "sequence", "constant")
-IS_RATIOS = ("token", "sequence", "cispo")
+EPS = 0.2  # the paper's clip, below and above
+FORMS = {  # is_ratio: the loss, eps_low and eps_high that it is published with
+    "token": ("token", EPS, EPS),  # the paper; its aggregation is open, DAPO's
+    "sequence": ("sequence", 3e-4, 4e-4),  # GSPO, section 5.1
+    "cispo": ("token", 1.0, 4.0),  # no lower clip; its paper names no upper: ScaleRL's (arXiv 2510.13786)
+}
+IS_RATIOS = tuple(FORMS)
 DEAD = 1e-6  # a group whose rewards spread no more than this has no signal, only rounding
+STD_FLOOR = 0.1  # default of `advantages` and of the option of this name
 VIOLATION = 0.1  # the least that a sample's advantage lies below 0 where it violates what is required
 
 
@@ -64,16 +71,46 @@ def group_spread(rewards_BGR: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor,
     return mean, std.masked_fill(dead, 0), dead
 
 
-def advantages(rewards_BGR: torch.Tensor, weights_R: torch.Tensor, mode: str = "per_reward",
-               std_floor: float = 1e-4, normalise_std: bool = True) -> tuple[torch.Tensor, torch.Tensor]:
-    """Advantage of each sample, and of each of its rewards: (advantage_BG, per_reward_BGR).
+def place_lowest(rewards_BGR: torch.Tensor) -> torch.Tensor:
+    """The rewards with a number in place of each -inf, which says that a sample has nothing to judge. Pass
+    those of all ranks.
 
-    per_reward (the paper, section 3.1): A_k = (r_k - mean) / (std + floor) in the group for each reward, then
-    the mean over rewards with the given weights. Raw rewards are never summed: the one of largest scale would
-    win. gdpo (arXiv 2601.05242): that, then whitened over the whole batch; pass the rewards of all ranks.
+    The number lies below the lowest of its group by the group's std or, where that is more, by the rms of the
+    batch's: the sample is worse than any that can be judged, at every scale and offset, and widens its group
+    no more than an ordinary bad one. Without another in its group that can be judged it is missing (NaN).
+    """
+    nothing_BGR = rewards_BGR.isneginf()
+    judged_BGR = rewards_BGR.masked_fill(nothing_BGR, torch.nan)
+    _, std, _ = group_spread(judged_BGR)
+    step = torch.maximum(std, live_rms(std))
+    step = step.masked_fill(step == 0, 1)  # no two of the batch can be compared: any distance will do
+    place = judged_BGR.nan_to_num(torch.inf).amin(1) - step
+    return torch.where(nothing_BGR, place.masked_fill(place.isinf(), torch.nan)[:, None], rewards_BGR)
+
+
+def live_rms(std_BR: torch.Tensor) -> torch.Tensor:
+    """Root mean square of each reward's group stds over the groups that are not dead; 0 if all are."""
+    return (std_BR.square().sum(0) / (std_BR > 0).sum(0).clamp(min=1)).sqrt()
+
+
+def advantages(rewards_BGR: torch.Tensor, weights_R: torch.Tensor, mode: str = "per_reward",
+               std_floor: float = STD_FLOOR,
+               normalise_std: bool = True) -> tuple[torch.Tensor, torch.Tensor]:
+    """Advantage of each sample, and of each of its rewards: (advantage_BG, per_reward_BGR). Pass the rewards
+    of all ranks, in fp64 where an offset is large against the spread.
+
+    per_reward (the paper, section 3.1): A_k = (r_k - mean) / max(std_k, floor_k) in the group for each
+    reward, then the mean over rewards with the given weights. Raw rewards are never summed: the one of
+    largest scale would win. gdpo (arXiv 2601.05242): that, then whitened over the whole batch.
     sum (plain GRPO): the weighted mean of raw rewards, normalised once; per_reward_BGR holds the parts that
     add up to it. Without normalise_std no group is divided by its standard deviation (Dr. GRPO, arXiv
     2503.20783).
+
+    floor_k = std_floor * rms of the batch's group stds of reward k, and at least DEAD: a group of ordinary
+    spread is normalised exactly, scale and offset of a reward do not matter, and one that is nearly saturated
+    beside others that are not keeps its small share. Dead groups are left out of the rms: counted as 0 they
+    would lower the floor just where most groups are saturated. A batch with one live group has no other
+    measure than its own: it is normalised exactly, and |A_k| is at most sqrt(G - 1).
 
     A reward that is missing (NaN) leaves mean and std alone and has A_k = 0; so has a group without spread,
     where rounding divided by a tiny std would make noise.
@@ -89,12 +126,13 @@ def advantages(rewards_BGR: torch.Tensor, weights_R: torch.Tensor, mode: str = "
         centred *= shares_R
         _, std, dead = group_spread(centred.sum(-1, keepdim=True))
         centred = centred.masked_fill(dead[:, None], 0)
-    scale = (std + std_floor).masked_fill(dead, 1) if normalise_std else torch.ones_like(std)
+    scale = torch.maximum(std, (std_floor * live_rms(std)).clamp(min=DEAD))
+    scale = scale if normalise_std else torch.ones_like(std)
     per_reward = centred / scale[:, None]
     advantage = per_reward.sum(-1) if mode == "sum" else per_reward @ shares_R
     if mode == "gdpo":
         spread = advantage.std(correction=0)
-        advantage = (advantage - advantage.mean()) / (spread + std_floor) if spread > DEAD else advantage * 0
+        advantage = (advantage - advantage.mean()) / spread if spread > DEAD else advantage * 0
     return advantage.float(), per_reward.float()
 
 
@@ -219,12 +257,14 @@ def denominators(lengths: list[int], loss: str, samples: int, tokens: int, max_t
 
 def k3(log_ratio: torch.Tensor) -> torch.Tensor:
     """rho - 1 - log rho: an estimate of KL(p || q) on tokens of p with rho = q / p, never negative (Schulman,
-    2020)."""
+    2020). rho is at most e^20, or 5e8: millions of tokens add up in fp32, and p hardly ever samples a token
+    to which it gives less than e^-20."""
+    log_ratio = log_ratio.clamp(max=20)
     return log_ratio.expm1() - log_ratio
 
 
 def policy_loss(logp_N: torch.Tensor, old_logp_N: torch.Tensor, advantage_N: torch.Tensor,
-                denominator_N: torch.Tensor | float, eps_low: float = 0.2, eps_high: float = 0.2,
+                denominator_N: torch.Tensor | float, eps_low: float = EPS, eps_high: float = EPS,
                 is_ratio: str = "token", lengths: list[int] | None = None,
                 correction_N: torch.Tensor | float = 1.0, reference_logp_N: torch.Tensor | None = None,
                 beta: float = 0.0) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
@@ -234,8 +274,9 @@ def policy_loss(logp_N: torch.Tensor, old_logp_N: torch.Tensor, advantage_N: tor
     token      -min(rho A, clip(rho) A)                                    (PPO; paper, eq. 1)
     sequence   the same with rho's geometric mean over the sample          (GSPO, arXiv 2507.18071)
     cispo      -clip(rho) A log p, clip(rho) detached: no token is muted   (arXiv 2506.13585)
-    The clip is [1 - eps_low, 1 + eps_high]. While on-policy (old_logp_N = logp_N.detach()) rho is 1, the clip
-    never acts and all three have the gradient of -A log p, `sequence` averaged over the sample.
+    The clip is [1 - eps_low, 1 + eps_high]; FORMS has those of the papers. While on-policy (old_logp_N =
+    logp_N.detach()) rho is 1, the clip never acts and all three have the gradient of -A log p, `sequence`
+    averaged over the sample.
 
     lengths: tokens of each sample, needed by `sequence`. correction_N: weight of each token, see
     `truncated_ratio`. beta: of the KL to a reference policy, `k3` of p_ref / p, whose gradient flows.

@@ -14,8 +14,8 @@ class ConfigError(ValueError):
 
 def help_text(kind: type, about: str) -> str:
     """--help, made from the comments beside the fields of the dataclass `kind`."""
-    lines = re.findall(r"^    (\w+): (\w+) = (.+?)  # (.+)$", inspect.getsource(kind), re.M)
-    rows = [f"  --{name:22}{kind:7}{comment} [{default}]" for name, kind, default, comment in lines]
+    lines = re.findall(r"^    (\w+): (\w+) = .+?  # (.+)$", inspect.getsource(kind), re.M)
+    rows = [f"  --{name:22}{of:7}{comment} [{getattr(kind, name)!r}]" for name, of, comment in lines]
     return "\n".join([about.strip(), "", "Options, with their defaults:", *rows])
 
 

@@ -48,6 +48,7 @@ from tokenizer import Tokenizer, TokenizerError
 from watch import Stopped, Watch
 
 
+
 @dataclass
 class Config:
     model: str = "data/tiny/base"  # checkpoint folder: config.json, safetensors, tokenizer.json
@@ -74,13 +75,13 @@ class Config:
     max_skipped: int = 3  # skipped updates in a row that end the run
     advantage: str = "per_reward"  # per_reward: each normalised in its group, then averaged; or sum, gdpo
     normalise_std: bool = True  # false: advantages are not divided by the group's std (Dr. GRPO)
-    std_floor: float = 0.1  # added to a group's std: small spreads are noise (not specified by the paper)
-    loss: str = "token"  # mean over all tokens; or sequence, constant (not specified by the paper)
+    std_floor: float = grpo.STD_FLOOR  # least std, in rms of the batch's group stds (not in the paper)
     is_ratio: str = "token"  # PPO's ratio; or sequence (GSPO), cispo; with one update per batch all are 1
-    eps_low: float = 0.2  # clip of the ratio below (paper: 0.2); with one update per batch it never acts
-    eps_high: float = 0.2  # clip of the ratio above (paper: 0.2; DAPO: 0.28)
+    loss: str = None  # mean over tokens; or sequence, constant; None: is_ratio's: token, GSPO sequence
+    eps_low: float = None  # clip of the ratio below; None: is_ratio's: 0.2 (the paper), GSPO 3e-4, cispo 1
+    eps_high: float = None  # clip above (DAPO: 0.28); None: is_ratio's: 0.2 (the paper), GSPO 4e-4, cispo 4
     updates_per_batch: int = 1  # optimiser steps, each on its part of a step's groups; 1: strictly on-policy
-    tis_cap: float = 0.0  # largest trainer/sampler ratio that weighs a token (try 2); 0: no correction
+    tis_cap: float = 2.0  # largest trainer/sampler ratio that weighs a token; 0: no correction
     beta: float = 0.0  # weight of the KL to a reference policy (paper: 0, and then there is none)
     reference: str = ""  # its checkpoint folder; empty: `model`
     overlong: str = "keep"  # samples cut at max_new_tokens: keep, or mask (not specified by the paper)
@@ -102,6 +103,13 @@ class Config:
     device: str = "auto"  # auto, cpu or cuda
     timeout: int = 1800  # seconds that a rank waits for the others before the run ends
     wandb: bool = False  # log to Weights & Biases too (offline without a key)
+
+    def __post_init__(self):
+        """What is_ratio's paper says stands for what is not given."""
+        published = zip(("loss", "eps_low", "eps_high"), grpo.FORMS.get(self.is_ratio, grpo.FORMS["token"]))
+        for name, value in published:
+            if getattr(self, name) is None:
+                setattr(self, name, value)
 
     @property
     def stop_strings(self) -> tuple[str, ...]:
@@ -193,9 +201,11 @@ def make_requests(tokenizer: Tokenizer, prompts: list, n: int, when, config: Con
 
 
 def expected_tokens(prompt, config: Config) -> int:
-    """A guess at a sample's tokens, which decides when and on which rank it is written: two for each word of
-    the longest answer asked for, thinking included."""
-    asked = 2 * prompt.length_range[1] if prompt.length_range else config.max_new_tokens
+    """A guess at a sample's tokens, which decides when and on which rank it is written: twice those of the
+    longest answer asked for, thinking included."""
+    if not prompt.length_range:
+        return config.max_new_tokens
+    asked = round(2 * prompt_data.TOKENS_PER_WORD[prompt.language] * prompt.length_range[1])
     return max(1, min(asked, config.max_new_tokens))
 
 
@@ -225,14 +235,15 @@ def generate(sampler: Sampler, requests: list[Request], world) -> Iterator[Compl
 def sample_and_score(sampler: Sampler, prompts: list, requests: list[Request], config: Config,
                      clock: run.Clock, progress: run.Progress,
                      world) -> tuple[list[list[Completion]], torch.Tensor]:
-    """Completions of this rank's prompts, scored as they finish: completions[b][g], rewards_BGR.
+    """Completions of this rank's prompts, scored as they finish: completions[b][g], rewards_BGR with NaN
+    where missing and -inf for rewards.LOWEST.
 
     Rewards marked `remote` are called in threads meanwhile and waited for at the end; those marked `batched`
     see all samples then. Raises RewardError, or Stopped, on all ranks if one has it.
     """
     n, names = requests[0].n, config.reward_names
     completions: list[list] = [[None] * n for _ in prompts]
-    rewards_BGR = torch.full((len(prompts), n, len(names)), torch.nan)
+    rewards_BGR = torch.full((len(prompts), n, len(names)), torch.nan, dtype=torch.float64)
     answered = [prompt for prompt in prompts for _ in range(n)]
     inline = [(r, name) for r, name in enumerate(names) if not is_batched(name) and not is_remote(name)]
     at_the_end = [(r, name) for r, name in enumerate(names) if is_batched(name)]
@@ -260,13 +271,13 @@ def sample_and_score(sampler: Sampler, prompts: list, requests: list[Request], c
         for r, name in at_the_end:  # perhaps sharded models, which nobody enters alone
             with parallel.agreed(RewardError, world), clock("score"):
                 values = score(name, sum(completions, []), answered)
-                rewards_BGR[..., r] = torch.tensor(values).view(len(prompts), n)
+                rewards_BGR[..., r] = torch.tensor(values, dtype=torch.float64).view(len(prompts), n)
         with clock("score"):
             await_servers([pool for _, pool in remote], sampled, progress.label, world)
         with parallel.agreed(RewardError, world), clock("score"):
             for r, pool in remote:
                 values, failures[pool.name] = pool.collect(answered)
-                rewards_BGR[..., r] = torch.tensor(values).view(len(prompts), n)
+                rewards_BGR[..., r] = torch.tensor(values, dtype=torch.float64).view(len(prompts), n)
     for name, errors in failures.items():
         reasons = Counter(sum(parallel.gather(errors, world), []))
         if reasons and world.main:
@@ -299,9 +310,9 @@ def await_servers(pools: list[Remote], since: float, label: str, world):
 
 
 def summarise(prompts: list, completions: list[list[Completion]], rewards_BGR: torch.Tensor, names: list[str],
-              world) -> dict[str, float]:
+              tokenizer: Tokenizer, world) -> dict[str, float]:
     """Means over all samples of all ranks: rewards, their spread within groups, lengths."""
-    mean, std, dead = grpo.group_spread(rewards_BGR.double())
+    _, std, dead = grpo.group_spread(rewards_BGR)
     sums = {"groups": len(prompts), "samples": rewards_BGR[..., 0].numel()}
     for r, name in enumerate(names):
         present = ~rewards_BGR[..., r].isnan()
@@ -309,12 +320,15 @@ def summarise(prompts: list, completions: list[list[Completion]], rewards_BGR: t
             f"sum/{name}": rewards_BGR[..., r].nansum().item(), f"present/{name}": present.sum().item(),
             f"std/{name}": std[:, r].sum().item(), f"dead/{name}": dead[:, r].sum().item()
         }
-    counts = {"words": 0, "tokens": 0, "in_range": 0, "ranged": 0, "cut": 0}
+    counts = {"words": 0, "words_complete": 0, "tokens": 0, "think": 0, "in_range": 0, "ranged": 0, "cut": 0}
     for prompt, group in zip(prompts, completions):
         for c in group:
             words = count_words(structure(c.text)[2] or "")
             counts["words"] += words
+            counts["words_complete"] += words * (c.finish_reason != "length")
             counts["tokens"] += len(c.token_ids)
+            thought = c.text.partition("<think>")[2].partition("</think>")[0].partition("<answer>")[0]
+            counts["think"] += len(tokenizer.encode(thought))  # one that is cut too
             counts["cut"] += c.finish_reason == "length"
             if prompt.length_range:
                 counts["ranged"] += 1
@@ -330,6 +344,8 @@ def summarise(prompts: list, completions: list[list[Completion]], rewards_BGR: t
         }
     return out | {
         "length/answer_words": s["words"] / s["samples"], "length/tokens": s["tokens"] / s["samples"],
+        "length/answer_words_complete": s["words_complete"] / max(1, s["samples"] - s["cut"]),
+        "length/think_tokens": s["think"] / s["samples"],
         "length/in_range": s["in_range"] / max(1, s["ranged"]), "truncated": s["cut"] / s["samples"]
     }
 
@@ -340,12 +356,12 @@ def compose(raw: list, names: list[str], config: Config,
     requirements of `suite`, a module such as rewards: (advantage_BG, per_reward_BGR, metrics). Raises
     RewardError."""
     weights_R = torch.tensor([suite.REWARDS[name][1] for name in names])
-    least_R = torch.tensor([suite.REQUIRED.get(name, -math.inf) for name in names])
+    least_R = torch.tensor([suite.REQUIRED.get(name, -math.inf) for name in names], dtype=torch.float64)
     worth_BGR = torch.tensor([[list(map(suite.transformed, names, values)) for values in group]
                               for group in raw], dtype=torch.float64)
     advantage_BG, per_reward_BGR = grpo.advantages(worth_BGR, weights_R, config.advantage, config.std_floor,
                                                    config.normalise_std)
-    advantage_BG, violates_BGR = grpo.require(advantage_BG, torch.tensor(raw), least_R)
+    advantage_BG, violates_BGR = grpo.require(advantage_BG, torch.tensor(raw, dtype=torch.float64), least_R)
     violators = dict(zip(names, violates_BGR.sum((0, 1)).tolist()))
     return advantage_BG, per_reward_BGR, {
         **{f"violators/{name}": violators[name] for name in suite.REQUIRED},
@@ -505,7 +521,7 @@ class Inputs:
     tokenizer: Tokenizer
     prompts: list
     eval_prompts: list
-    dropped: dict[str, int]  # training prompts, by reason
+    dropped: dict[str, int]  # prompts, by reason
 
 
 def read_inputs(config: Config, world) -> Inputs:
@@ -524,7 +540,8 @@ def read_inputs(config: Config, world) -> Inputs:
     prompts, dropped = read_prompts(config, "prompts", config.prompts_per_step, "a step", tokenizer, context)
     eval_prompts = []
     if config.eval_prompts:
-        eval_prompts, _ = read_prompts(config, "eval_prompts", world.size, "every rank", tokenizer, context)
+        eval_prompts, out = read_prompts(config, "eval_prompts", world.size, "every rank", tokenizer, context)
+        dropped |= {f"{why} evaluation prompts": n for why, n in out.items()}
     rewards.check(config.reward_names, config)
     for name in config.reward_names:  # a dry run: a reward that raises should do so now
         if is_batched(name) and is_remote(name):
@@ -615,7 +632,8 @@ def evaluate(step: int, prompts: list, sampler: Sampler, config: Config, folder:
     progress = run.Progress(f"evaluation after step {step}", len(mine), world.main)
     with clock("sample"):
         completions, rewards_BGR = sample_and_score(sampler, mine, requests, config, clock, progress, world)
-    metrics = summarise(mine, completions, rewards_BGR, config.reward_names, world)
+    rewards_BGR = grpo.place_lowest(rewards_BGR)  # a single sample without a body has no such reward
+    metrics = summarise(mine, completions, rewards_BGR, config.reward_names, sampler.tokenizer, world)
     measured = [[{"scores": measure(prompt, c)} for c in group] for prompt, group in zip(mine, completions)]
     texts = records(mine, completions, rewards_BGR, config.reward_names, share, world, measured)
     for name in texts[0]["scores"]:
@@ -740,9 +758,11 @@ def go_on(config: Config, inputs: Inputs, folder: Path, newest: tuple[Path, dict
         clock.seconds["sample"] -= clock.seconds["score"] + clock.seconds["idle"]
 
         # Advantages, of all ranks' groups: each reward on its own within its group, then averaged.
+        raw_BGR = grpo.place_lowest(torch.tensor(everyones(rewards_BGR.tolist(), share, world),
+                                                 dtype=torch.float64))
         with kept():
-            *composed, conflicts = compose(everyones(rewards_BGR.tolist(), share, world), names, config)
-        advantage_BG, per_reward_BGR = (x[share] for x in composed)
+            *composed, conflicts = compose(raw_BGR.tolist(), names, config)
+        rewards_BGR, advantage_BG, per_reward_BGR = (x[share] for x in (raw_BGR, *composed))
 
         # Update: samples of all ranks, packed and dealt by flops; logprobs, the clipped loss, AdamW.
         lr = config.lr * min(1.0, step / max(1, config.warmup))
@@ -767,8 +787,8 @@ def go_on(config: Config, inputs: Inputs, folder: Path, newest: tuple[Path, dict
 
         # Log.
         clock.seconds["total"] = time.perf_counter() - clock.begun[-1]
-        metrics = {"step": step, **summarise(mine, completions, rewards_BGR, names, world), **conflicts,
-                   **trained, "lr": lr, "weights/fingerprint": fingerprint,
+        metrics = {"step": step, **summarise(mine, completions, rewards_BGR, names, tokenizer, world),
+                   **conflicts, **trained, "lr": lr, "weights/fingerprint": fingerprint,
                    **costs(samples, clock.seconds, world)}
         extra = [[{"advantages": dict(zip(names, per_reward_BGR[b, g].tolist())),
                    "advantage": advantage_BG[b, g].item(), "gap_mean": gaps[place * config.group_size + g]}

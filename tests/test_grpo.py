@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import inspect
 import math
 import random
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 
 import grpo
+import train
 from grpo import Sample, advantages, collate, mismatch, pack, policy_loss
 from kernels import linear_logprob
 from model import ModelConfig, Qwen2
@@ -52,7 +54,7 @@ def test_only_the_proportion_of_weights_matters():
     torch.testing.assert_close(alone, advantages(r_BGR[..., 1:2], torch.ones(1))[0])
 
 
-def test_a_group_knows_nothing_of_another():
+def test_a_group_of_ordinary_spread_knows_nothing_of_another():
     r_BGR = torch.rand(4, 6, 2, generator=torch.Generator().manual_seed(1))
     whole = advantages(r_BGR, torch.ones(2))[0]
     for b in range(4):
@@ -61,16 +63,71 @@ def test_a_group_knows_nothing_of_another():
 
 def test_one_failure_among_31_successes_gets_minus_root_31_and_a_floor_bounds_it():
     """With mean 31/32 and std sqrt(31)/32 the failure stands sqrt(31) = 5.57 deviations below."""
-    a = one([1.0] * 31 + [0.0])
+    group = [1.0] * 31 + [0.0]
+    a = one(group)
     assert a[31] == pytest.approx(-5.5678, abs=1e-4) and a[0] == pytest.approx(1 / math.sqrt(31), abs=1e-6)
-    bounded = one([1.0] * 31 + [0.0], floor=0.1)
-    assert bounded[31] == pytest.approx(-(31 / 32) / (math.sqrt(31) / 32 + 0.1), abs=1e-5)
-    assert -3.54 < bounded[31] < -3.53
+    assert one(group, floor=2) == pytest.approx([x / 2 for x in a])
 
 
-def test_the_floor_is_added_to_the_standard_deviation():
-    assert one([0.0, 1.0], floor=0.5) == pytest.approx([-0.5, 0.5])
-    assert one([0.0, 1e-3], floor=0.5) == pytest.approx([-0.0005 / 0.5005, 0.0005 / 0.5005])
+def rms(x: torch.Tensor) -> float:
+    return x.double().square().mean().sqrt().item()
+
+
+def test_the_floor_is_a_share_of_the_batchs_spread_and_below_it_a_group_is_exact():
+    """Stds 1, 1, .05 and a dead group: the floor is .1 of sqrt(2.0025 / 3). The dead group is not counted."""
+    r_BGR = rewards([-1, 1], [6, 4], [0.05, -0.05], [3, 3])
+    a_BG = advantages(r_BGR, torch.ones(1))[0]
+    floor = 0.1 * math.sqrt(2.0025 / 3)
+    np.testing.assert_allclose(a_BG, [[-1, 1], [1, -1], [0.05 / floor, -0.05 / floor], [0, 0]], atol=1e-6)
+    np.testing.assert_allclose(a_BG[:3], advantages(r_BGR[:3], torch.ones(1))[0])
+    lone = advantages(rewards([0, 4e-3, 0], *[[7, 7, 7]] * 31), torch.ones(1))[0]
+    np.testing.assert_allclose(lone[0], np.array([-1, 2, -1]) / math.sqrt(2), atol=1e-6)
+    summed = advantages(torch.stack((r_BGR[..., 0],) * 2, -1), torch.ones(2), "sum")[0]
+    np.testing.assert_allclose(summed, a_BG, atol=1e-6)
+
+
+@pytest.mark.parametrize("mode", grpo.ADVANTAGES)
+@pytest.mark.parametrize("scale", [1e-3, 1, 1e3])
+@pytest.mark.parametrize("offset", [0, 1e3])
+def test_the_size_of_an_advantage_depends_on_neither_scale_nor_offset(mode, scale, offset):
+    generator = torch.Generator().manual_seed(3)
+    r_BGR = torch.randn(16, 8, 1, generator=generator, dtype=torch.float64)
+    plain, moved = (advantages(x, torch.ones(1), mode)[0] for x in (r_BGR, offset + scale * r_BGR))
+    assert rms(moved) == pytest.approx(rms(plain), rel=0.01) and 0.95 < rms(plain) < 1.01
+    torch.testing.assert_close(moved, plain, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("scale", [1e-3, 1, 1e3])
+def test_a_group_with_a_twentieth_of_the_batchs_spread_is_not_blown_up(scale):
+    r_BGR = torch.randn(16, 8, 1, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    mean, std, _ = grpo.group_spread(r_BGR)
+    r_BGR = (r_BGR - mean[:, None]) / std[:, None]
+    r_BGR[0] /= 20
+    a_BG = advantages(scale * r_BGR, torch.ones(1))[0]
+    assert 0.4 < rms(a_BG[0]) <= 0.6 and rms(a_BG[1:]) == pytest.approx(1, rel=1e-6)
+
+
+def test_a_sample_with_nothing_to_judge_is_placed_below_all_of_its_group_that_can_be_judged():
+    """Stds of the judged are 1, .1, 0 (one alone) and none: rms of the live ones sqrt(1.01 / 2). The place is
+    below the lowest by the larger of the group's and that."""
+    low, rms_of_live = -math.inf, math.sqrt(1.01 / 2)
+    groups = [[4, 6, low, low], [5, 5.2, NAN, low], [7, low, low, low], [low, low, NAN, low]]
+    for scale, offset in ((1, 0), (1e3, -5e3), (1e-3, 1e3)):
+        r_BGR = rewards(*groups)
+        placed = (grpo.place_lowest(offset + scale * r_BGR)[..., 0] - offset) / scale
+        step = rms_of_live
+        np.testing.assert_allclose(placed, [[4, 6, 3, 3], [5, 5.2, NAN, 5 - step],
+                                            [7, 7 - step, 7 - step, 7 - step], [NAN] * 4], rtol=1e-6)
+    a_BG = advantages(grpo.place_lowest(r_BGR), torch.ones(1))[0]
+    assert (a_BG[:3][r_BGR[:3, :, 0] == low] < -0.3).all() and torch.count_nonzero(a_BG[3]) == 0
+    alone = grpo.place_lowest(rewards([7, low], [low, low]))
+    assert alone[0, 1] < alone[0, 0] == 7 and alone[1].isnan().all()
+    assert torch.equal(grpo.place_lowest(rewards([1, 2])), rewards([1, 2]))
+
+
+def test_the_options_default_is_the_functions():
+    default = inspect.signature(advantages).parameters["std_floor"].default
+    assert train.Config().std_floor == default == 0.1
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -88,7 +145,8 @@ def test_a_constant_group_has_advantage_exactly_zero(value, size, dtype):
 
 def test_a_spread_below_one_in_a_million_is_dead_and_one_above_is_not():
     assert one([0.5, 0.5 + 9e-7]) == [0.0, 0.0]
-    assert one([0.5, 0.5 + 1.1e-6]) == pytest.approx([-1.0, 1.0], rel=1e-6)
+    assert one([0.5, 0.5 + 1.1e-6]) == pytest.approx([-0.55, 0.55], rel=1e-6), "the least floor"
+    assert one([0.5, 0.5 + 2.1e-6]) == pytest.approx([-1.0, 1.0], rel=1e-6)
     assert one([0.3, 0.3 + 5e-7, 0.3 - 3e-7]) == [0.0, 0.0, 0.0]
 
 
@@ -136,7 +194,7 @@ def test_sum_normalises_the_weighted_mean_of_raw_rewards():
     np.testing.assert_allclose(each.sum(-1), total, atol=1e-6)
     np.testing.assert_allclose(each[0, :, 0], 0.25 * (np.arange(4) - 1.5) / raw.std(), atol=1e-6)
     floored = advantages(r_BGR, torch.tensor([1.0, 3.0]), "sum", 0.5)[0]
-    np.testing.assert_allclose(floored[0], (raw - raw.mean()) / (raw.std() + 0.5), atol=1e-6)
+    np.testing.assert_allclose(floored[0], (raw - raw.mean()) / raw.std(), atol=1e-6)
 
 
 def test_in_a_sum_the_reward_of_largest_scale_wins_and_opposite_ones_cancel():
@@ -161,8 +219,8 @@ def test_gdpo_whitens_the_averaged_advantages_over_the_batch():
     plain, each = advantages(r_BGR, torch.tensor([1.0, 2.0]), "per_reward", 0.01)
     total, each_too = advantages(r_BGR, torch.tensor([1.0, 2.0]), "gdpo", 0.01)
     a = plain.double().numpy()
-    np.testing.assert_allclose(total, (a - a.mean()) / (a.std() + 0.01), atol=1e-5)
-    assert torch.equal(each, each_too) and total.std(correction=0).item() == pytest.approx(1, abs=0.05)
+    np.testing.assert_allclose(total, (a - a.mean()) / a.std(), atol=1e-5)
+    assert torch.equal(each, each_too) and total.std(correction=0).item() == pytest.approx(1, abs=1e-5)
     assert torch.count_nonzero(advantages(torch.ones(3, 4, 2), torch.ones(2), "gdpo")[0]) == 0
 
 
@@ -187,6 +245,38 @@ def test_advantages_leave_their_arguments_alone():
 def test_an_unknown_mode_is_an_error_that_names_it():
     with pytest.raises(ValueError, match="no_such_mode"):
         advantages(torch.zeros(1, 2, 1), torch.ones(1), mode="no_such_mode")
+
+
+# ------------------------------------------------------------------------------------------ papers' forms
+
+
+@pytest.mark.parametrize("given, resolved", [
+    ({}, ("token", 0.2, 0.2)), ({"is_ratio": "sequence"}, ("sequence", 3e-4, 4e-4)),
+    ({"is_ratio": "cispo"}, ("token", 1.0, 4.0)), ({"is_ratio": "gspo"}, ("token", 0.2, 0.2)),
+    ({"is_ratio": "sequence", "loss": "token", "eps_high": 0.0}, ("token", 3e-4, 0.0)),
+    ({"is_ratio": "cispo", "eps_low": 0.2}, ("token", 0.2, 4.0))])
+def test_a_ratio_brings_the_loss_and_the_clip_of_its_paper_unless_told_otherwise(given, resolved):
+    config = train.Config(**given)
+    assert (config.loss, config.eps_low, config.eps_high) == resolved
+    assert train.Config(**dataclasses.asdict(config)) == config, "what is recorded is what was resolved"
+
+
+def test_gspo_by_its_name_weighs_a_long_sample_like_a_short_one():
+    """Of 200 and 14,000 tokens, on-policy: with `token` the long one had .986 of the gradient."""
+    config, lengths = train.Config(is_ratio="sequence"), [200, 14_000]
+    logp = torch.zeros(sum(lengths), requires_grad=True)
+    denominator = grpo.denominators(lengths, config.loss, 2, sum(lengths), 14_000)
+    policy_loss(logp, logp.detach(), torch.ones(len(logp)), denominator, config.eps_low, config.eps_high,
+                config.is_ratio, lengths)[0].backward()
+    assert [x.sum().item() for x in logp.grad.split(lengths)] == pytest.approx([-0.5, -0.5], rel=1e-4)
+
+
+def test_cispo_by_its_name_has_no_lower_clip_and_weighs_no_token_more_than_five_times():
+    config = train.Config(is_ratio="cispo")
+    logp = torch.tensor([-9.0, 0.1, 1.0, 9.0], requires_grad=True)
+    policy_loss(logp, torch.zeros(4), torch.ones(4), 1.0, config.eps_low, config.eps_high,
+                config.is_ratio)[0].backward()
+    np.testing.assert_allclose(-logp.grad, [math.exp(-9), math.exp(0.1), math.e, 5], rtol=1e-6)
 
 
 # ------------------------------------------------------------------------------------------ what is required
@@ -547,6 +637,15 @@ def test_mismatch_by_hand():
     assert sums["gap/k3"].item() == pytest.approx(0.25 + math.log(2))
     assert sums["gap/max"].item() == pytest.approx(math.log(4))
     assert not any(value.requires_grad for value in sums.values())
+
+
+def test_k3_stays_finite_however_far_two_policies_are_apart():
+    x = torch.tensor([20.0, 21.0, 90.0, 1e4, -90.0, -1e4], requires_grad=True)
+    found = grpo.k3(x)
+    found.sum().backward()
+    assert found.tolist() == pytest.approx([math.exp(20) - 21] * 4 + [89, 9999], rel=1e-6)
+    assert x.grad.isfinite().all() and x.grad[0] > 1e8
+    assert mismatch(torch.zeros(10**4), torch.full((10**4,), -200.0))["gap/k3"].isfinite()
 
 
 def test_mismatch_is_zero_without_tokens_and_never_negative():
