@@ -48,7 +48,6 @@ from tokenizer import Tokenizer, TokenizerError
 from watch import Stopped, Watch
 
 
-
 @dataclass
 class Config:
     model: str = "data/tiny/base"  # checkpoint folder: config.json, safetensors, tokenizer.json
