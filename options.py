@@ -5,7 +5,12 @@ import difflib
 import inspect
 import json
 import re
+import signal
+import sys
 from pathlib import Path
+
+if {"-h", "--help"} & set(sys.argv):  # a pipe that closes, as of `--help | head`, ends it without a traceback
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)
 
 
 class ConfigError(ValueError):

@@ -11,6 +11,7 @@ import hashlib
 import itertools
 import math
 import os
+import signal
 import sys
 import time
 from collections import Counter, deque
@@ -18,6 +19,11 @@ from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+
+from watch import Stopped, Watch
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until Watch hears it, Ctrl-C ends without a traceback
 
 import torch
 
@@ -42,7 +48,6 @@ from run import locate
 from sampler import Completion, Sampler
 from scheduler import Request, assign
 from tokenizer import Tokenizer, TokenizerError
-from watch import Stopped, Watch
 
 
 @dataclass
@@ -682,8 +687,8 @@ def train(config: Config, clock: run.Clock | None = None, watch: Watch | None = 
             if safe["step"] > on_disk:
                 save(**(unlogged if safe is state else {}))
             if isinstance(e, Stopped) and world.main:
-                print(f"stopped by SIGTERM: step {safe['step']} is kept, and the same command goes on from "
-                      "there", flush=True)
+                print(f"stopped by {signal.Signals(*e.args).name}: step {safe['step']} is kept, and the same "
+                      "command goes on from there", flush=True)
             raise
 
     def record(metrics: dict):

@@ -424,6 +424,15 @@ def test_an_error_as_a_user_sees_it(tmp_path):
     assert done.stderr == said
 
 
+def test_help_into_a_pipe_that_closes_is_no_traceback():
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run([sys.executable, "-m", "scripts.pretrain", "--help"], cwd=ROOT, stdout=writer,
+                          stderr=subprocess.PIPE, text=True)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (-signal.SIGPIPE, "")
+
+
 @pytest.mark.parametrize("options, part", [
     (["--prompts_per_step", "3"], "prompts_per_step 3 does not divide by 2 ranks"),
     (["--prompts", "nowhere.jsonl"], "nowhere.jsonl cannot be read")])
