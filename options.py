@@ -48,7 +48,12 @@ def convert(config: type, name: str, value, source: str):
 
 
 def parse(config: type, arguments: list[str], about: str):
-    """A `config` from `--config FILE.json` and `--NAME VALUE` (or --NAME=VALUE); later ones win.
+    """A `config` with the values that are given, see `read`."""
+    return config(**read(config, arguments, about))
+
+
+def read(config: type, arguments: list[str], about: str) -> dict:
+    """The values from `--config FILE.json` and `--NAME VALUE` (or --NAME=VALUE), by name; later ones win.
 
     `about` is what --help says above the options. Raises ConfigError.
     """
@@ -69,12 +74,11 @@ def parse(config: type, arguments: list[str], about: str):
             try:
                 loaded = json.loads(Path(value).read_text())
             except (OSError, ValueError) as e:
-                raise ConfigError(
-                    f"--config {value} cannot be read ({e}): give a JSON object of options") from None
+                raise ConfigError(f"{value} cannot be read ({e}): give a JSON object of options") from None
             if not isinstance(loaded, dict):
-                raise ConfigError(f"--config {value} is not a JSON object of options")
+                raise ConfigError(f"{value} is not a JSON object of options")
             loaded = {k: v for k, v in loaded.items() if not k.startswith("//")}  # a comment
             values |= {k: convert(config, k, v, value) for k, v in loaded.items()}
         else:
             values[name] = convert(config, name, value, "command line")
-    return config(**values)
+    return values

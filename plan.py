@@ -416,12 +416,12 @@ def find_shape(path: str) -> tuple[ModelConfig, str]:
                       "give the folder that has its config.json")
 
 
-def read(arguments: list[str], kind: type) -> tuple[Plan, str]:
+def read(arguments: list[str], parse) -> tuple[Plan, str]:
     """The plan for a command line, and what to say of the shape. Raises ConfigError, CheckpointError."""
     words = [w for a in arguments for w in (a.split("=", 1) if a.startswith("--") else [a])]
     pairs = [words[i:i + 2] for i in range(0, len(words), 2)]
     own = [p for p in pairs if p[0].strip("-").replace("-", "_") in Machine.__dataclass_fields__]
-    config = options.parse(kind, sum((p for p in pairs if p not in own), []), "The run's:")
+    config = parse(sum((p for p in pairs if p not in own), []), "The run's:")
     machine = options.parse(Machine, sum(own, []), "")
     cuda = config.device == "cuda" or config.device == "auto" and (bool(own) or torch.cuda.is_available())
     here = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / GIB
@@ -441,11 +441,11 @@ def read(arguments: list[str], kind: type) -> tuple[Plan, str]:
     return Plan(config, machine, shape, cuda, scorer), note
 
 
-def main(arguments: list[str], kind: type, check):
-    """kind, check: of train.py. Exits with 1 if it does not fit."""
+def main(arguments: list[str], parse, check):
+    """parse, check: of train.py. Exits with 1 if it does not fit."""
     if {"-h", "--help"} & set(arguments):
         print(options.help_text(Machine, __doc__), end="\n\n")
-    plan, note = read(arguments, kind)
+    plan, note = read(arguments, parse)
     machine, config = plan.machine, plan.config
     os.environ["LOCAL_WORLD_SIZE"] = str(machine.gpus)
     check(config, parallel.World(0, plan.ranks, torch.device("cuda" if plan.cuda else "cpu")))

@@ -94,11 +94,7 @@ def choose_folder(config, restarted: bool) -> Path:
     if record.exists():
         if config.resume == "false":
             raise ConfigError(f"{folder} holds a run already and resume is false: choose another run_dir")
-        try:
-            recorded = json.loads(record.read_text())
-        except json.JSONDecodeError as e:
-            raise ConfigError(f"{record} is not JSON ({e}): choose another run_dir") from None
-        if changed := differences(config, recorded):
+        if changed := differences(config, json.loads(record.read_text())):
             raise ConfigError(
                 f"{folder} holds a run of another config: {'; '.join(changed)}; choose another run_dir, or "
                 "the same options"

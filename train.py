@@ -117,8 +117,14 @@ class Config:
 # ---------------------------------------------------------------------- options
 
 
-def parse(arguments: list[str]) -> Config:
-    return options.parse(Config, arguments, __doc__)
+def parse(arguments: list[str], about: str = __doc__) -> Config:
+    """What is not given is as the run in run_dir has it, if there is one. Raises ConfigError."""
+    given = options.read(Config, arguments, about)
+    folder = given.get("run_dir")
+    if folder and (record := Path(folder) / "config.json").exists():
+        recorded = options.read(Config, ["--config", str(record)], about)
+        given = recorded | {"resume": "auto"} | given
+    return Config(**given)
 
 
 def check(config: Config, world: parallel.World):
@@ -801,7 +807,7 @@ def main():
     faulthandler.enable(sys.__stderr__)  # where NCCL's watchdog ends a process, it says in which line
     try:
         if "--plan" in sys.argv:
-            return planner.main([word for word in sys.argv[1:] if word != "--plan"], Config, check)
+            return planner.main([word for word in sys.argv[1:] if word != "--plan"], parse, check)
         train(parse(sys.argv[1:]), clock, watch)
     except Stopped:
         pass

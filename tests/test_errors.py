@@ -257,7 +257,7 @@ def test_a_run_folder_that_cannot_be_written(tmp_path, capsys, monkeypatch):
 
 def test_a_run_folder_with_a_broken_record(tmp_path, capsys, monkeypatch):
     write(tmp_path / "config.json", "{")
-    assert "config.json is not JSON" in fails(capsys, monkeypatch, "--run_dir", str(tmp_path))
+    assert f"{tmp_path}/config.json cannot be read" in fails(capsys, monkeypatch, "--run_dir", str(tmp_path))
 
 
 def test_a_folder_in_which_another_process_runs_even_a_stopped_one(tmp_path, capsys, monkeypatch):

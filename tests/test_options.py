@@ -82,6 +82,20 @@ def test_a_recorded_config_reads_back_as_it_was(tmp_path):
     assert parse(["--config", config_file(tmp_path, dataclasses.asdict(config))]) == config
 
 
+def test_a_folder_with_a_run_brings_the_options_of_the_run(tmp_path):
+    """Those that are given win, on the command line or in another file; how it was to be resumed is past."""
+    config = dataclasses.replace(Config(), **{name: other(f) for name, f in FIELDS.items()})
+    config_file(tmp_path, dataclasses.asdict(config))
+    folder = ["--run_dir", str(tmp_path)]
+    expected = dataclasses.replace(config, run_dir=str(tmp_path), resume="auto")
+    assert parse(folder) == expected
+    assert parse(["--steps", "3", *folder]) == dataclasses.replace(expected, steps=3)
+    file = tmp_path / "other.json"
+    file.write_text(json.dumps({"lr": 0.5, "run_dir": str(tmp_path)}))
+    assert parse(["--config", str(file)]) == dataclasses.replace(expected, lr=0.5)
+    assert parse(["--run_dir", str(tmp_path / "absent")]).steps == Config().steps
+
+
 @pytest.mark.parametrize("arguments, stop", [
     (["--stop="], ()), (["--stop", ""], ()), (["--stop=a=b,--c"], ("a=b", "--c")),
     (["--stop", "</a>"], ("</a>",)), (["--stop", "x,,y,"], ("x", "y")), (["--stop", " x y"], (" x y",)),

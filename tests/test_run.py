@@ -109,8 +109,9 @@ def test_trainer_and_sampler_agree_on_policy(tmp_path):
 
 
 def test_three_and_three_steps_equal_six_bit_for_bit(undisturbed, tmp_path):
-    in_process(tmp_path / "run", "--steps", "3")
-    in_process(tmp_path / "run", "--steps", "6")
+    """The run's options need not be said again."""
+    in_process(tmp_path / "run", "--steps", "3", "--resume", "false")
+    in_process(tmp_path / "run", "--steps", "6", small=[])
     assert metrics(tmp_path / "run") == metrics(undisturbed)
     assert rollouts(tmp_path / "run") == rollouts(undisturbed)
     assert equal(tensors(tmp_path / "run", 6), tensors(undisturbed, 6))
