@@ -49,15 +49,16 @@ def convert(config: type, name: str, value, source: str):
 
 def parse(config: type, arguments: list[str], about: str):
     """A `config` with the values that are given, see `read`."""
-    return config(**read(config, arguments, about))
+    return config(**read(config, arguments, about)[0])
 
 
-def read(config: type, arguments: list[str], about: str) -> dict:
-    """The values from `--config FILE.json` and `--NAME VALUE` (or --NAME=VALUE), by name; later ones win.
+def read(config: type, arguments: list[str], about: str) -> tuple[dict, list[str]]:
+    """The values from `--config FILE.json` and `--NAME VALUE` (or --NAME=VALUE), by name, later ones win; and
+    the files.
 
     `about` is what --help says above the options. Raises ConfigError.
     """
-    values, rest = {}, []
+    values, files, rest = {}, [], []
     for argument in arguments:
         rest += argument.split("=", 1) if argument.startswith("--") and "=" in argument else [argument]
     while rest:
@@ -71,6 +72,7 @@ def read(config: type, arguments: list[str], about: str) -> dict:
             raise ConfigError(f"command line: {name} lacks its value")
         name, value = name[2:].replace("-", "_"), rest.pop(0)
         if name == "config":
+            files.append(value)
             try:
                 loaded = json.loads(Path(value).read_text())
             except (OSError, ValueError) as e:
@@ -81,4 +83,4 @@ def read(config: type, arguments: list[str], about: str) -> dict:
             values |= {k: convert(config, k, v, value) for k, v in loaded.items()}
         else:
             values[name] = convert(config, name, value, "command line")
-    return values
+    return values, files

@@ -434,10 +434,11 @@ def read(arguments: list[str], parse) -> tuple[Plan, str]:
     check_tp(shape, config.tp)
     scorer = None
     if "writing" in config.reward_names:
-        if Path(folder := run.locate(config.reward_model)).exists():
+        if config.reward_model and Path(folder := run.locate(config.reward_model)).exists():
             scorer = read_config(folder)
         elif "://" not in config.reward_model:  # servers are elsewhere
-            note += f"; there is no folder {config.reward_model}: the reward model is not counted"
+            note += (f"; there is no folder {config.reward_model or 'for reward_model'}: the reward model is "
+                     "not counted")
     return Plan(config, machine, shape, cuda, scorer), note
 
 

@@ -2,8 +2,9 @@
 
     torchrun --nproc_per_node=8 train.py [--config FILE.json] [--NAME VALUE ...]
 
-With no option it trains the embedded default, a small world that runs on a laptop's CPU. Every option is a
-field of Config. `python train.py --plan ...` trains nothing: it says what the same options need, see plan.py.
+Every option is a field of Config. Without --model and --config, configs/tiny.json is read: the embedded
+default, a small world that runs on a laptop's CPU. `python train.py --plan ...` trains nothing: it says what
+the same options need, see plan.py.
 """
 
 import faulthandler
@@ -52,31 +53,31 @@ from tokenizer import Tokenizer, TokenizerError
 
 @dataclass
 class Config:
-    model: str = "data/tiny/base"  # checkpoint folder: config.json, safetensors, tokenizer.json
-    prompts: str = "data/tiny/prompts.jsonl"  # training prompts, JSONL
+    model: str = ""  # checkpoint folder: config.json, safetensors, tokenizer.json
+    prompts: str = "prompts.jsonl"  # training prompts, JSONL
     prompt_style: str = "think"  # think: <think></think><answer></answer>; direct: the answer alone
     unreachable: str = "drop"  # prompts whose shortest answer exceeds max_new_tokens: drop or keep
     reward: str = ""  # comma-separated names out of rewards.REWARDS; empty: all with a weight, or in REQUIRED
-    reward_model: str = "data/tiny/writing"  # the writing reward's: checkpoint folder, or URLs of servers
+    reward_model: str = ""  # the writing reward's: checkpoint folder, or URLs of servers
     offload_reward_model: bool = False  # its weights wait in host memory until a step's samples are scored
     run_dir: str = ""  # folder of the run; empty: a new one under runs/
     resume: str = "auto"  # auto: go on with an unfinished run of this config; true: insist; false: refuse
-    steps: int = 70  # GRPO steps (paper: 150)
-    prompts_per_step: int = 8  # over all ranks (not specified by the paper)
-    group_size: int = 8  # samples of each prompt (paper: 32)
-    max_new_tokens: int = 256  # thinking and answer together (paper: 14000)
+    steps: int = 150  # GRPO steps (paper: 150)
+    prompts_per_step: int = 32  # over all ranks (not specified by the paper)
+    group_size: int = 32  # samples of each prompt (paper: 32)
+    max_new_tokens: int = 14000  # thinking and answer together (paper: 14000)
     temperature: float = 0.8  # of sampling, and of the logprobs that are trained (paper: 0.8)
     top_p: float = 1.0  # must be 1 in training, or the policy that samples is not the one that is trained
     stop: str = "</answer>,<|user|>"  # comma-separated strings that end a sample; they stay in it
-    lr: float = 1.75e-4  # AdamW, constant after warm-up (not specified by the paper; try 1e-6 from 7B up)
-    warmup: int = 5  # steps of linear warm-up (not specified by the paper)
+    lr: float = 1e-6  # AdamW, constant after warm-up (not specified by the paper)
+    warmup: int = 10  # steps of linear warm-up (not specified by the paper)
     weight_decay: float = 0.0  # not specified by the paper
     clip_grad: float = 1.0  # largest global gradient norm (not specified by the paper)
     skip_grad: float = 0.0  # an update with a larger norm is skipped; 0: only one that is not finite
     max_skipped: int = 3  # skipped updates in a row that end the run
     advantage: str = "per_reward"  # per_reward: each normalised in its group, then averaged; or sum, gdpo
     normalise_std: bool = True  # false: advantages are not divided by the group's std (Dr. GRPO)
-    std_floor: float = 0.1  # added to a group's std: small spreads are noise (not specified by the paper)
+    std_floor: float = 1e-4  # added to a group's std: small spreads are noise (not specified by the paper)
     loss: str = "token"  # mean over all tokens; or sequence, constant (not specified by the paper)
     is_ratio: str = "token"  # PPO's ratio; or sequence (GSPO), cispo; with one update per batch all are 1
     eps_low: float = 0.2  # clip of the ratio below (paper: 0.2); with one update per batch it never acts
@@ -86,16 +87,16 @@ class Config:
     beta: float = 0.0  # weight of the KL to a reference policy (paper: 0, and then there is none)
     reference: str = ""  # its checkpoint folder; empty: `model`
     overlong: str = "keep"  # samples cut at max_new_tokens: keep, or mask (not specified by the paper)
-    micro_batch_tokens: int = 4096  # tokens of a packed micro-batch on each rank
+    micro_batch_tokens: int = 16384  # tokens of a packed micro-batch on each rank
     replicate: int = 1  # HSDP: so many copies of the weights, each sharded over its part of the GPUs
-    recompute: bool = False  # recompute each layer's activations in backward: less memory, a third more time
+    recompute: bool = True  # recompute each layer's activations in backward: less memory, a third more time
     offload_activations: bool = False  # what recompute starts from, a layer's inputs, waits in host memory
     offload_optimizer: bool = False  # AdamW's moments, half of the training state, wait in host memory
-    max_sequences: int = 64  # sequences that each sampler decodes at a time
+    max_sequences: int = 128  # sequences that each sampler decodes at a time
     page_size: int = 16  # tokens of a KV page
     tp: int = 1  # GPUs of a node that share a sampler by tensor parallelism, for models too large for one
     sampler_dtype: str = "auto"  # auto: bfloat16 on CUDA, float32 on CPU; or either by name
-    eval_prompts: str = "data/tiny/eval_prompts.jsonl"  # empty: no evaluation
+    eval_prompts: str = ""  # empty: no evaluation
     eval_every: int = 10  # steps between evaluations, the first before training
     save_every: int = 10  # steps between checkpoints; the last step is always saved
     keep_checkpoints: int = 2  # newest checkpoints that are kept
@@ -104,6 +105,7 @@ class Config:
     device: str = "auto"  # auto, cpu or cuda
     timeout: int = 1800  # seconds that a rank waits for the others before the run ends
     wandb: bool = False  # log to Weights & Biases too (offline without a key)
+    files = ()  # that it was read from; no option
 
     @property
     def stop_strings(self) -> tuple[str, ...]:
@@ -118,13 +120,20 @@ class Config:
 
 
 def parse(arguments: list[str], about: str = __doc__) -> Config:
-    """What is not given is as the run in run_dir has it, if there is one. Raises ConfigError."""
-    given = options.read(Config, arguments, about)
+    """What is not given is as the run in run_dir has it, if there is one; else, without --model and --config,
+    as configs/tiny.json has it; else Config's. Raises ConfigError."""
+    given, files = options.read(Config, arguments, about)
     folder = given.get("run_dir")
-    if folder and (record := Path(folder) / "config.json").exists():
-        recorded = options.read(Config, ["--config", str(record)], about)
-        given = recorded | {"resume": "auto"} | given
-    return Config(**given)
+    if folder and (record := Path(folder, "config.json")).exists():
+        base = str(record)
+    else:
+        base = "" if files or "model" in given else locate("configs/tiny.json")
+    if base:
+        files = [base, *files]
+        given = options.read(Config, ["--config", base], about)[0] | {"resume": "auto"} | given
+    config = Config(**given)
+    config.files = files
+    return config
 
 
 def check(config: Config, world: parallel.World):
@@ -672,7 +681,8 @@ def train(config: Config, clock: run.Clock | None = None, watch: Watch | None = 
     if world.main:
         notes = [f"{model.config.num_parameters:,} parameters", f"{len(prompts)} prompts"]
         notes += [f"{n} {why} dropped" for why, n in inputs.dropped.items()]
-        notes += [f"{world.size} x {world.device.type}"] + [f"resumed after step {start}"] * (start > 0)
+        notes += [f"{world.size} x {world.device.type}", *(f"options of {file}" for file in config.files)]
+        notes += [f"resumed after step {start}"] * (start > 0)
         print(f"{folder}: {', '.join(notes)}", flush=True)
 
     def save(**unlogged):

@@ -88,6 +88,9 @@ OPTIONS = {  # options: what the sentence must name
     "--reward overlong": ["overlong", "weight 0"],
     "--reward_model nowhere": ["reward_model: nowhere/config.json does not", "leave the reward out"],
     "--reward_model data/tiny/base": ["data/tiny/base is no reward model", "Qwen2ForSequenceClassification"],
+    "--model data/tiny/base": ["prompts file prompts.jsonl cannot be read"],
+    "--model data/tiny/base --prompts data/tiny/prompts.jsonl --max_new_tokens 256": [
+        "reward_model is empty", "--reward length,format"],
     "--model data/tiny/writing": ["data/tiny/writing is a reward model"],
     "--model nowhere": ["nowhere/config.json does not exist", "`model`"],
     "--beta 0.1 --reference nowhere": ["nowhere/config.json does not exist"],
@@ -297,7 +300,7 @@ def test_new_runs_of_one_second_get_folders_of_their_own(tmp_path, monkeypatch):
     """Also a restart does not take the folder of another run with the same options."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(time, "strftime", lambda form: "now")
-    config = train.Config()
+    config = train.parse([])
     folders = [run.choose_folder(config, restarted=False) for _ in range(3)]
     assert [f.name for f in folders] == ["now", "now-2", "now-3"]
     for folder in folders[:2]:

@@ -51,7 +51,7 @@ def meta(shape: ModelConfig, group=None) -> Qwen2:
 
 
 def plan_of(shape: ModelConfig, ranks: int, cuda: bool = True, prompt_tokens: int = 512, **options) -> Plan:
-    config = Config(**{"prompts_per_step": ranks} | options)
+    config = dataclasses.replace(parse([]), **{"prompts_per_step": ranks} | options)
     return Plan(config, Machine(min(ranks, 8), -(-ranks // 8), 80.0, prompt_tokens), shape, cuda)
 
 

@@ -279,8 +279,7 @@ if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
 import train
 train.main()
 """)
-    arguments = ["--standalone", "--max-restarts=1", str(driver), *QUICK, "--model", str(BASE), "--steps",
-                 "100000"]
+    arguments = ["--standalone", "--max-restarts=1", str(driver), *QUICK, "--steps", "100000"]
     with (tmp_path / "log").open("w") as log:
         agent = subprocess.Popen([sys.executable, "-m", "torch.distributed.run", *arguments], cwd=tmp_path,
                                  env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},

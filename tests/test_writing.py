@@ -143,7 +143,8 @@ def completion(text: str) -> Completion:
 def test_the_reward_is_a_sigmoid_of_the_answer_bodys_score(monkeypatch, capsys):
     """Thinking and tags are not read; without a body the reward is 0, though others have scores below; what
     does not fit into the model is counted."""
-    config, world, reward = train.Config(micro_batch_tokens=300), parallel.setup("cpu"), rewards.Writing()
+    config = train.parse(["--micro_batch_tokens", "300"])
+    world, reward = parallel.setup("cpu"), rewards.Writing()
     reward.check(config)
     with monkeypatch.context() as once:
         once.setattr(writing, "Tokenizer", None)  # what `check` has read is not read again
