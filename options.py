@@ -5,7 +5,12 @@ import difflib
 import inspect
 import json
 import re
+import signal
+import sys
 from pathlib import Path
+
+if {"-h", "--help"} & set(sys.argv):  # a pipe that closes, as of `--help | head`, ends it without a traceback
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)
 
 
 class ConfigError(ValueError):
@@ -42,12 +47,19 @@ def convert(config: type, name: str, value, source: str, others: tuple[str, ...]
         raise ConfigError(f"{source}: {name} must be {expected}, not {value!r}") from None
 
 
-def parse(config: type, arguments: list[str], about: str, others: tuple[str, ...] = ()):
-    """A `config` from `--config FILE.json` and `--NAME VALUE` (or --NAME=VALUE); later ones win.
+def parse(config: type, arguments: list[str], about: str):
+    """A `config` with the values that are given, see `read`."""
+    return config(**read(config, arguments, about)[0])
+
+
+def read(config: type, arguments: list[str], about: str,
+         others: tuple[str, ...] = ()) -> tuple[dict, list[str]]:
+    """The values from `--config FILE.json` and `--NAME VALUE` (or --NAME=VALUE), by name, later ones win; and
+    the files.
 
     about: what --help says above the options. others: of another class, to suggest. Raises ConfigError.
     """
-    values, rest = {}, []
+    values, files, rest = {}, [], []
     for argument in arguments:
         rest += argument.split("=", 1) if argument.startswith("--") and "=" in argument else [argument]
     while rest:
@@ -61,15 +73,15 @@ def parse(config: type, arguments: list[str], about: str, others: tuple[str, ...
             raise ConfigError(f"command line: {name} lacks its value")
         name, value = name[2:].replace("-", "_"), rest.pop(0)
         if name == "config":
+            files.append(value)
             try:
                 loaded = json.loads(Path(value).read_text())
             except (OSError, ValueError) as e:
-                raise ConfigError(
-                    f"--config {value} cannot be read ({e}): give a JSON object of options") from None
+                raise ConfigError(f"{value} cannot be read ({e}): give a JSON object of options") from None
             if not isinstance(loaded, dict):
-                raise ConfigError(f"--config {value} is not a JSON object of options")
+                raise ConfigError(f"{value} is not a JSON object of options")
             loaded = {k: v for k, v in loaded.items() if not k.startswith("//")}  # a comment
             values |= {k: convert(config, k, v, value) for k, v in loaded.items()}
         else:
             values[name] = convert(config, name, value, "command line", others)
-    return config(**values)
+    return values, files

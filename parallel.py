@@ -8,7 +8,6 @@ different numbers of tokens. No process ever holds a whole model but the sampler
 
 import os
 import re
-import threading
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -35,7 +34,7 @@ class World:
     size: int
     device: torch.device
     timeout: timedelta = timedelta(minutes=30)  # of a collective
-    stopping: threading.Event = field(default_factory=threading.Event)  # see Watch
+    stopping: list[int] = field(default_factory=list)  # signals that tell it to, see Watch
     replicate: int = 1  # copies of the sharded weights; more than 1: HSDP
 
     @property
@@ -44,8 +43,8 @@ class World:
 
     def heed(self):
         """Raises Stopped if this rank has been told to stop; `agreed` passes it on."""
-        if self.stopping.is_set():
-            raise Stopped
+        if self.stopping:
+            raise Stopped(self.stopping[0])
 
     @cached_property
     def mesh(self) -> DeviceMesh:
@@ -124,7 +123,7 @@ def setup(device: str = "auto", timeout: int = 1800, watch: Watch | None = None,
             key = [uuid.uuid4().hex]
             dist.broadcast_object_list(key, src=0)
             watch.start(store, key[0])
-    stopping = watch.stopping if watch else threading.Event()
+    stopping = watch.stopping if watch else []
     return World(dist.get_rank(), dist.get_world_size(), local, limit, stopping, replicate)
 
 
@@ -314,10 +313,10 @@ def agreed(kind: type[Exception], world: World) -> Iterator[None]:
 
 def heed(world: World, group=None):
     """Raises Stopped on all ranks (of a group) if one of them has been told to stop."""
-    told = torch.tensor(int(world.stopping.is_set()))  # on the CPU: by gloo, so that no GPU waits for it
+    told = torch.tensor(max(world.stopping, default=0))  # on the CPU: by gloo, so that no GPU waits for it
     dist.all_reduce(told, dist.ReduceOp.MAX, group=group)
     if told:
-        raise Stopped
+        raise Stopped(told.item())
 
 
 def lost(e: BaseException) -> str:

@@ -423,13 +423,13 @@ def find_shape(path: str) -> tuple[ModelConfig, str]:
                       "give the folder that has its config.json")
 
 
-def read(arguments: list[str], kind: type) -> tuple[Plan, str]:
+def read(arguments: list[str], parse) -> tuple[Plan, str]:
     """The plan for a command line, and what to say of the shape. Raises ConfigError, CheckpointError."""
     words = [w for a in arguments for w in (a.split("=", 1) if a.startswith("--") else [a])]
     pairs = [words[i:i + 2] for i in range(0, len(words), 2)]
     own = [p for p in pairs if p[0].strip("-").replace("-", "_") in Machine.__dataclass_fields__]
-    config = options.parse(kind, sum((p for p in pairs if p not in own), []), "The run's:",
-                           tuple(Machine.__dataclass_fields__))
+    config = parse(sum((p for p in pairs if p not in own), []), "The run's:",
+                   tuple(Machine.__dataclass_fields__))
     machine = options.parse(Machine, sum(own, []), "")
     for name in (p[0].strip("-").replace("-", "_") for p in own):
         if not 0 < getattr(machine, name) < math.inf:
@@ -443,18 +443,19 @@ def read(arguments: list[str], kind: type) -> tuple[Plan, str]:
     check_tp(shape, config.tp)
     scorer = None
     if "writing" in config.reward_names:
-        if Path(folder := run.locate(config.reward_model)).exists():
+        if config.reward_model and Path(folder := run.locate(config.reward_model)).exists():
             scorer = read_config(folder)
         elif "://" not in config.reward_model:  # servers are elsewhere
-            note += f"; there is no folder {config.reward_model}: the reward model is not counted"
+            note += (f"; there is no folder {config.reward_model or 'for reward_model'}: the reward model is "
+                     "not counted")
     return Plan(config, machine, shape, cuda, scorer), note
 
 
-def main(arguments: list[str], kind: type, check):
-    """kind, check: of train.py. Exits with 1 if it does not fit."""
+def main(arguments: list[str], parse, check):
+    """parse, check: of train.py. Exits with 1 if it does not fit."""
     if {"-h", "--help"} & set(arguments):
         print(options.help_text(Machine, __doc__), end="\n\n")
-    plan, note = read(arguments, kind)
+    plan, note = read(arguments, parse)
     machine, config = plan.machine, plan.config
     os.environ["LOCAL_WORLD_SIZE"] = str(machine.gpus)
     check(config, parallel.World(0, plan.ranks, torch.device("cuda" if plan.cuda else "cpu")))

@@ -182,6 +182,9 @@ class Writing:
 
     def check(self, config):
         vars(self).clear()
+        if not config.reward_model:
+            raise ConfigError("reward_model is empty, and the writing reward asks it: give --reward_model, "
+                              "or train on the rules alone with --reward length,format")
         if "://" not in config.reward_model:
             self.read = writing.check(locate(config.reward_model))
             return

@@ -1,11 +1,14 @@
 """The folder of a run, its display and its clock: what surrounds the algorithm in train.py."""
 
 import dataclasses
+import fcntl
 import hashlib
+import itertools
 import json
 import math
 import os
 import resource
+import socket
 import sys
 import time
 from collections.abc import Iterator
@@ -15,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from checkpoints import DiskError
+from checkpoints import DiskError, complete
 from options import ConfigError
 
 ROOT = Path(__file__).parent
@@ -43,39 +46,66 @@ def differences(config, recorded: dict) -> list[str]:
     ]
 
 
+def lock(folder: Path):
+    """Keeps the folder for this process until it ends. Raises ConfigError if another process has it, even a
+    stopped one. A POSIX lock: no child inherits it."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = os.open(folder / "lock", os.O_RDWR | os.O_CREAT)  # for good: to close it is to unlock it
+    except OSError:
+        return  # a finished run may be read-only; of any other `open_folder` says why it cannot be written
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        os.ftruncate(file, os.write(file, f"process {os.getpid()} on {socket.gethostname()}".encode()))
+    except (BlockingIOError, PermissionError):
+        raise ConfigError(f"{folder} is in use by {os.read(file, 999).decode()}: end that run first, or "
+                          "choose another run_dir") from None
+    except OSError as e:
+        print(f"warning: {folder} cannot be locked ({e.strerror}): start no other run in it", file=sys.stderr,
+              flush=True)
+
+
+def new_folder() -> Path:
+    """A folder under runs/ that this process has made and no other."""
+    name = Path("runs") / time.strftime("%Y%m%d-%H%M%S")
+    try:
+        for folder in (Path(f"{name}-{n}" if n > 1 else name) for n in itertools.count(1)):
+            with suppress(FileExistsError):
+                folder.mkdir(parents=True)
+                return folder
+    except OSError as e:
+        raise ConfigError(f"{name} cannot be made ({e.strerror}): give a --run_dir elsewhere") from None
+
+
 def choose_folder(config, restarted: bool) -> Path:
     """run_dir, or a new folder; after an elastic restart the newest one with this config, which is the run
-    that broke off. Raises ConfigError if it holds a run of another config."""
+    that broke off. It is locked. Raises ConfigError if a run goes on there, or one of another config was."""
     folder = Path(config.run_dir) if config.run_dir else None
     if not folder and restarted:
         for record in sorted(Path("runs").glob("*/config.json"), key=lambda f: -f.stat().st_mtime):
             if not differences(config, json.loads(record.read_text())):
-                return record.parent
-    if not folder:
-        name = time.strftime("%Y%m%d-%H%M%S")
-        taken = [p.name for p in Path("runs").glob(f"{name}*")]
-        return Path("runs") / (f"{name}-{len(taken) + 1}" if taken else name)
+                with suppress(ConfigError):  # another run with the same options goes on there
+                    lock(record.parent)
+                    return record.parent
+    if config.resume == "true" and not (folder and complete(folder / "checkpoints")):
+        raise ConfigError(f"resume is true, but {folder or 'a new run'} has no checkpoint to go on from")
+    folder = folder or new_folder()
     record = folder / "config.json"
     if record.exists():
         if config.resume == "false":
             raise ConfigError(f"{folder} holds a run already and resume is false: choose another run_dir")
-        try:
-            recorded = json.loads(record.read_text())
-        except json.JSONDecodeError as e:
-            raise ConfigError(f"{record} is not JSON ({e}): choose another run_dir") from None
-        if changed := differences(config, recorded):
+        if changed := differences(config, json.loads(record.read_text())):
             raise ConfigError(
                 f"{folder} holds a run of another config: {'; '.join(changed)}; choose another run_dir, or "
                 "the same options"
             )
+    lock(folder)
     return folder
 
 
 def open_folder(config, folder: Path, newest: tuple[Path, dict] | None):
     """Prepares the folder for going on from its newest checkpoint, or for beginning. Main rank only. Raises
     ConfigError."""
-    if config.resume == "true" and not newest:
-        raise ConfigError(f"resume is true, but {folder} has no checkpoint to go on from")
     path, state = newest or (None, {"step": -1})
     try:
         (folder / "rollouts").mkdir(parents=True, exist_ok=True)

@@ -2,8 +2,9 @@
 
     torchrun --nproc_per_node=8 train.py [--config FILE.json] [--NAME VALUE ...]
 
-With no option it trains the embedded default, a small world that runs on a laptop's CPU. Every option is a
-field of Config. `python train.py --plan ...` trains nothing: it says what the same options need, see plan.py.
+Every option is a field of Config. Without --model and --config, configs/tiny.json is read: the embedded
+default, a small world that runs on a laptop's CPU. `python train.py --plan ...` trains nothing: it says what
+the same options need, see plan.py.
 """
 
 import faulthandler
@@ -11,6 +12,7 @@ import hashlib
 import itertools
 import math
 import os
+import signal
 import sys
 import time
 from collections import Counter, deque
@@ -19,6 +21,10 @@ from contextlib import ExitStack, closing, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+from watch import Stopped, Watch
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until Watch hears it, Ctrl-C ends without a traceback
 # Before torch loads OpenMP: threads that spin at every barrier starve each other where cores are busy.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
@@ -45,29 +51,28 @@ from run import locate
 from sampler import Completion, Sampler
 from scheduler import Request, assign
 from tokenizer import Tokenizer, TokenizerError
-from watch import Stopped, Watch
 
 
 @dataclass
 class Config:
-    model: str = "data/tiny/base"  # checkpoint folder: config.json, safetensors, tokenizer.json
-    prompts: str = "data/tiny/prompts.jsonl"  # training prompts, JSONL
+    model: str = ""  # checkpoint folder: config.json, safetensors, tokenizer.json
+    prompts: str = "prompts.jsonl"  # training prompts, JSONL
     prompt_style: str = "think"  # think: <think></think><answer></answer>; direct: the answer alone
     unreachable: str = "drop"  # prompts whose shortest answer exceeds max_new_tokens: drop or keep
     reward: str = ""  # comma-separated names out of rewards.REWARDS; empty: all with a weight, or in REQUIRED
-    reward_model: str = "data/tiny/writing"  # the writing reward's: checkpoint folder, or URLs of servers
+    reward_model: str = ""  # the writing reward's: checkpoint folder, or URLs of servers
     offload_reward_model: bool = False  # its weights wait in host memory until a step's samples are scored
     run_dir: str = ""  # folder of the run; empty: a new one under runs/
     resume: str = "auto"  # auto: go on with an unfinished run of this config; true: insist; false: refuse
-    steps: int = 70  # GRPO steps (paper: 150)
-    prompts_per_step: int = 8  # over all ranks (not specified by the paper)
-    group_size: int = 8  # samples of each prompt (paper: 32)
-    max_new_tokens: int = 256  # thinking and answer together (paper: 14000)
+    steps: int = 150  # GRPO steps (paper: 150)
+    prompts_per_step: int = 32  # over all ranks (not specified by the paper)
+    group_size: int = 32  # samples of each prompt (paper: 32)
+    max_new_tokens: int = 14000  # thinking and answer together (paper: 14000)
     temperature: float = 0.8  # of sampling, and of the logprobs that are trained (paper: 0.8)
     top_p: float = 1.0  # must be 1 in training, or the policy that samples is not the one that is trained
     stop: str = "</answer>,<|user|>,<|用户|>"  # comma-separated strings that end a sample; they stay in it
-    lr: float = 1.75e-4  # AdamW, constant after warm-up (not specified by the paper; try 1e-6 from 7B up)
-    warmup: int = 5  # steps of linear warm-up (not specified by the paper)
+    lr: float = 1e-6  # AdamW, constant after warm-up (not specified by the paper)
+    warmup: int = 10  # steps of linear warm-up (not specified by the paper)
     weight_decay: float = 0.0  # not specified by the paper
     clip_grad: float = 1.0  # largest global gradient norm (not specified by the paper)
     skip_grad: float = 0.0  # an update with a larger norm is skipped; 0: only one that is not finite
@@ -84,16 +89,16 @@ class Config:
     beta: float = 0.0  # weight of the KL to a reference policy (paper: 0, and then there is none)
     reference: str = ""  # its checkpoint folder; empty: `model`
     overlong: str = "keep"  # samples cut at max_new_tokens: keep, or mask (not specified by the paper)
-    micro_batch_tokens: int = 4096  # tokens of a packed micro-batch on each rank
+    micro_batch_tokens: int = 16384  # tokens of a packed micro-batch on each rank
     replicate: int = 1  # HSDP: so many copies of the weights, each sharded over its part of the GPUs
-    recompute: bool = False  # recompute each layer's activations in backward: less memory, a third more time
+    recompute: bool = True  # recompute each layer's activations in backward: less memory, a third more time
     offload_activations: bool = False  # what recompute starts from, a layer's inputs, waits in host memory
     offload_optimizer: bool = False  # AdamW's moments, half of the training state, wait in host memory
-    max_sequences: int = 64  # sequences that each sampler decodes at a time
+    max_sequences: int = 128  # sequences that each sampler decodes at a time
     page_size: int = 16  # tokens of a KV page
     tp: int = 1  # GPUs of a node that share a sampler by tensor parallelism, for models too large for one
     sampler_dtype: str = "auto"  # auto: bfloat16 on CUDA, float32 on CPU; or either by name
-    eval_prompts: str = "data/tiny/eval_prompts.jsonl"  # empty: no evaluation
+    eval_prompts: str = ""  # empty: no evaluation
     eval_every: int = 10  # steps between evaluations, the first before training
     save_every: int = 10  # steps between checkpoints; the last step is always saved
     keep_checkpoints: int = 2  # newest checkpoints that are kept
@@ -102,6 +107,7 @@ class Config:
     device: str = "auto"  # auto, cpu or cuda
     timeout: int = 1800  # seconds that a rank waits for the others before the run ends
     wandb: bool = False  # log to Weights & Biases too (offline without a key)
+    files = ()  # that it was read from; no option
 
     def __post_init__(self):
         """What is_ratio's paper says stands for what is not given."""
@@ -122,8 +128,21 @@ class Config:
 # ---------------------------------------------------------------------- options
 
 
-def parse(arguments: list[str]) -> Config:
-    return options.parse(Config, arguments, __doc__)
+def parse(arguments: list[str], about: str = __doc__, others: tuple[str, ...] = ()) -> Config:
+    """What is not given is as the run in run_dir has it, if there is one; else, without --model and --config,
+    as configs/tiny.json has it; else Config's. Raises ConfigError."""
+    given, files = options.read(Config, arguments, about, others)
+    folder = given.get("run_dir")
+    if folder and (record := Path(folder, "config.json")).exists():
+        base = str(record)
+    else:
+        base = "" if files or "model" in given else locate("configs/tiny.json")
+    if base:
+        files = [base, *files]
+        given = options.read(Config, ["--config", base], about)[0] | {"resume": "auto"} | given
+    config = Config(**given)
+    config.files = files
+    return config
 
 
 def check(config: Config, world: parallel.World):
@@ -687,9 +706,11 @@ def go_on(config: Config, inputs: Inputs, folder: Path, newest: tuple[Path, dict
     if world.main:
         notes = [f"{model.config.num_parameters:,} parameters", f"{len(prompts)} prompts"]
         notes += [f"{n} {why} dropped" for why, n in inputs.dropped.items()]
-        notes += [f"{world.size} x {world.device.type}"] + [f"resumed after step {start}"] * (start > 0)
+        notes += [f"{world.size} x {world.device.type}", *(f"options of {file}" for file in config.files)]
+        notes += [f"resumed after step {start}"] * (start > 0)
         print(f"{folder}: {', '.join(notes)}", flush=True)
-        if (share := (n := sum(inputs.dropped.values())) / (n + len(prompts))) > 0.25:
+        n = sum(n for why, n in inputs.dropped.items() if "evaluation" not in why)
+        if (share := n / (n + len(prompts))) > 0.25:
             print(f"warning: {share:.0%} of the prompts are dropped: raise max_new_tokens if they are "
                   f"unreachable, or mend their `keep` and `length_range` in {config.prompts}", flush=True)
 
@@ -711,8 +732,8 @@ def go_on(config: Config, inputs: Inputs, folder: Path, newest: tuple[Path, dict
             if safe["step"] > on_disk:
                 save(**(unlogged if safe is state else {}))
             if isinstance(e, Stopped) and world.main:
-                print(f"stopped by SIGTERM: step {safe['step']} is kept, and the same command goes on from "
-                      "there", flush=True)
+                print(f"stopped by {signal.Signals(*e.args).name}: step {safe['step']} is kept, and the same "
+                      "command goes on from there", flush=True)
             raise
 
     def record(metrics: dict):
@@ -826,7 +847,7 @@ def main():
     faulthandler.enable(sys.__stderr__)  # where NCCL's watchdog ends a process, it says in which line
     try:
         if "--plan" in sys.argv:
-            return planner.main([word for word in sys.argv[1:] if word != "--plan"], Config, check)
+            return planner.main([word for word in sys.argv[1:] if word != "--plan"], parse, check)
         train(parse(sys.argv[1:]), clock, watch)
     except Stopped:
         pass

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import torch
 
+import options  # noqa: F401  # for its --help
+
 ROOT = Path(__file__).parent.parent
 
 

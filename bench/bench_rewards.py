@@ -19,7 +19,7 @@ import numpy as np
 import plan
 from bench import attacks, hardware
 from rewards import REWARDS, count_words, is_batched, is_remote, score
-from train import Config
+from train import parse
 
 SAMPLES, WORDS = 1024, 12_000
 PLANS = {"7B, 8 GPUs": ["--config", "configs/qwen2.5-7b.json", "--gpus", "8"],
@@ -44,7 +44,7 @@ def cost(ms: float) -> dict[str, dict[str, float]]:
     for full lengths; as if nothing were decoded meanwhile, though on a GPU a step is under way."""
     out = {}
     for name, options in PLANS.items():
-        planned, _ = plan.read(options + ["--prompts_per_step", "32", "--group_size", "32"], Config)
+        planned, _ = plan.read(options + ["--prompts_per_step", "32", "--group_size", "32"], parse)
         sampled = planned.rehearse(full=True)
         step = sampled["seconds"] + sum(planned.seconds(sampled["mean"]))
         scoring = ms / 1e3 * SAMPLES / planned.ranks

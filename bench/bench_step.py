@@ -71,8 +71,8 @@ def make(folder: Path, shape: str, tokenizer: Path) -> list[str]:
     (folder / "prompts.jsonl").write_text("".join(json.dumps({"prompt": t}) + "\n" for t in texts))
     names = ("prompts_per_step", "group_size", "max_new_tokens", "micro_batch_tokens")
     batch = sum(([f"--{name}", str(value)] for name, value in zip(names, BATCH[shape])), [])
-    return ["--model", str(path), "--prompts", str(folder / "prompts.jsonl"), "--stop", "", "--reward",
-            "varied", "--steps", "4", *batch]
+    return ["--config", str(run.ROOT / "configs/tiny.json"), "--model", str(path), "--prompts",
+            str(folder / "prompts.jsonl"), "--stop", "", "--reward", "varied", "--steps", "4", *batch]
 
 
 def planned(config: train.Config, shape: qwen.ModelConfig, world, prompt_tokens: int) -> float:

@@ -74,7 +74,7 @@ def step(folder: Path, args, head: str) -> dict:
     driver.write_text(DRIVER)
     command = [
         sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={args.ranks}",
-        str(driver), head, "--model",
+        str(driver), head, "--config", str(ROOT / "configs" / "tiny.json"), "--model",
         str(folder), "--prompts",
         str(args.prompts), "--run_dir",
         str(run), "--eval_prompts", "", "--reward", "length,format,even", "--steps", "2",

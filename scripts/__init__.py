@@ -1,0 +1,1 @@
+import options  # noqa: F401  # for its --help

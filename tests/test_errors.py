@@ -1,8 +1,11 @@
 """What bad input gets: one sentence that names the value, where it stands and what to do, and exit code 2."""
 
+import errno
+import fcntl
 import json
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -14,6 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import rewards
+import run
 import train
 from tests.test_run import ROOT, SMALL, equal, in_process, metrics, rollouts, tensors
 
@@ -84,6 +88,9 @@ OPTIONS = {  # options: what the sentence must name
     "--reward overlong": ["overlong", "weight 0"],
     "--reward_model nowhere": ["reward_model: nowhere/config.json does not", "leave the reward out"],
     "--reward_model data/tiny/base": ["data/tiny/base is no reward model", "Qwen2ForSequenceClassification"],
+    "--model data/tiny/base": ["prompts file prompts.jsonl cannot be read"],
+    "--model data/tiny/base --prompts data/tiny/prompts.jsonl --max_new_tokens 256": [
+        "reward_model is empty", "--reward length,format"],
     "--model data/tiny/writing": ["data/tiny/writing is a reward model"],
     "--model nowhere": ["nowhere/config.json does not exist", "`model`"],
     "--beta 0.1 --reference nowhere": ["nowhere/config.json does not exist"],
@@ -253,7 +260,59 @@ def test_a_run_folder_that_cannot_be_written(tmp_path, capsys, monkeypatch):
 
 def test_a_run_folder_with_a_broken_record(tmp_path, capsys, monkeypatch):
     write(tmp_path / "config.json", "{")
-    assert "config.json is not JSON" in fails(capsys, monkeypatch, "--run_dir", str(tmp_path))
+    assert f"{tmp_path}/config.json cannot be read" in fails(capsys, monkeypatch, "--run_dir", str(tmp_path))
+
+
+def test_a_folder_in_which_another_process_runs_even_a_stopped_one(tmp_path, capsys, monkeypatch):
+    folder, (told, tell) = tmp_path / "run", os.pipe()
+    if not (pid := os.fork()):
+        try:
+            run.lock(folder)
+            os.write(tell, b"1")
+            signal.pause()
+        finally:
+            os._exit(1)
+    try:
+        os.close(tell)
+        os.read(told, 1)
+        os.kill(pid, signal.SIGSTOP)
+        line = fails(capsys, monkeypatch, *SMALL, "--steps", "1", "--run_dir", str(folder))
+        assert f"{folder} is in use by process {pid} on {socket.gethostname()}: " in line
+        assert [f.name for f in folder.iterdir()] == ["lock"]
+    finally:
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+    in_process(folder, "--steps", "1", "--eval_prompts", "")
+    assert "warning" not in capsys.readouterr().err
+
+
+def test_a_file_system_without_locks_is_no_obstacle(tmp_path, capsys, monkeypatch):
+    def lockf(*arguments):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "lockf", lockf)
+    in_process(tmp_path / "run", "--steps", "1", "--eval_prompts", "")
+    assert capsys.readouterr().err == (f"warning: {tmp_path}/run cannot be locked (No locks available): "
+                                       "start no other run in it\n")
+
+
+def test_new_runs_of_one_second_get_folders_of_their_own(tmp_path, monkeypatch):
+    """Also a restart does not take the folder of another run with the same options."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(time, "strftime", lambda form: "now")
+    config = train.parse([])
+    folders = [run.choose_folder(config, restarted=False) for _ in range(3)]
+    assert [f.name for f in folders] == ["now", "now-2", "now-3"]
+    for folder in folders[:2]:
+        run.open_folder(config, folder, None)
+        assert run.choose_folder(config, restarted=True) == folder
+
+    def lockf(file, how):
+        if os.fstat(file).st_ino == (folder / "lock").stat().st_ino:
+            raise BlockingIOError(errno.EAGAIN, "")
+
+    monkeypatch.setattr(fcntl, "lockf", lockf)
+    assert run.choose_folder(config, restarted=True) == folders[0]
 
 
 # ------------------------------------------------------------------------------------------ rewards
@@ -366,6 +425,15 @@ def test_an_error_as_a_user_sees_it(tmp_path):
     assert done.returncode == 2 and seconds < 10
     said = "error: command line: there is no option 'temprature'; did you mean 'temperature'?\n"
     assert done.stderr == said
+
+
+def test_help_into_a_pipe_that_closes_is_no_traceback():
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run([sys.executable, "-m", "scripts.pretrain", "--help"], cwd=ROOT, stdout=writer,
+                          stderr=subprocess.PIPE, text=True)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (-signal.SIGPIPE, "")
 
 
 @pytest.mark.parametrize("options, part", [

@@ -18,6 +18,8 @@ from rewards import REQUIRED, REWARDS, TRANSFORMS
 from train import Config, ConfigError, check, parse
 
 ROOT = Path(__file__).parent.parent
+TINY = dataclasses.replace(Config(), **{
+    k: v for k, v in json.loads((ROOT / "configs" / "tiny.json").read_text()).items() if "//" not in k})
 FIELDS = {f.name: f for f in dataclasses.fields(Config)}
 OTHER = {str: "elsewhere", int: 7919, float: 0.125}  # a value that is no field's default
 
@@ -38,8 +40,18 @@ def config_file(folder, content):
 # ------------------------------------------------------------------------------------------ parse
 
 
-def test_no_argument_gives_the_defaults():
-    assert parse([]) == Config()
+def test_no_argument_gives_the_embedded_default():
+    assert parse([]) == TINY and parse([]).files[0].endswith("configs/tiny.json")
+    assert (TINY.model, TINY.lr, TINY.recompute) == ("data/tiny/base", 1.75e-4, False)
+    assert parse(["--config", str(ROOT / "configs" / "tiny.json")]) == TINY
+
+
+def test_a_model_or_a_config_takes_nothing_from_the_embedded_default(tmp_path):
+    """Nor do its paths: what a real run must be given is empty."""
+    assert parse(["--model", "here"]) == Config(model="here") and not parse(["--model", "here"]).files
+    file = config_file(tmp_path, {"steps": 3})
+    assert parse(["--config", file]) == Config(steps=3) and parse(["--config", file]).files == [file]
+    assert not any("tiny" in str(f.default) for f in FIELDS.values()) and Config().lr == 1e-6
 
 
 @pytest.mark.parametrize("name", FIELDS)
@@ -47,7 +59,7 @@ def test_every_option_is_set_from_the_command_line_in_both_spellings(name):
     """--NAME VALUE and --NAME=VALUE, with underscores or hyphens; every other field keeps its default."""
     value = other(FIELDS[name])
     text = str(value).lower() if isinstance(value, bool) else str(value)
-    expected = dataclasses.replace(Config(), **{name: value})
+    expected = dataclasses.replace(Config() if name == "model" else TINY, **{name: value})
     for spelled in ("--" + name, "--" + name.replace("_", "-")):
         for arguments in ([spelled, text], [f"{spelled}={text}"]):
             got = parse(arguments)
@@ -81,6 +93,21 @@ def test_a_recorded_config_reads_back_as_it_was(tmp_path):
     """A run's config.json is a config file."""
     config = dataclasses.replace(Config(), **{name: other(f) for name, f in FIELDS.items()})
     assert parse(["--config", config_file(tmp_path, dataclasses.asdict(config))]) == config
+
+
+def test_a_folder_with_a_run_brings_the_options_of_the_run(tmp_path):
+    """Those that are given win, on the command line or in another file; how it was to be resumed is past."""
+    config = dataclasses.replace(Config(), **{name: other(f) for name, f in FIELDS.items()})
+    config_file(tmp_path, dataclasses.asdict(config))
+    folder = ["--run_dir", str(tmp_path)]
+    assert parse(folder).files == [str(tmp_path / "config.json")]
+    expected = dataclasses.replace(config, run_dir=str(tmp_path), resume="auto")
+    assert parse(folder) == expected
+    assert parse(["--steps", "3", *folder]) == dataclasses.replace(expected, steps=3)
+    file = tmp_path / "other.json"
+    file.write_text(json.dumps({"lr": 0.5, "run_dir": str(tmp_path)}))
+    assert parse(["--config", str(file)]) == dataclasses.replace(expected, lr=0.5)
+    assert parse(["--run_dir", str(tmp_path / "absent")]).steps == TINY.steps
 
 
 @pytest.mark.parametrize("arguments, stop", [
@@ -341,10 +368,6 @@ def test_every_config_is_one(file, monkeypatch):
     config = parse(["--config", str(file)])
     ranks = {"tiny": 2, "qwen2.5-7b": 8, "qwen2.5-32b": 64}[file.stem]
     check(config, World(0, ranks, None))
-
-
-def test_tiny_json_is_the_default_written_out():
-    assert parse(["--config", str(ROOT / "configs" / "tiny.json")]) == Config()
 
 
 def test_a_sample_ends_where_it_goes_on_as_the_user_of_its_template():

@@ -30,7 +30,7 @@ from kernels import backend
 from model import ModelConfig, Qwen2
 from plan import SHAPES, Machine, Plan
 from tests.launch import ROOT, torchrun
-from train import Config, ConfigError
+from train import Config, ConfigError, parse
 
 SMALL = ModelConfig(1000, 140, 70, 3, 10, 2)  # nothing in it divides by 64
 
@@ -51,7 +51,7 @@ def meta(shape: ModelConfig, group=None) -> Qwen2:
 
 
 def plan_of(shape: ModelConfig, ranks: int, cuda: bool = True, prompt_tokens: int = 512, **options) -> Plan:
-    config = Config(**{"prompts_per_step": ranks} | options)
+    config = dataclasses.replace(parse([]), **{"prompts_per_step": ranks} | options)
     return Plan(config, Machine(min(ranks, 8), -(-ranks // 8), 80.0, prompt_tokens), shape, cuda)
 
 
@@ -274,7 +274,7 @@ def test_the_peak_on_a_gpu_is_that_of_torchs_tracker_over_fake_tensors(name, lay
 
 
 def shipped(name: str, *options: str) -> Plan:
-    return planner.read(["--config", str(ROOT / "configs" / name), *options], Config)[0]
+    return planner.read(["--config", str(ROOT / "configs" / name), *options], parse)[0]
 
 
 def test_14k_tokens_of_32b_fit_into_80_gb_on_64_gpus():
@@ -341,7 +341,7 @@ def test_a_folder_that_exists_is_read():
 ])
 def test_what_cannot_be_planned_is_refused_in_a_sentence(arguments, part):
     with pytest.raises((ConfigError, qwen.CheckpointError), match=part):
-        planner.read(arguments, Config)
+        planner.read(arguments, parse)
 
 
 def test_the_first_option_that_makes_it_fit_is_named():
@@ -362,7 +362,7 @@ def test_the_first_option_that_makes_it_fit_is_named():
 def test_a_reward_model_is_counted_where_its_folder_is_there(monkeypatch):
     """By its config alone; gathered layers and activations only while it scores."""
     options, scorer = ["--gpus", "4", "--offload_reward_model"], qwen.read_config(ROOT / "data/tiny/writing")
-    (there, note), (away, _) = (planner.read([*options, x], Config) for x in ("false", "true"))
+    (there, note), (away, _) = (planner.read([*options, x], parse) for x in ("false", "true"))
     whole = 2 * scorer.num_parameters // 4
     assert note == "" and there.persistent()["reward model's weights"] == whole
     assert away.persistent()["reward model's weights"] == 0 and away.pinned() == 4 * whole
@@ -370,7 +370,7 @@ def test_a_reward_model_is_counted_where_its_folder_is_there(monkeypatch):
         score, load = plan.phases()["score"], sum(plan.phases()["load"].values())
         assert score["reward model's weights"] == whole and sum(score.values()) > load
     for more in (["--reward_model", "Qwen2.5-7B-writing"], ["--reward", "length"]):
-        plan, note = planner.read([*options, "false", *more], Config)
+        plan, note = planner.read([*options, "false", *more], parse)
         assert plan.persistent()["reward model's weights"] == 0 and "score" not in plan.phases()
         assert ("there is no folder Qwen2.5-7B-writing" in note) == ("--reward_model" in more)
 

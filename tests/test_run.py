@@ -161,10 +161,10 @@ def test_trainer_and_sampler_agree_on_policy(tmp_path):
 
 
 def test_three_and_three_steps_equal_six_bit_for_bit(undisturbed, tmp_path, monkeypatch, capfd):
-    """Also where wandb fails meanwhile. log.txt has what is printed of both."""
+    """Without saying the options again, and where wandb fails meanwhile. log.txt has what is printed."""
     monkeypatch.setitem(sys.modules, "wandb", FakeWandb("log"))
-    in_process(tmp_path / "run", "--steps", "3")
-    in_process(tmp_path / "run", "--steps", "6", "--wandb", "true")
+    in_process(tmp_path / "run", "--steps", "3", "--resume", "false")
+    in_process(tmp_path / "run", "--steps", "6", "--wandb", "true", small=[])
     said, log = capfd.readouterr(), (tmp_path / "run" / "log.txt").read_text()
     assert said.err.count("wandb failed (no route for log)") == 1 and log.count("resumed after step 3") == 1
     assert sorted(log.splitlines()) == sorted((said.out + said.err).splitlines())

@@ -40,6 +40,8 @@ import train, checkpoints, parallel, rewards
 from bench.chaos import strike
 
 torch.set_num_threads(1)
+for number in (signal.SIGINT, signal.SIGHUP):  # a shell in the background, or nohup, may ignore them
+    signal.signal(number, signal.SIG_DFL)
 (told, tell), (over, end) = os.pipe(), os.pipe()
 if not os.fork():  # the store's thread must not hold a lock while a rank is forked
     os.close(end)
@@ -193,12 +195,13 @@ def test_kills_at_any_moment_change_nothing(forks, undisturbed, tmp_path):
     assert differences(tmp_path / "run", undisturbed) == []
 
 
-@pytest.mark.parametrize("moment, nth", [("sampling", 45), ("backward", 3)])
-def test_sigterm_keeps_the_last_step_and_both_ranks_end_with_0(forks, undisturbed, tmp_path, moment, nth):
+@pytest.mark.parametrize("sign, moment, nth", [("SIGTERM", "sampling", 45), ("SIGINT", "backward", 3)])
+def test_a_signal_keeps_the_last_step_and_both_ranks_end_with_0(forks, undisturbed, tmp_path, sign, moment,
+                                                                nth):
     """Sent to one rank alone in the second step, between its micro-batches; no checkpoint is due."""
-    code = f"rank == 1 and strike('{moment}', {nth}, signal.SIGTERM)"
+    code = f"rank == 1 and strike('{moment}', {nth}, signal.{sign})"
     codes, said = forks(tmp_path / "run", "--save_every", "100", code=code)
-    assert codes == [0, 0] and "stopped by SIGTERM: step 1 is kept" in said[0], said
+    assert codes == [0, 0] and f"\nstopped by {sign}: step 1 is kept" in said[0] and not said[1], said
     codes, said = forks(tmp_path / "run")
     assert codes == [0, 0] and "resumed after step 1" in said[0], said
     assert differences(tmp_path / "run", undisturbed) == []
@@ -224,12 +227,45 @@ def test_a_stop_during_an_evaluation_loses_neither_it_nor_the_step(forks, tmp_pa
     assert forks(tmp_path / "calm", *evaluated, ranks=1)[0] == [0]
     codes, said = forks(tmp_path / "run", *evaluated, ranks=1, code="""
 real, calls = train.evaluate, []
-train.evaluate = lambda *a: (calls.append(1), len(calls) == 3 and os.kill(os.getpid(), 15), real(*a))[-1]""")
-    assert codes == [0] and "step 4 is kept" in said[0], said
+train.evaluate = lambda *a: (calls.append(1), len(calls) == 3 and os.kill(os.getpid(), 1), real(*a))[-1]""")
+    assert codes == [0] and "stopped by SIGHUP: step 4 is kept" in said[0], said
     assert [m["step"] for m in metrics(tmp_path / "run")] == [0, 1, 2, 3]
     codes, said = forks(tmp_path / "run", *evaluated, ranks=1)
     assert codes == [0] and "eval after step 4" in said[0], said
     assert differences(tmp_path / "run", tmp_path / "calm") == []
+
+
+def test_ctrl_c_ends_at_once_when_it_is_the_second_and_a_signal_that_is_ignored_stays_so(forks, tmp_path):
+    codes, said = forks(tmp_path, ranks=1, only=True, code="""
+signal.signal(signal.SIGHUP, signal.SIG_IGN)
+watch = parallel.Watch()
+watch.start(None, "")
+for sign in (signal.SIGHUP, signal.SIGINT, signal.SIGINT):
+    os.kill(os.getpid(), sign)
+    time.sleep(0.7)
+    print(watch.stopping, flush=True)
+time.sleep(20)""")
+    assert codes == [130] and said == ["[]\n[2]\n"]
+
+
+def test_ctrl_c_while_train_py_is_imported_leaves_no_traceback(tmp_path):
+    (tmp_path / "torch.py").write_text("import os, signal, time\nos.kill(os.getpid(), 2)\ntime.sleep(5)\n")
+    done = subprocess.run([sys.executable, str(ROOT / "train.py")], capture_output=True, text=True,
+                          env={**os.environ, "PYTHONPATH": str(tmp_path)},
+                          preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler))
+    assert (done.returncode, done.stdout, done.stderr) == (-signal.SIGINT, "", "")
+
+
+def test_a_rank_whose_torchrun_dies_before_they_have_met_ends_too():
+    """It would wait for a store that is gone. What sees that is imported before what takes seconds."""
+    child = "import os, time, watch; watch.Watch(); print(os.getpid(), flush=True); time.sleep(60)"
+    parent = f"import subprocess, sys; p = subprocess.Popen([sys.executable, '-c', {child!r}]," \
+             " stdout=subprocess.PIPE); print(p.stdout.readline().decode())"
+    done = subprocess.run([sys.executable, "-c", parent], cwd=ROOT, stdout=subprocess.PIPE, text=True,
+                          env={**os.environ, "TORCHELASTIC_RUN_ID": "1"})
+    wait_for(lambda: not Path(f"/proc/{int(done.stdout)}").exists(), 10)
+    source = (ROOT / "train.py").read_text()
+    assert source.index("\nfrom watch import") < source.index("\nimport torch")
 
 
 def test_torchrun_restarts_a_killed_rank_and_no_rank_outlives_torchrun(tmp_path):
@@ -243,8 +279,7 @@ if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
 import train
 train.main()
 """)
-    arguments = ["--standalone", "--max-restarts=1", str(driver), *QUICK, "--model", str(BASE), "--steps",
-                 "100000"]
+    arguments = ["--standalone", "--max-restarts=1", str(driver), *QUICK, "--steps", "100000"]
     with (tmp_path / "log").open("w") as log:
         agent = subprocess.Popen([sys.executable, "-m", "torch.distributed.run", *arguments], cwd=tmp_path,
                                  env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},

@@ -145,7 +145,8 @@ def completion(text: str) -> Completion:
 def test_the_reward_is_the_answer_bodys_raw_score(monkeypatch, capsys):
     """Thinking and tags are not read; without a body it is the lowest; what does not fit into the model is
     counted."""
-    config, world, reward = train.Config(micro_batch_tokens=300), parallel.setup("cpu"), rewards.Writing()
+    config = train.parse(["--micro_batch_tokens", "300"])
+    world, reward = parallel.setup("cpu"), rewards.Writing()
     reward.check(config)
     with monkeypatch.context() as once:
         once.setattr(writing, "Tokenizer", None)  # what `check` has read is not read again
