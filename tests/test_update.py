@@ -1,5 +1,6 @@
 """Every option that reaches the loss or the optimiser, from the command line to the weights: the whole loop,
-with samples that are made up and a policy whose gradient has a closed form, against NumPy in fp64.
+with samples that are made up and a policy whose gradient has a closed form, against NumPy in fp64. And what
+the loop asks the sampler for and says of its samples.
 
 The policy is a table of bigrams: a token's hidden state is its row of the embedding.
 """
@@ -69,8 +70,9 @@ class Dealer:
             for g in range(r.n):
                 ids = [rng.randrange(1, 30) for _ in range(rng.randint(2, 9))]
                 logps = [rng.uniform(-8.5, -5.5) for _ in ids]
-                step.append((r, Completion(b, g, ids, logps, "", rng.choice(["stop", "stop", "length"]),
-                                           r.max_new_tokens)))
+                text = f"<think>t</think><answer>{'word ' * len(ids)}</answer>"
+                reason = rng.choice(["stop", "stop", "length"])
+                step.append((r, Completion(b, g, ids, logps, text, reason, r.max_new_tokens)))
         self.dealt.append(step)
         yield from (c for _, c in step)
 
@@ -112,9 +114,10 @@ def trained(tmp_path, monkeypatch):
     monkeypatch.setattr(checkpoints, "save", lambda *a: None)
 
     def run(options: dict):
-        given = SETTING | options | ({"reference": str(other)} if "reference" in options else {})
-        arguments = [f"--{name}={str(v).lower() if v in (True, False) else v}" for name, v in given.items()]
-        train.train(train.parse([*arguments, f"--prompts={prompts}", f"--run_dir={tmp_path}/run"]))
+        given = {"prompts": str(prompts)} | SETTING | options
+        given |= {"reference": str(other)} if "reference" in options else {}
+        arguments = [f"--{name}={v}" for name, v in given.items()]
+        train.train(train.parse([*arguments, f"--run_dir={tmp_path}/run"]))
         return made[0], dealers[0].dealt, metrics(tmp_path / "run")
 
     return run
@@ -249,3 +252,35 @@ def test_an_option_does_to_the_weights_what_numpy_says(options, trained):
     if options:
         without, _ = expected(dealt, config_of({}))
         assert distance(weights, without) > 1e-2 * distance(weights, start)
+
+
+# ---------------------------------------------------------------------- what the sampler is asked for
+
+
+def test_requests_are_those_of_the_options_and_samples_are_counted(trained, tmp_path, capfd):
+    """Five calls: an evaluation before training, and after each of two steps."""
+    file = tmp_path / "ranged.jsonl"
+    file.write_text("".join(f'{{"query": "Write {i}.", "range": {lengths}}}\n'
+                            for i, lengths in enumerate(([4, 5], [4, 7], [3, 40], "null"))))
+    _, dealt, log = trained({"prompts": file, "eval_prompts": file, "eval_every": 1, "stop": "</answer>,END",
+                             "temperature": 0.7, "seed": 4})
+    assert all((r.stop, r.temperature, r.max_new_tokens) == (("</answer>", "END"), 0.7, 12)
+               for call in dealt for r, _ in call)
+    evaluations, steps = [[r for r, _ in call] for call in dealt[::2]], dealt[1::2]
+    assert [r.n for r in evaluations[0]] == [1] * 4 and evaluations[0] == evaluations[1] == evaluations[2]
+    assert [r.expected_tokens for r in evaluations[0]] == [10, 12, 12, 12]  # two a word, up to the budget
+    seeds = [{r.seed for r, _ in step} for step in steps] + [{r.seed for r in evaluations[0]}]
+    assert [len(x) for x in seeds] == [4] * 3 and len(set.union(*seeds)) == 12
+    ranges = {tuple(r.prompt_ids): x for r, x in zip(evaluations[0], ((4, 5), (4, 7), (3, 40)))}
+    cut, at_the_end = [], set()
+    for step, m in zip(steps, log[1:], strict=True):
+        asked = [(*ranges[tuple(r.prompt_ids)], len(c.token_ids)) for r, c in step
+                 if tuple(r.prompt_ids) in ranges]
+        assert len(asked) == 12 and m["length/in_range"] == np.mean([lo <= n <= hi for lo, hi, n in asked])
+        assert m["length/answer_words"] == np.mean([len(c.token_ids) for _, c in step])
+        at_the_end |= {(n == lo, n == hi) for lo, hi, n in asked}
+        cut.append(np.mean([c.finish_reason == "length" for _, c in step]))
+    assert {(True, False), (False, True)} <= at_the_end, "some are as short, some as long as is allowed"
+    assert [m["truncated"] for m in log[1:]] == cut and min(cut) < 0.25 < max(cut)
+    warned = [line for line in capfd.readouterr().out.splitlines() if line.startswith("warning: ")]
+    assert warned == [f"warning: {max(cut):.0%} of the samples were cut at max_new_tokens 12"]
