@@ -17,7 +17,13 @@ from model import Packed, packed
 
 ADVANTAGES = ("per_reward", "sum", "gdpo")
 LOSSES = ("token", "sequence", "constant")
-IS_RATIOS = ("token", "sequence", "cispo")
+EPS = 0.2  # the paper's clip, below and above
+FORMS = {  # is_ratio: the loss, eps_low and eps_high that it is published with
+    "token": ("token", EPS, EPS),  # the paper; its aggregation is open, DAPO's
+    "sequence": ("sequence", 3e-4, 4e-4),  # GSPO, section 5.1
+    "cispo": ("token", 1.0, 4.0),  # no lower clip; its paper names no upper: ScaleRL's (arXiv 2510.13786)
+}
+IS_RATIOS = tuple(FORMS)
 DEAD = 1e-6  # a group whose rewards spread no more than this has no signal, only rounding
 STD_FLOOR = 0.1  # default of `advantages` and of the option of this name
 VIOLATION = 0.1  # the least that a sample's advantage lies below 0 where it violates what is required
@@ -63,6 +69,23 @@ def group_spread(rewards_BGR: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor,
     lowest = rewards_BGR.masked_fill(~present, torch.inf).amin(1)
     dead = ~(highest - lowest > DEAD)
     return mean, std.masked_fill(dead, 0), dead
+
+
+def place_lowest(rewards_BGR: torch.Tensor) -> torch.Tensor:
+    """The rewards with a number in place of each -inf, which says that a sample has nothing to judge. Pass
+    those of all ranks.
+
+    The number lies below the lowest of its group by the group's std or, where that is more, by the rms of the
+    batch's: the sample is worse than any that can be judged, at every scale and offset, and widens its group
+    no more than an ordinary bad one. Without another in its group that can be judged it is missing (NaN).
+    """
+    nothing_BGR = rewards_BGR.isneginf()
+    judged_BGR = rewards_BGR.masked_fill(nothing_BGR, torch.nan)
+    _, std, _ = group_spread(judged_BGR)
+    step = torch.maximum(std, live_rms(std))
+    step = step.masked_fill(step == 0, 1)  # no two of the batch can be compared: any distance will do
+    place = judged_BGR.nan_to_num(torch.inf).amin(1) - step
+    return torch.where(nothing_BGR, place.masked_fill(place.isinf(), torch.nan)[:, None], rewards_BGR)
 
 
 def live_rms(std_BR: torch.Tensor) -> torch.Tensor:
@@ -239,7 +262,7 @@ def k3(log_ratio: torch.Tensor) -> torch.Tensor:
 
 
 def policy_loss(logp_N: torch.Tensor, old_logp_N: torch.Tensor, advantage_N: torch.Tensor,
-                denominator_N: torch.Tensor | float, eps_low: float = 0.2, eps_high: float = 0.2,
+                denominator_N: torch.Tensor | float, eps_low: float = EPS, eps_high: float = EPS,
                 is_ratio: str = "token", lengths: list[int] | None = None,
                 correction_N: torch.Tensor | float = 1.0, reference_logp_N: torch.Tensor | None = None,
                 beta: float = 0.0) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
@@ -249,8 +272,9 @@ def policy_loss(logp_N: torch.Tensor, old_logp_N: torch.Tensor, advantage_N: tor
     token      -min(rho A, clip(rho) A)                                    (PPO; paper, eq. 1)
     sequence   the same with rho's geometric mean over the sample          (GSPO, arXiv 2507.18071)
     cispo      -clip(rho) A log p, clip(rho) detached: no token is muted   (arXiv 2506.13585)
-    The clip is [1 - eps_low, 1 + eps_high]. While on-policy (old_logp_N = logp_N.detach()) rho is 1, the clip
-    never acts and all three have the gradient of -A log p, `sequence` averaged over the sample.
+    The clip is [1 - eps_low, 1 + eps_high]; FORMS has those of the papers. While on-policy (old_logp_N =
+    logp_N.detach()) rho is 1, the clip never acts and all three have the gradient of -A log p, `sequence`
+    averaged over the sample.
 
     lengths: tokens of each sample, needed by `sequence`. correction_N: weight of each token, see
     `truncated_ratio`. beta: of the KL to a reference policy, `k3` of p_ref / p, whose gradient flows.

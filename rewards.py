@@ -2,9 +2,11 @@
 
 A reward is called as `reward(completion, prompt) -> float | None` with the sampler's Completion and the
 Prompt it answers. None means that it could not be computed: the reward is then missing for this sample, which
-is not the same as 0. Each reward is normalised within its group on its own (grpo.advantages), so its scale
-does not matter; its weight does. A reward marked `@batched`, a model, is called with lists, once a step.
-One marked `@remote` waits for a network: it is called in a thread, while other samples decode.
+is not the same as 0. LOWEST means that there is nothing to judge, and that this is worse than anything that
+can be judged: see grpo.place_lowest. Each reward is normalised within its group on its own (grpo.advantages),
+so its scale and offset do not matter; its weight does. A reward marked `@batched`, a model, is called with
+lists, once a step. One marked `@remote` waits for a network: it is called in a thread, while other samples
+decode.
 """
 
 import math
@@ -32,6 +34,7 @@ LATIN_WORD = re.compile(r"\b[a-zA-Z]+\b")
 TAG = re.compile(r"</?(?:think|answer)>")
 END_OF_TEXT = "<|endoftext|>"  # of the Qwen2.5 family: a writing model's score stands there
 OVERLONG_CACHE = 0.2  # share of max_new_tokens over which `overlong` falls (DAPO: 4,096 of 20,480)
+LOWEST = -math.inf
 LARGEST = float(np.finfo(np.float32).max)  # reward: its square and their sums are finite in fp64
 
 MISTAKES = (NameError, ImportError)  # of a remote reward: no server makes it raise these
@@ -163,12 +166,15 @@ SERVER_TIMEOUT, SERVER_PATIENCE, SERVER_THREADS = 60.0, 120.0, 32  # seconds; ca
 
 
 class Writing:
-    """A reward model's score of query and answer body, through a sigmoid into (0, 1). No body: 0.
+    """A reward model's raw score of query and answer body. No body: LOWEST.
+
+    Raw, because reward models of others are not centred: a sigmoid of scores about 16 with a spread of 1 is
+    constant. Normalisation in the group needs no squashing. No fixed number can stand for an answer that is
+    not there: 0 is the best score of a model with mean -5, and would rule the group's spread under one with
+    mean 20. Missing would be no better: silence would escape this reward, and beat every answer below the
+    mean.
 
     Where `reward_model` is the URLs of servers it is a remote reward, see endpoint.Endpoint.score.
-
-    The model is trained so that its scores have mean 0; the sigmoid keeps those of a text that it finds very
-    good, or very bad, from ruling the group's mean and spread.
     """
 
     batched = True
@@ -200,15 +206,11 @@ class Writing:
             return self.ask(completions, prompts)
         bodies = [structure(c.text)[2] for c in completions]
         scores = iter(self.scorer([(p.query, body) for p, body in zip(prompts, bodies) if body]))
-        return [sigmoid(next(scores)) if body else 0.0 for body in bodies]
+        return [next(scores) if body else LOWEST for body in bodies]
 
     def ask(self, completion, prompt) -> float:
         body = structure(completion.text)[2]
-        return sigmoid(self.servers.score(f"{frame(prompt.query)} {body}{END_OF_TEXT}")) if body else 0.0
-
-
-def sigmoid(x: float) -> float:
-    return 0.5 + 0.5 * math.tanh(x / 2)
+        return self.servers.score(f"{frame(prompt.query)} {body}{END_OF_TEXT}") if body else LOWEST
 
 
 # ---------------------------------------------------------------------- what is trained
@@ -324,7 +326,8 @@ def describe(e: BaseException) -> str:
 def checked(name: str, values: list, prompts: list) -> list[float]:
     """What a reward returned, as numbers, NaN for None. Raises RewardError for anything else."""
     for value, prompt in zip(values, prompts):
-        if value is not None and not is_number(value):
+        lowest = isinstance(value, numbers.Real) and value == LOWEST
+        if value is not None and not lowest and not is_number(value):
             raise RewardError(f"reward {name!r} returned {value!r} for an answer to prompt {prompt.id!r}: it "
                               "must be a finite number, or None where it cannot be computed")
     return [math.nan if value is None else float(value) for value in values]
@@ -335,8 +338,9 @@ def is_number(value) -> bool:
 
 
 def transformed(name: str, value: float) -> float:
-    """What enters the advantage for a raw value; one that is missing (NaN) stays so. Raises RewardError."""
-    if name not in TRANSFORMS or math.isnan(value):
+    """What enters the advantage for a raw value; one that is missing (NaN), or LOWEST, stays so. Raises
+    RewardError."""
+    if name not in TRANSFORMS or not math.isfinite(value):
         return value
     try:
         made = TRANSFORMS[name](value)

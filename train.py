@@ -72,10 +72,10 @@ class Config:
     advantage: str = "per_reward"  # per_reward: each normalised in its group, then averaged; or sum, gdpo
     normalise_std: bool = True  # false: advantages are not divided by the group's std (Dr. GRPO)
     std_floor: float = grpo.STD_FLOOR  # least std, in rms of the batch's group stds (not in the paper)
-    loss: str = "token"  # mean over all tokens; or sequence, constant (not specified by the paper)
     is_ratio: str = "token"  # PPO's ratio; or sequence (GSPO), cispo; with one update per batch all are 1
-    eps_low: float = 0.2  # clip of the ratio below (paper: 0.2); with one update per batch it never acts
-    eps_high: float = 0.2  # clip of the ratio above (paper: 0.2; DAPO: 0.28)
+    loss: str = None  # mean over tokens; or sequence, constant; None: is_ratio's: token, GSPO sequence
+    eps_low: float = None  # clip of the ratio below; None: is_ratio's: 0.2 (the paper), GSPO 3e-4, cispo 1
+    eps_high: float = None  # clip above (DAPO: 0.28); None: is_ratio's: 0.2 (the paper), GSPO 4e-4, cispo 4
     updates_per_batch: int = 1  # optimiser steps, each on its part of a step's groups; 1: strictly on-policy
     tis_cap: float = 0.0  # largest trainer/sampler ratio that weighs a token (try 2); 0: no correction
     beta: float = 0.0  # weight of the KL to a reference policy (paper: 0, and then there is none)
@@ -99,6 +99,13 @@ class Config:
     device: str = "auto"  # auto, cpu or cuda
     timeout: int = 1800  # seconds that a rank waits for the others before the run ends
     wandb: bool = False  # log to Weights & Biases too (offline without a key)
+
+    def __post_init__(self):
+        """What is_ratio's paper says stands for what is not given."""
+        published = zip(("loss", "eps_low", "eps_high"), grpo.FORMS.get(self.is_ratio, grpo.FORMS["token"]))
+        for name, value in published:
+            if getattr(self, name) is None:
+                setattr(self, name, value)
 
     @property
     def stop_strings(self) -> tuple[str, ...]:
@@ -222,7 +229,8 @@ def generate(sampler: Sampler, requests: list[Request], world) -> Iterator[Compl
 def sample_and_score(sampler: Sampler, prompts: list, requests: list[Request], config: Config,
                      clock: run.Clock, progress: run.Progress,
                      world) -> tuple[list[list[Completion]], torch.Tensor]:
-    """Completions of this rank's prompts, scored as they finish: completions[b][g], rewards_BGR.
+    """Completions of this rank's prompts, scored as they finish: completions[b][g], rewards_BGR with NaN
+    where missing and -inf for rewards.LOWEST.
 
     Rewards marked `remote` are called in threads meanwhile and waited for at the end; those marked `batched`
     see all samples then. Raises RewardError, or Stopped, on all ranks if one has it.
@@ -612,6 +620,7 @@ def evaluate(step: int, prompts: list, sampler: Sampler, config: Config, folder:
     progress = run.Progress(f"evaluation after step {step}", len(mine), world.main)
     with clock("sample"):
         completions, rewards_BGR = sample_and_score(sampler, mine, requests, config, clock, progress, world)
+    rewards_BGR = grpo.place_lowest(rewards_BGR)  # a single sample without a body has no such reward
     metrics = summarise(mine, completions, rewards_BGR, config.reward_names, world)
     measured = [[{"scores": measure(prompt, c)} for c in group] for prompt, group in zip(mine, completions)]
     texts = records(mine, completions, rewards_BGR, config.reward_names, share, world, measured)
@@ -730,9 +739,11 @@ def train(config: Config, clock: run.Clock | None = None, watch: Watch | None = 
         clock.seconds["sample"] -= clock.seconds["score"] + clock.seconds["idle"]
 
         # Advantages, of all ranks' groups: each reward on its own within its group, then averaged.
+        raw_BGR = grpo.place_lowest(torch.tensor(everyones(rewards_BGR.tolist(), share, world),
+                                                 dtype=torch.float64))
         with kept():
-            *composed, conflicts = compose(everyones(rewards_BGR.tolist(), share, world), names, config)
-        advantage_BG, per_reward_BGR = (x[share] for x in composed)
+            *composed, conflicts = compose(raw_BGR.tolist(), names, config)
+        rewards_BGR, advantage_BG, per_reward_BGR = (x[share] for x in (raw_BGR, *composed))
 
         # Update: samples of all ranks, packed and dealt by flops; logprobs, the clipped loss, AdamW.
         lr = config.lr * min(1.0, step / max(1, config.warmup))

@@ -43,9 +43,8 @@ def scored(folders: list[Path], judge: str) -> dict[str, dict[str, float]]:
         answers = read_jsonl(folder / "answers.jsonl")
         given = {name: [rule(SimpleNamespace(text=a["response"]), prompts[a["id"]]) for a in answers]
                  for name, rule in RULES.items()}
-        given["writing"] = map(rewards.sigmoid, score([
-            (a["query"], a["answer"]) for a in answers if a["answer"]]))  # no answer: 0
-        found[folder.name] = {name: sum(values) / len(answers) for name, values in given.items()}
+        given["writing"] = score([(a["query"], a["answer"]) for a in answers if a["answer"]])
+        found[folder.name] = {name: sum(values) / len(values) for name, values in given.items()}
     parallel.close()
     return found
 

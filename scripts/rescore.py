@@ -176,8 +176,9 @@ def rescore(folder: Path, suite_file: Path, names: list[str], kept: list[str], f
     old_SR = np.array([stored(name) for name in names]).T
     new_SR = np.array([stored(name) if name in kept else values(suite, name, completions, asked)
                        for name in names]).T
-    raw = new_SR.reshape(-1, config.group_size, len(names)).tolist()
-    advantage_BG, per_reward_BGR, _ = compose(raw, names, config, suite)
+    raw_BGR = grpo.place_lowest(torch.tensor(new_SR.reshape(-1, config.group_size, len(names))))
+    new_SR = raw_BGR.flatten(0, 1).numpy()
+    advantage_BG, per_reward_BGR, _ = compose(raw_BGR.tolist(), names, config, suite)
     old_S, new_S = np.array([r["advantage"] for r in records]), advantage_BG.flatten().numpy()
 
     def change(i: int) -> dict:

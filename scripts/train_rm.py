@@ -29,7 +29,7 @@ import parallel
 import writing
 from data.preferences import Pair, PreferenceError, read
 from options import ConfigError
-from rewards import count_words, sigmoid
+from rewards import count_words
 from scripts.pretrain import learning_rate
 from tokenizer import Tokenizer, TokenizerError
 
@@ -146,6 +146,10 @@ def fit(model: qwen.RewardModel, pairs: list[Pair], encode, config: Config, worl
 
 
 # ---------------------------------------------------------------------- report
+
+
+def sigmoid(x: float) -> float:
+    return 0.5 + 0.5 * math.tanh(x / 2)
 
 
 def report(pairs: list[Pair], chosen: list[float], rejected: list[float]) -> dict:

@@ -107,6 +107,24 @@ def test_a_group_with_a_twentieth_of_the_batchs_spread_is_not_blown_up(scale):
     assert 0.4 < rms(a_BG[0]) <= 0.6 and rms(a_BG[1:]) == pytest.approx(1, rel=1e-6)
 
 
+def test_a_sample_with_nothing_to_judge_is_placed_below_all_of_its_group_that_can_be_judged():
+    """Stds of the judged are 1, .1, 0 (one alone) and none: rms of the live ones sqrt(1.01 / 2). The place is
+    below the lowest by the larger of the group's and that."""
+    low, rms_of_live = -math.inf, math.sqrt(1.01 / 2)
+    groups = [[4, 6, low, low], [5, 5.2, NAN, low], [7, low, low, low], [low, low, NAN, low]]
+    for scale, offset in ((1, 0), (1e3, -5e3), (1e-3, 1e3)):
+        r_BGR = rewards(*groups)
+        placed = (grpo.place_lowest(offset + scale * r_BGR)[..., 0] - offset) / scale
+        step = rms_of_live
+        np.testing.assert_allclose(placed, [[4, 6, 3, 3], [5, 5.2, NAN, 5 - step],
+                                            [7, 7 - step, 7 - step, 7 - step], [NAN] * 4], rtol=1e-6)
+    a_BG = advantages(grpo.place_lowest(r_BGR), torch.ones(1))[0]
+    assert (a_BG[:3][r_BGR[:3, :, 0] == low] < -0.3).all() and torch.count_nonzero(a_BG[3]) == 0
+    alone = grpo.place_lowest(rewards([7, low], [low, low]))
+    assert alone[0, 1] < alone[0, 0] == 7 and alone[1].isnan().all()
+    assert torch.equal(grpo.place_lowest(rewards([1, 2])), rewards([1, 2]))
+
+
 def test_the_options_default_is_the_functions():
     default = inspect.signature(advantages).parameters["std_floor"].default
     assert train.Config().std_floor == default == 0.1
@@ -235,6 +253,38 @@ def test_an_infinite_reward_is_an_error_and_no_advantage():
 def test_an_unknown_mode_is_an_error_that_names_it():
     with pytest.raises(ValueError, match="no_such_mode"):
         advantages(torch.zeros(1, 2, 1), torch.ones(1), mode="no_such_mode")
+
+
+# ------------------------------------------------------------------------------------------ papers' forms
+
+
+@pytest.mark.parametrize("given, resolved", [
+    ({}, ("token", 0.2, 0.2)), ({"is_ratio": "sequence"}, ("sequence", 3e-4, 4e-4)),
+    ({"is_ratio": "cispo"}, ("token", 1.0, 4.0)), ({"is_ratio": "gspo"}, ("token", 0.2, 0.2)),
+    ({"is_ratio": "sequence", "loss": "token", "eps_high": 0.0}, ("token", 3e-4, 0.0)),
+    ({"is_ratio": "cispo", "eps_low": 0.2}, ("token", 0.2, 4.0))])
+def test_a_ratio_brings_the_loss_and_the_clip_of_its_paper_unless_told_otherwise(given, resolved):
+    config = train.Config(**given)
+    assert (config.loss, config.eps_low, config.eps_high) == resolved
+    assert train.Config(**dataclasses.asdict(config)) == config, "what is recorded is what was resolved"
+
+
+def test_gspo_by_its_name_weighs_a_long_sample_like_a_short_one():
+    """Of 200 and 14,000 tokens, on-policy: with `token` the long one had .986 of the gradient."""
+    config, lengths = train.Config(is_ratio="sequence"), [200, 14_000]
+    logp = torch.zeros(sum(lengths), requires_grad=True)
+    denominator = grpo.denominators(lengths, config.loss, 2, sum(lengths), 14_000)
+    policy_loss(logp, logp.detach(), torch.ones(len(logp)), denominator, config.eps_low, config.eps_high,
+                config.is_ratio, lengths)[0].backward()
+    assert [x.sum().item() for x in logp.grad.split(lengths)] == pytest.approx([-0.5, -0.5], rel=1e-4)
+
+
+def test_cispo_by_its_name_has_no_lower_clip_and_weighs_no_token_more_than_five_times():
+    config = train.Config(is_ratio="cispo")
+    logp = torch.tensor([-9.0, 0.1, 1.0, 9.0], requires_grad=True)
+    policy_loss(logp, torch.zeros(4), torch.ones(4), 1.0, config.eps_low, config.eps_high,
+                config.is_ratio)[0].backward()
+    np.testing.assert_allclose(-logp.grad, [math.exp(-9), math.exp(0.1), math.e, 5], rtol=1e-6)
 
 
 # ------------------------------------------------------------------------------------------ what is required

@@ -2,7 +2,6 @@
 training goes on, or waits where nobody answers."""
 
 import json
-import math
 import os
 import signal
 import subprocess
@@ -11,6 +10,7 @@ import threading
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import endpoint
@@ -64,16 +64,30 @@ def test_servers_that_misbehave_cost_samples_that_are_counted_and_no_run(tmp_pat
         body = rewards.structure(r["text"])[2]
         value, request = r["rewards"]["writing"], f"{r['prompt'].splitlines()[-1]} {body}<|endoftext|>"
         if body is None:
-            assert value == 0, "silence earns nothing, and is not asked for"
+            others = [x["rewards"]["writing"] for x in texts
+                      if x["prompt_id"] == r["prompt_id"] and rewards.structure(x["text"])[2]]
+            assert all(value < x for x in others if x is not None), "below all that was scored, never asked"
         else:
             assert request in asked
             scored[value is not None] += 1
-            assert value is None or value == pytest.approx(1 / (1 + math.exp(-score({"input": request}))))
+            assert value in (None, score({"input": request}))
     missing = [m["missing/writing"] for m in metrics(tmp_path / "run")]
     assert sum(missing) == scored[False] and scored[True] > 4 and len(texts) == 32
     warnings = [line for line in capsys.readouterr().err.splitlines() if "is missing for" in line]
     assert len(warnings) == sum(n > 0 for n in missing) > 0
     assert all("Unavailable" in line and fails.url in line for line in warnings)
+
+
+@pytest.mark.parametrize("scale, offset", [(1, 20), (1, -5), (1e-3, 1e3)])
+def test_a_model_of_any_scale_and_mean_drives_the_advantage_as_one_around_zero_does(scale, offset, tmp_path):
+    advantages = []
+    for name, a, b in (("zero", 1, 0), ("moved", scale, offset)):
+        with FakeEndpoint(score=lambda request, a=a, b=b: b + a * score(request)) as fake:
+            texts = in_process(tmp_path / name, fake.url, steps=1)
+        advantages.append([r["advantage"] for r in texts])
+        assert all(r["advantage"] < 0 for r in texts if not rewards.structure(r["text"])[2])
+    assert advantages[1] == pytest.approx(advantages[0], abs=1e-5) and 0.9 < np.std(advantages[0]) < 1.01
+    assert len({rewards.structure(r["text"])[2] is None for r in texts}) == 2
 
 
 def test_while_no_server_answers_all_ranks_wait_and_can_be_stopped(tmp_path):
