@@ -32,9 +32,12 @@ SETTING = {
     "eps_low": 0.2, "eps_high": 0.2, "tis_cap": 2.0, "unreachable": "keep", "eval_prompts": "",
     "reward": "small,large",
 }
+PUBLISHED = {"token": ("token", 0.2, 0.2), "sequence": ("sequence", 3e-4, 4e-4), "cispo": ("token", 1.0, 4.0)}
+AS_PUBLISHED = {"loss": None, "eps_low": None, "eps_high": None}  # not given
 TABLE = [
     {}, {"loss": "sequence"}, {"loss": "constant"}, {"loss": "constant", "max_new_tokens": 40},
-    {"is_ratio": "sequence"}, {"is_ratio": "cispo"}, {"eps_low": 0.02}, {"eps_high": 0.5}, {"tis_cap": 0.0},
+    {"is_ratio": "sequence"}, {"is_ratio": "cispo"}, {"is_ratio": "sequence", **AS_PUBLISHED},
+    {"is_ratio": "cispo", **AS_PUBLISHED}, {"eps_low": 0.02}, {"eps_high": 0.5}, {"tis_cap": 0.0},
     {"tis_cap": 1.2}, {"beta": 0.5}, {"beta": 2.0}, {"beta": 0.5, "reference": "other"}, {"clip_grad": 0.05},
     {"weight_decay": 0.5}, {"normalise_std": False}, {"std_floor": 0.0}, {"std_floor": 0.8},
     {"advantage": "sum"}, {"advantage": "gdpo"}, {"updates_per_batch": 1}, {"updates_per_batch": 4},
@@ -116,7 +119,7 @@ def trained(tmp_path, monkeypatch):
     def run(options: dict):
         given = {"prompts": str(prompts)} | SETTING | options
         given |= {"reference": str(other)} if "reference" in options else {}
-        arguments = [f"--{name}={v}" for name, v in given.items()]
+        arguments = [f"--{name}={v}" for name, v in given.items() if v is not None]
         train.train(train.parse([*arguments, f"--run_dir={tmp_path}/run"]))
         return made[0], dealers[0].dealt, metrics(tmp_path / "run")
 
@@ -233,7 +236,9 @@ def distance(a, b) -> float:
 
 
 def config_of(options: dict):
-    return train.Config(**SETTING | options)
+    given = SETTING | options
+    published = dict(zip(AS_PUBLISHED, PUBLISHED[given["is_ratio"]]))
+    return train.Config(**published | {name: v for name, v in given.items() if v is not None})
 
 
 @pytest.mark.parametrize("options", TABLE, ids=str)
