@@ -257,7 +257,9 @@ def denominators(lengths: list[int], loss: str, samples: int, tokens: int, max_t
 
 def k3(log_ratio: torch.Tensor) -> torch.Tensor:
     """rho - 1 - log rho: an estimate of KL(p || q) on tokens of p with rho = q / p, never negative (Schulman,
-    2020)."""
+    2020). rho is at most e^20, or 5e8: millions of tokens add up in fp32, and p hardly ever samples a token
+    to which it gives less than e^-20."""
+    log_ratio = log_ratio.clamp(max=20)
     return log_ratio.expm1() - log_ratio
 
 

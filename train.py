@@ -44,6 +44,8 @@ from scheduler import Request, assign
 from tokenizer import Tokenizer, TokenizerError
 from watch import Stopped, Watch
 
+GAP_LIMIT = 0.01  # gap/k3 that is warned of: 100 nats over 10,000 tokens; a bf16 sampler of the default: 1e-5
+
 
 @dataclass
 class Config:
@@ -77,7 +79,7 @@ class Config:
     eps_low: float = None  # clip of the ratio below; None: is_ratio's: 0.2 (the paper), GSPO 3e-4, cispo 1
     eps_high: float = None  # clip above (DAPO: 0.28); None: is_ratio's: 0.2 (the paper), GSPO 4e-4, cispo 4
     updates_per_batch: int = 1  # optimiser steps, each on its part of a step's groups; 1: strictly on-policy
-    tis_cap: float = 0.0  # largest trainer/sampler ratio that weighs a token (try 2); 0: no correction
+    tis_cap: float = 2.0  # largest trainer/sampler ratio that weighs a token; 0: no correction
     beta: float = 0.0  # weight of the KL to a reference policy (paper: 0, and then there is none)
     reference: str = ""  # its checkpoint folder; empty: `model`
     overlong: str = "keep"  # samples cut at max_new_tokens: keep, or mask (not specified by the paper)
@@ -713,6 +715,10 @@ def train(config: Config, clock: run.Clock | None = None, watch: Watch | None = 
                 if metrics["truncated"] > 0.25:
                     print(f"warning: {metrics['truncated']:.0%} of the samples were cut at max_new_tokens "
                           f"{config.max_new_tokens}", flush=True)
+                if metrics["gap/k3"] > GAP_LIMIT:
+                    print(f"warning: the sampler drifts from the trainer: gap/k3 {metrics['gap/k3']:.3g} is "
+                          f"above {GAP_LIMIT} nats a token; set sampler_dtype to float32, and keep tis_cap "
+                          "above 0", flush=True)
             if eval_prompts and metrics["step"] % config.eval_every == 0:
                 evaluated = evaluate(metrics["step"], eval_prompts, sampler, config, folder, clock, world)
                 metrics = metrics | evaluated

@@ -647,6 +647,15 @@ def test_mismatch_by_hand():
     assert not any(value.requires_grad for value in sums.values())
 
 
+def test_k3_stays_finite_however_far_two_policies_are_apart():
+    x = torch.tensor([20.0, 21.0, 90.0, 1e4, -90.0, -1e4], requires_grad=True)
+    found = grpo.k3(x)
+    found.sum().backward()
+    assert found.tolist() == pytest.approx([math.exp(20) - 21] * 4 + [89, 9999], rel=1e-6)
+    assert x.grad.isfinite().all() and x.grad[0] > 1e8
+    assert mismatch(torch.zeros(10**4), torch.full((10**4,), -200.0))["gap/k3"].isfinite()
+
+
 def test_mismatch_is_zero_without_tokens_and_never_negative():
     assert all(value == 0 for value in mismatch(torch.empty(0), torch.empty(0)).values())
     generator = torch.Generator().manual_seed(3)
