@@ -242,6 +242,14 @@ def test_advantages_leave_their_arguments_alone():
     assert torch.equal(r_BGR.nan_to_num(-9), before[0].nan_to_num(-9)) and torch.equal(weights_R, before[1])
 
 
+def test_an_infinite_reward_is_an_error_and_no_advantage():
+    for value in (math.inf, -math.inf):
+        with pytest.raises(ValueError, match="rewards must be finite"):
+            advantages(rewards([0.0, value, 1.0]), torch.ones(1))
+    with pytest.raises(ValueError, match="weights sum above 0"):
+        advantages(rewards([0.0, 1.0]), torch.zeros(1))
+
+
 def test_an_unknown_mode_is_an_error_that_names_it():
     with pytest.raises(ValueError, match="no_such_mode"):
         advantages(torch.zeros(1, 2, 1), torch.ones(1), mode="no_such_mode")

@@ -86,6 +86,22 @@ def test_unreachable_prompts_are_dropped_or_kept(tmp_path):
     assert len(kept) == 4 and dropped == {}
 
 
+@pytest.mark.parametrize("style, query, most", [
+    ("direct", "Write.", 769), ("think", "Write.", 653), ("direct", "写。", 1428), ("think", "写。", 1214)])
+def test_how_many_words_fit_into_1000_tokens(style, query, most, tmp_path):
+    """1.3 tokens a word, 0.7 a Chinese character; 15 % are left for thinking."""
+    file = written(tmp_path, *({"query": query, "range": [lo, 9000]} for lo in (most, most + 1)))
+    prompts, dropped = read(file, style, 1000)
+    assert [p.length_range[0] for p in prompts] == [most] and dropped == {"unreachable": 1}
+
+
+def test_what_was_rejected_is_dropped_and_what_nobody_judged_is_not(tmp_path):
+    """`keep` of scripts.annotate: false rejects, null or none at all says nothing."""
+    judged = [{"range": [i, 9], "keep": keep} for i, keep in enumerate((True, None, False))]
+    got, dropped = ranges(tmp_path, *judged, {"range": [3, 9]})
+    assert got == [(0, 9), (1, 9), (3, 9)] and dropped == {"rejected": 1}
+
+
 def test_what_is_reachable_depends_on_language_and_on_room_for_thinking(tmp_path):
     """A Chinese character takes half the tokens of an English word; thinking takes a part of the budget."""
     word, character = {"query": "Write.", "range": [700, 800]}, {"query": "写。", "range": [1200, 1400]}
@@ -112,6 +128,12 @@ def test_templates_end_as_the_paper_says_and_name_the_tags(style, query, ending)
     assert "<answer></answer>" in text and ("<think></think>" in text) == (style == "think")
     assert language(query) == ("zh" if "助手" in ending else "en")
     assert STYLES[:2] == ("think", "direct")
+
+
+@pytest.mark.parametrize("character, tongue", [
+    ("\u4dff", "en"), ("\u4e00", "zh"), ("\u9fff", "zh"), ("\ua000", "en")])
+def test_chinese_is_from_4e00_to_9fff_both_included(character, tongue):
+    assert language(f"a {character} b") == tongue
 
 
 def test_the_twins_are_each_in_their_language():

@@ -320,6 +320,34 @@ def test_format_is_structure_times_non_repetition_of_the_answer_body():
     assert format_reward(said(f"<answer>{body * 2}</answer>"), asked(style="direct")) == 0.5
 
 
+def test_format_words_sees_what_format_sees_and_disguised_copies_too():
+    """Neither sees all: letters without a space are no words, and a shingle has every letter alike."""
+    def earned(reward, answer):
+        return reward(said(f"<think>t</think><answer>{answer}</answer>"), asked())
+
+    verbatim, words = "a" * 100, ESSAY.split()
+    assert earned(rewards.format_words, verbatim) == pytest.approx(0.01) == earned(format_reward, verbatim)
+    disguised = ESSAY + " ".join(w if i % 4 else "zzz" for i, w in enumerate(words))
+    assert earned(rewards.format_words, disguised) < earned(format_reward, disguised) - 0.1
+    assert earned(rewards.format_words, ESSAY) == 1.0
+
+
+def test_the_three_rewards_of_the_paper_count_alike_and_no_other_counts():
+    assert {name: weight for name, (_, weight) in REWARDS.items() if weight} == {
+        "length": 1, "format": 1, "writing": 1}
+    assert not rewards.TRANSFORMS and not rewards.REQUIRED
+
+
+@pytest.mark.parametrize("value", [math.inf, math.nan, 1e39, -1e39, "1", [1.0]])
+def test_what_is_no_finite_number_of_fp32_is_no_reward(value, monkeypatch):
+    prompt = SimpleNamespace(id="p")
+    monkeypatch.setitem(REWARDS, "odd", (lambda completion, prompt: value, 1.0))
+    with pytest.raises(rewards.RewardError, match="must be a finite number, or None"):
+        score("odd", [said("")], [prompt])
+    monkeypatch.setitem(REWARDS, "odd", (lambda completion, prompt: 1e38, 1.0))
+    assert score("odd", [said("")], [prompt]) == [1e38]
+
+
 WORDS = " ".join(str(i) + "abcdefghij"[i % 10] for i in range(100_000))  # no two alike
 ARABIC = "كان الميناء هادئا في الصباح، ولم يكن أحد يعرف أين ذهبت السفن القديمة."
 

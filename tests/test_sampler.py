@@ -359,8 +359,22 @@ def test_an_end_that_is_seen_a_step_late_leaves_no_trace():
         assert scripted(*args, overlap=True)[0] == scripted(*args)[0]
 
 
+def test_with_overlap_nothing_is_added_to_samples_that_ended_or_were_cancelled():
+    """Several, so that the step under way is looked at: what it drew for them is dropped."""
+    tokenizer, model = Tokenizer(BASE), perturbed(vocab_size=1024)
+    reqs = [Request(r.prompt_ids, 4, 24, seed=i, stop=("q", "an")) for i, r in enumerate(requests())]
+    expected, _ = run(model, reqs, tokenizer)
+    assert {c.finish_reason for c in expected.values()} == {"stop", "length"}
+    sampler, out = Sampler(model, tokenizer, max_sequences=9, overlap=True), {}
+    for c in sampler.generate([*reqs, Request([1, 2, 3], 3, 60, seed=9)]):
+        out[c.prompt_index, c.sample_index] = c
+        sampler.cancel(4)
+    assert same(out, expected) and [c.text for c in out.values()] == [expected[k].text for k in out]
+
+
 def test_a_stop_string_is_found_across_tokens_and_inside_one():
     assert scripted(" the fog came over", ("og ca", ))[0].text.endswith("fog came")
+    assert scripted(" the fog came over", ("og came", "#"))[0].text.endswith("fog came"), "the longest too"
     assert scripted(" a golden harbour", ("arbo", ))[0].finish_reason == "stop"
 
 
@@ -373,6 +387,25 @@ def test_the_end_of_text_token_is_trained_but_not_shown():
 def test_the_budget_ends_a_sample_with_reason_length():
     c, ids, _ = scripted(" the fog came over the harbour".replace(" the h", " h"), (), new=3)
     assert c.finish_reason == "length" and c.token_ids == ids[:3]
+
+
+def test_a_sample_that_ends_with_its_budget_was_not_cut():
+    """Its reason is what ended it, or it would count as truncated and could be masked."""
+    for text, stop, eos in ((" the fog</answer>", ("</answer>",), False), (" the fog", (), True)):
+        _, ids, _ = scripted(text, stop, eos=eos)
+        c, _, _ = scripted(text, stop, new=len(ids), eos=eos)
+        assert c.token_ids == ids and c.finish_reason == "stop"
+
+
+def test_each_end_of_text_id_ends_a_sample():
+    """Instruct models name two."""
+    tokenizer = Tokenizer(BASE)
+    ask, word, *tokenizer.eos_ids = tokenizer.encode("Q the fog came")[:4]
+    for end in tokenizer.eos_ids:
+        model = Scripted({ask: word, word: end, end: word}, tokenizer.n_valid)
+        (c,) = Sampler(model, tokenizer).generate([Request([ask], 1, 9, temperature=0.0)])
+        assert c.token_ids == [word, end] and c.finish_reason == "stop"
+        assert c.text == tokenizer.decode([word])
 
 
 # ---------------------------------------------------------------------- packed weights

@@ -277,6 +277,25 @@ def test_admission_waits_rather_than_thrashes():
     assert served(lambda r: 1).stats.preemptions > 0
 
 
+def test_a_third_of_what_is_expected_is_set_aside():
+    """By hand: k groups of one page, to grow by ten and a started one each, are expected to need 11 k more.
+    For the fourth, 1 + 44 / 3 exceeds the 12 of 15 pages that are free."""
+    for options, admitted in (({}, 3), ({"reserve": 1}, 1), ({"reserve": 0}, 6)):
+        scheduler = Scheduler(16, 4, 6, 100, **options)
+        scheduler.add([Request([4 * i + k for k in range(4)], 1, 40) for i in range(6)])
+        assert len(scheduler.step().chunks) == admitted, options
+
+
+def test_what_remains_is_a_guess_that_its_end_outlives():
+    """Ten are expected of at most 40: once they are there, half as many as are drawn, up to the budget."""
+    s = Sequence(0, 0, Request([1], 1, 40, expected_tokens=10))
+    for drawn, remaining in ((0, 10), (6, 4), (7, 3), (10, 5), (20, 10), (28, 12), (40, 0)):
+        s.drawn = drawn
+        assert s.remaining == remaining
+    assert Sequence(0, 0, Request([1], 1, 40, expected_tokens=90)).remaining == 40
+    assert Sequence(0, 0, Request([1], 1, 40)).remaining == 40
+
+
 def test_nobody_gives_way_if_the_estimates_are_right():
     """Groups too, and pools of a fifth to a half of the sum."""
     for seed in range(60, 110):  # of 150, 91 and 104 saw shared pages counted twice

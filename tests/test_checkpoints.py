@@ -1,0 +1,76 @@
+"""What a checkpoint keeps and which one is read, with a model of two matrices. Ranks, kills and full disks:
+test_survival."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+import checkpoints
+import parallel
+
+
+def trained(updates: int):
+    """A model after so many steps of AdamW, and its optimiser."""
+    model = torch.nn.Sequential(torch.nn.Linear(3, 4, bias=False), torch.nn.Linear(4, 2, bias=False))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, betas=(0.9, 0.95), fused=True)
+    for i in range(updates):
+        model(torch.ones(3) + i).square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return model, optimizer
+
+
+@pytest.fixture(scope="module")
+def world():
+    return parallel.setup("cpu")
+
+
+def test_a_loaded_optimiser_goes_on_as_the_saved_one_would(tmp_path, world):
+    """Also where updates and steps of the run differ: AdamW's bias correction counts updates."""
+    saved, optimizer = trained(6)
+    checkpoints.save(tmp_path, saved, optimizer, {"step": 3}, world, 2)
+    loaded, other = trained(0)
+    path, state = checkpoints.newest(tmp_path)
+    assert state == checkpoints.load(path, loaded, other) and (state["step"], state["updates"]) == (3, 6)
+    for model, its in ((saved, optimizer), (loaded, other)):
+        assert [s["step"].item() for s in its.state.values()] == [6, 6]
+        model(torch.ones(3)).sum().backward()
+        its.step()
+    for a, b in zip(saved.parameters(), loaded.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_what_a_save_left_behind_is_never_read_and_goes_with_the_next(tmp_path, world):
+    """A crash before the rename leaves a whole one, newer than the others."""
+    model, optimizer = trained(1)
+    for step in (2, 4):
+        checkpoints.save(tmp_path, model, optimizer, {"step": step}, world, 9)
+    (tmp_path / "step_000004").rename(tmp_path / "writing_000004")
+    assert [p.name for p in checkpoints.complete(tmp_path)] == ["step_000002"]
+    assert checkpoints.newest(tmp_path)[1]["step"] == 2
+    checkpoints.save(tmp_path, model, optimizer, {"step": 6}, world, 9)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["step_000002", "step_000006"]
+
+
+def test_state_and_manifest_are_on_the_disk_before_the_checkpoint_has_its_name(tmp_path, world, monkeypatch):
+    """Only the order of calls can be seen, not what a disk does when its power fails."""
+    events, fsync, rename = [], os.fsync, os.rename
+
+    def noted_fsync(descriptor: int):
+        events.append(Path(os.readlink(f"/proc/self/fd/{descriptor}")).name)
+        fsync(descriptor)
+
+    def noted_rename(source, target):
+        events.append(Path(target).name)
+        rename(source, target)
+
+    model, optimizer = trained(1)
+    monkeypatch.setattr(os, "fsync", noted_fsync)
+    monkeypatch.setattr(os, "rename", noted_rename)
+    checkpoints.save(tmp_path, model, optimizer, {"step": 2}, world, 9)
+    assert events[-3:] == ["state.json", "manifest.json", "step_000002"]
+    named = json.loads((tmp_path / "step_000002" / "manifest.json").read_text())
+    assert {Path(name).name for name in named} <= set(events), "the weights too"
