@@ -346,7 +346,7 @@ def test_a_required_reward_is_computed_though_it_has_no_weight(monkeypatch):
 def test_a_guess_at_tokens_knows_the_rate_of_the_language(query, hi, tokens):
     prompt = Prompt("1", query, query, (0, hi), language(query))
     assert train.expected_tokens(prompt, Config(max_new_tokens=14000)) == tokens
-    assert train.expected_tokens(dataclasses.replace(prompt, length_range=None), Config()) == 256
+    assert train.expected_tokens(dataclasses.replace(prompt, length_range=None), Config()) == 14000
 
 
 def test_evaluation_prompts_that_are_dropped_are_counted_in_the_start_line(tmp_path, capsys):

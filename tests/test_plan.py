@@ -38,6 +38,7 @@ SMALL = ModelConfig(1000, 140, 70, 3, 10, 2)  # nothing in it divides by 64
 @contextmanager
 def fake_ranks(rank: int, size: int):
     """This process as one of many, whose collectives do nothing."""
+    parallel.close()  # what a test before may have left
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=size)
     try:
         yield parallel.World(rank, size, torch.device("cpu"))
