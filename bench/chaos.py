@@ -1,9 +1,11 @@
 """Does a run survive? It is killed again and again; its end is compared with one that nobody disturbed.
 
-    python -m bench.chaos [kills | nodes] [--number 22] [--seed 0]
+    python -m bench.chaos [kills | nodes] [--number 30] [--seed 0]
 
-kills: kill -9 of one of two ranks at random moments (a step of the sampler, a reward, a backward, a
-    checkpoint's files, its rename, any time), `--number` times; each time torchrun restarts both.
+kills: a signal at a random moment (a step of the sampler, a reward, a backward, a checkpoint's files, its
+    rename, any time), `--number` times: kill -9 of one of two ranks, after which torchrun starts both again,
+    or of torchrun; SIGINT or SIGHUP to either. Where torchrun has ended, no rank may be left after 15 s, and
+    the same command is given again.
 nodes: two torchrun agents with two ranks each and a replica of the weights (HSDP) on each; the one that does
     not host the rendezvous is killed with its ranks in the middle of a step, and started again.
 
@@ -22,6 +24,8 @@ import sys
 import tempfile
 import threading
 import time
+from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 
 from safetensors import safe_open
@@ -41,8 +45,8 @@ MOMENTS = {  # what is called then, and its calls in two to four steps of SMALL 
 }
 
 
-def strike(moment: str, nth: int, sign: int = signal.SIGKILL):
-    """This process sends itself a signal at the nth call of what happens at this moment."""
+def strike(moment: str, nth: int, sign: int = signal.SIGKILL, pid: int = 0):
+    """This process sends itself, or another, a signal at the nth call of what happens at this moment."""
     path, name = MOMENTS[moment][0].rsplit(".", 1)
     try:
         owner = importlib.import_module(path)
@@ -53,7 +57,7 @@ def strike(moment: str, nth: int, sign: int = signal.SIGKILL):
     def fatal(*args, **kwargs):
         calls.append(1)
         if len(calls) == nth:
-            os.kill(os.getpid(), sign)
+            os.kill(pid or os.getpid(), sign)
         return real(*args, **kwargs)
 
     setattr(owner, name, fatal)
@@ -63,17 +67,22 @@ def worker():
     """A rank of `kills`: train.py, and at each start but the last one rank draws how it ends."""
     import train
 
-    attempt, number, seed = (int(os.environ[name]) for name in (
-        "TORCHELASTIC_RESTART_COUNT", "CHAOS_NUMBER", "CHAOS_SEED"))
-    rng = random.Random(f"{seed}/{attempt}")
+    restarts, before, number, seed = (int(os.environ[name]) for name in (
+        "TORCHELASTIC_RESTART_COUNT", "CHAOS_BEFORE", "CHAOS_NUMBER", "CHAOS_SEED"))
+    rng = random.Random(f"{seed}/{before + restarts}")
     moment, rank = rng.choice([*MOMENTS, "any time"]), rng.randrange(2)
     rank = 0 if moment == "rename" else rank  # which is rank 0's
-    if attempt < number and int(os.environ["RANK"]) == rank:
-        if moment == "any time":
-            threading.Timer(rng.uniform(0, 8), os.kill, (os.getpid(), signal.SIGKILL)).start()
+    victim, sign = rng.choice([("rank", signal.SIGKILL)] * 3 + [("torchrun", signal.SIGKILL)] * 2 + [
+        (victim, sign) for victim in ("rank", "torchrun") for sign in (signal.SIGINT, signal.SIGHUP)])
+    if int(os.environ["RANK"]) == rank:
+        pid = os.getpid() if victim == "rank" else os.getppid()
+        if before + restarts >= number:
+            victim, moment = "nobody", "any time"
+        elif moment == "any time":
+            threading.Timer(rng.uniform(0, 8), os.kill, (pid, sign)).start()
         else:
-            strike(moment, rng.randint(1, MOMENTS[moment][1]))
-        print(f"chaos: start {attempt}, rank {rank} ends at: {moment}", flush=True)
+            strike(moment, rng.randint(1, MOMENTS[moment][1]), sign, pid)
+        print(f"chaos: start {before + restarts}, rank {rank}: {sign.name} to {victim}: {moment}", flush=True)
     train.main()
 
 
@@ -102,19 +111,35 @@ def differences(a: Path, b: Path) -> list[str]:
     return sorted(name for name in {*one, *other} if one.get(name) != other.get(name))
 
 
+def left(run: Path) -> list[str]:
+    """Command lines of the processes that still work on a run."""
+    lines = []
+    for file in Path("/proc").glob("[0-9]*/cmdline"):
+        with suppress(OSError):  # it has just ended
+            lines.append(file.read_text())
+    return [line for line in lines if str(run) in line]
+
+
 def kills(folder: Path, number: int, seed: int) -> dict:
-    launch = ["--standalone", "--nproc_per_node=2"]
-    calm = torchrun(*launch, "train.py", *SMALL, "--run_dir", str(folder / "calm"), log=folder / "calm.log")
+    launch, long = ["--standalone", "--nproc_per_node=2"], [*SMALL, "--steps", str(2 * number)]
+    calm = torchrun(*launch, "train.py", *long, "--run_dir", str(folder / "calm"), log=folder / "calm.log")
     assert calm.wait() == 0, (folder / "calm.log").read_text()
-    start = time.time()
-    wild = torchrun(*launch, f"--max-restarts={number}", "-m", "bench.chaos", "worker", *SMALL, "--run_dir",
-                    str(folder / "wild"), log=folder / "wild.log", CHAOS_NUMBER=str(number),
-                    CHAOS_SEED=str(seed))
-    code, lines = wild.wait(), (folder / "wild.log").read_text().splitlines()
-    moments = [line.split(": ")[-1] for line in lines if line.startswith("chaos: ")]
-    return {"exit_code": code, "kills": sum("failed (exitcode: -9" in line for line in lines),
-            "drawn": {m: moments.count(m) for m in sorted({*moments})}, "seconds": round(time.time() - start),
-            "differ": differences(folder / "calm", folder / "wild") if code == 0 else None}
+    start, lines, slowest, commands = time.time(), [], 0.0, 0
+    while not any(line.startswith("done: ") for line in lines) and commands <= number:
+        before = sum(line.startswith("chaos: ") for line in lines)
+        wild = torchrun(*launch, f"--max-restarts={number}", "-m", "bench.chaos", "worker", *long,
+                        "--run_dir", str(folder / "wild"), log=folder / "wild.log", CHAOS_NUMBER=str(number),
+                        CHAOS_SEED=str(seed), CHAOS_BEFORE=str(before))
+        code, ended, commands = wild.wait(), time.time(), commands + 1
+        while (there := left(folder / "wild")) and time.time() < ended + 15:
+            time.sleep(0.1)
+        assert not there, (there, (folder / "wild.log").read_text()[-3000:])
+        slowest, lines = max(slowest, time.time() - ended), (folder / "wild.log").read_text().splitlines()
+    drawn = [line.split(": ")[2:] for line in lines if line.startswith("chaos: ")][:-1]
+    counts = Counter(sum(drawn, []))
+    return {"exit_code": code, "kills": len(drawn), "drawn": {m: counts[m] for m in sorted(counts)},
+            "commands": commands, "slowest_end_s": round(slowest, 1), "seconds": round(time.time() - start),
+            "differ": differences(folder / "calm", folder / "wild") if code == 0 else lines[-60:]}
 
 
 def children(pid: int) -> list[int]:
@@ -164,7 +189,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", nargs="?", choices=("kills", "nodes", "both"), default="both")
-    parser.add_argument("--number", type=int, default=22)
+    parser.add_argument("--number", type=int, default=30)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     result = {"bench": "chaos", **hardware()}

@@ -431,7 +431,7 @@ def test_help_into_a_pipe_that_closes_is_no_traceback():
     reader, writer = os.pipe()
     os.close(reader)
     done = subprocess.run([sys.executable, "-m", "scripts.pretrain", "--help"], cwd=ROOT, stdout=writer,
-                          stderr=subprocess.PIPE, text=True)
+                          stderr=subprocess.PIPE, text=True, env={**os.environ, "PYTHONUNBUFFERED": ""})
     os.close(writer)
     assert (done.returncode, done.stderr) == (-signal.SIGPIPE, "")
 
