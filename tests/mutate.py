@@ -32,7 +32,7 @@ import pytest  # noqa: E402
 
 ROOT = Path(__file__).parent.parent
 TESTS = {  # of each file, fastest first
-    "train.py": "update options variants run",
+    "train.py": "update options variants run survival",
     "grpo.py": "grpo update",
     "rewards.py": "rewards options writing remote served_writing",
     "sampler.py": "sampler",
