@@ -118,12 +118,13 @@ def length_reward(words: int, lo: int, hi: int) -> float:
 
 
 def length(completion, prompt) -> float | None:
-    """Length of the answer body against the prompt's range. No body: 0, or a range that starts at 0 would pay
-    for silence."""
+    """Length of the answer body against the prompt's range. No body, or none with a word in it: 0, or a range
+    that starts at 0 would pay for silence."""
     if prompt.length_range is None:
         return None
     _, _, answer = structure(completion.text)
-    return length_reward(count_words(answer), *prompt.length_range) if answer else 0.0
+    words = count_words(answer or "")
+    return length_reward(words, *prompt.length_range) if words else 0.0
 
 
 # ---------------------------------------------------------------------- format

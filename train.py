@@ -199,9 +199,11 @@ def make_requests(tokenizer: Tokenizer, prompts: list, n: int, when, config: Con
 
 
 def expected_tokens(prompt, config: Config) -> int:
-    """A guess at a sample's tokens, which decides when and on which rank it is written: two for each word of
-    the longest answer asked for, thinking included."""
-    asked = 2 * prompt.length_range[1] if prompt.length_range else config.max_new_tokens
+    """A guess at a sample's tokens, which decides when and on which rank it is written: twice those of the
+    longest answer asked for, thinking included."""
+    if not prompt.length_range:
+        return config.max_new_tokens
+    asked = round(2 * prompt_data.TOKENS_PER_WORD[prompt.language] * prompt.length_range[1])
     return max(1, min(asked, config.max_new_tokens))
 
 
@@ -306,7 +308,7 @@ def await_servers(pools: list[Remote], since: float, label: str, world):
 
 
 def summarise(prompts: list, completions: list[list[Completion]], rewards_BGR: torch.Tensor, names: list[str],
-              world) -> dict[str, float]:
+              tokenizer: Tokenizer, world) -> dict[str, float]:
     """Means over all samples of all ranks: rewards, their spread within groups, lengths."""
     _, std, dead = grpo.group_spread(rewards_BGR)
     sums = {"groups": len(prompts), "samples": rewards_BGR[..., 0].numel()}
@@ -316,12 +318,15 @@ def summarise(prompts: list, completions: list[list[Completion]], rewards_BGR: t
             f"sum/{name}": rewards_BGR[..., r].nansum().item(), f"present/{name}": present.sum().item(),
             f"std/{name}": std[:, r].sum().item(), f"dead/{name}": dead[:, r].sum().item()
         }
-    counts = {"words": 0, "tokens": 0, "in_range": 0, "ranged": 0, "cut": 0}
+    counts = {"words": 0, "words_complete": 0, "tokens": 0, "think": 0, "in_range": 0, "ranged": 0, "cut": 0}
     for prompt, group in zip(prompts, completions):
         for c in group:
             words = count_words(structure(c.text)[2] or "")
             counts["words"] += words
+            counts["words_complete"] += words * (c.finish_reason != "length")
             counts["tokens"] += len(c.token_ids)
+            thought = c.text.partition("<think>")[2].partition("</think>")[0].partition("<answer>")[0]
+            counts["think"] += len(tokenizer.encode(thought))  # one that is cut too
             counts["cut"] += c.finish_reason == "length"
             if prompt.length_range:
                 counts["ranged"] += 1
@@ -337,6 +342,8 @@ def summarise(prompts: list, completions: list[list[Completion]], rewards_BGR: t
         }
     return out | {
         "length/answer_words": s["words"] / s["samples"], "length/tokens": s["tokens"] / s["samples"],
+        "length/answer_words_complete": s["words_complete"] / max(1, s["samples"] - s["cut"]),
+        "length/think_tokens": s["think"] / s["samples"],
         "length/in_range": s["in_range"] / max(1, s["ranged"]), "truncated": s["cut"] / s["samples"]
     }
 
@@ -512,7 +519,7 @@ class Inputs:
     tokenizer: Tokenizer
     prompts: list
     eval_prompts: list
-    dropped: dict[str, int]  # training prompts, by reason
+    dropped: dict[str, int]  # prompts, by reason
 
 
 def read_inputs(config: Config, world) -> Inputs:
@@ -531,7 +538,8 @@ def read_inputs(config: Config, world) -> Inputs:
     prompts, dropped = read_prompts(config, "prompts", config.prompts_per_step, "a step", tokenizer, context)
     eval_prompts = []
     if config.eval_prompts:
-        eval_prompts, _ = read_prompts(config, "eval_prompts", world.size, "every rank", tokenizer, context)
+        eval_prompts, out = read_prompts(config, "eval_prompts", world.size, "every rank", tokenizer, context)
+        dropped |= {f"{why} evaluation prompts": n for why, n in out.items()}
     rewards.check(config.reward_names, config)
     for name in config.reward_names:  # a dry run: a reward that raises should do so now
         if is_batched(name) and is_remote(name):
@@ -623,7 +631,7 @@ def evaluate(step: int, prompts: list, sampler: Sampler, config: Config, folder:
     with clock("sample"):
         completions, rewards_BGR = sample_and_score(sampler, mine, requests, config, clock, progress, world)
     rewards_BGR = grpo.place_lowest(rewards_BGR)  # a single sample without a body has no such reward
-    metrics = summarise(mine, completions, rewards_BGR, config.reward_names, world)
+    metrics = summarise(mine, completions, rewards_BGR, config.reward_names, sampler.tokenizer, world)
     measured = [[{"scores": measure(prompt, c)} for c in group] for prompt, group in zip(mine, completions)]
     texts = records(mine, completions, rewards_BGR, config.reward_names, share, world, measured)
     for name in texts[0]["scores"]:
@@ -773,8 +781,8 @@ def train(config: Config, clock: run.Clock | None = None, watch: Watch | None = 
         safe = state if True in taken or False not in taken else safe
 
         # Log.
-        metrics = {"step": step, **summarise(mine, completions, rewards_BGR, names, world), **conflicts,
-                   **trained, "lr": lr, "weights/fingerprint": fingerprint,
+        metrics = {"step": step, **summarise(mine, completions, rewards_BGR, names, tokenizer, world),
+                   **conflicts, **trained, "lr": lr, "weights/fingerprint": fingerprint,
                    **costs(samples, clock.seconds, world)}
         extra = [[{"advantages": dict(zip(names, per_reward_BGR[b, g].tolist())),
                    "advantage": advantage_BG[b, g].item(), "gap_mean": gaps[place * config.group_size + g]}

@@ -11,6 +11,7 @@ with --epochs 0 it only reports. Left out: resume, which runs of hours do not ne
 import itertools
 import json
 import math
+import operator
 import random
 import shutil
 import sys
@@ -158,10 +159,14 @@ def report(pairs: list[Pair], chosen: list[float], rejected: list[float]) -> dic
 
     Calibration is that of sigmoid(|margin|), the probability that the model gives the side it prefers: a
     table of (probability, accuracy, pairs) by bins, and the expected calibration error, their distance.
+    The slope is that of a pair's difference in score on its difference in words, through 0: points that 100
+    more words earn at the same request; None where both sides are equally long in all pairs.
     """
     parts, bins = defaultdict(list), defaultdict(list)
     margins = [a - b for a, b in zip(chosen, rejected)]
     words = [(count_words(p.chosen), count_words(p.rejected)) for p in pairs]
+    longer_by = [w - v for w, v in words]
+    together, squares = sum(map(operator.mul, margins, longer_by)), sum(d * d for d in longer_by)
     for pair, margin, (w, v) in zip(pairs, margins, words):
         right = 0.5 if margin == 0 else float(margin > 0)
         low = max(x for x in LENGTHS if x <= max(w, v))
@@ -178,6 +183,7 @@ def report(pairs: list[Pair], chosen: list[float], rejected: list[float]) -> dic
         "calibration_error": sum(abs(p - r) * n for p, r, n in table) / len(pairs), "reliability": table,
         "mean_score": (sum(chosen) + sum(rejected)) / (2 * len(pairs)),
         "mean_chosen": sum(chosen) / len(pairs), "mean_rejected": sum(rejected) / len(pairs),
+        "slope_per_100_words": 100 * together / squares if squares else None,
     }
 
 
@@ -187,7 +193,8 @@ def shown(r: dict) -> str:
     return "\n".join([
         f"{'held-out pairs':28}accuracy   pairs", *rows, f"{'predicted':>28}   right   pairs", *table,
         f"expected calibration error {r['calibration_error']:.3f}; mean score {r['mean_score']:+.3f} (chosen "
-        f"{r['mean_chosen']:+.3f}, rejected {r['mean_rejected']:+.3f})"])
+        f"{r['mean_chosen']:+.3f}, rejected {r['mean_rejected']:+.3f}); 100 more words of a pair's side: "
+        + ("none is longer" if r["slope_per_100_words"] is None else f"{r['slope_per_100_words']:+.3f}")])
 
 
 def evaluate(model: qwen.RewardModel, pairs: list[Pair], encode, config: Config, world) -> dict:

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import train
+from data.prompts import Prompt, language
 from parallel import World
 from rewards import REQUIRED, REWARDS, TRANSFORMS
 from train import Config, ConfigError, check, parse
@@ -307,6 +308,27 @@ def test_a_required_reward_is_computed_though_it_has_no_weight(monkeypatch):
     assert Config().reward_names == ["length", "format", "writing", "overlong"]
     allowed()
     allowed(reward="length,overlong")
+
+
+# ------------------------------------------------------------------------------------------ prompts
+
+
+@pytest.mark.parametrize("query, hi, tokens", [
+    ("Write a story.", 1000, 2600), ("写一个故事", 1000, 1400), ("写一个故事", 10**6, 14000),
+    ("Write.", 0, 1)])
+def test_a_guess_at_tokens_knows_the_rate_of_the_language(query, hi, tokens):
+    prompt = Prompt("1", query, query, (0, hi), language(query))
+    assert train.expected_tokens(prompt, Config(max_new_tokens=14000)) == tokens
+    assert train.expected_tokens(dataclasses.replace(prompt, length_range=None), Config()) == 256
+
+
+def test_evaluation_prompts_that_are_dropped_are_counted_in_the_start_line(tmp_path, capsys):
+    file = tmp_path / "eval.jsonl"
+    file.write_text("".join(f'{{"prompt": "Write {n} words.", "length": {n}}}\n' for n in (40, 900, 800)))
+    train.train(parse(["--eval_prompts", str(file), "--run_dir", str(tmp_path / "run"), "--steps", "1",
+                       "--prompts_per_step", "1", "--group_size", "2", "--max_new_tokens", "120",
+                       "--reward", "length"]))
+    assert "2 unreachable evaluation prompts dropped" in capsys.readouterr().out.splitlines()[0]
 
 
 # ------------------------------------------------------------------------------------------ configs/

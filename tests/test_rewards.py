@@ -99,7 +99,7 @@ def test_length_reward_rises_to_the_range_and_falls_after_it():
 @pytest.mark.parametrize("text", [
     "", "   ", "just words without a tag", "<think>only a thought</think>",
     "<think>t</think><answer></answer>", "<think>t</think><answer>  \n </answer>",
-    "<think>t</think><answer>", "</answer>"])
+    "<think>t</think><answer>", "</answer>", "<think>t</think><answer>...</answer>", "<answer>2024. 10!"])
 def test_no_answer_body_earns_no_length_reward_even_where_zero_words_are_in_range(text):
     assert length(said(text), asked(0, 100)) == 0.0
     assert length(said(text), asked(10, 100)) == 0.0

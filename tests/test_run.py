@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 import rewards
 import train
 from evaluation.scores import length_score
+from tokenizer import Tokenizer
 
 ROOT = Path(__file__).parent.parent
 SMALL = [
@@ -67,6 +68,21 @@ def undisturbed(tmp_path_factory) -> Path:
     return folder
 
 
+def test_lengths_are_logged_with_and_without_cut_samples_and_thinking_apart(tmp_path):
+    in_process(tmp_path / "run", "--steps", "1", "--max_new_tokens", "90", "--eval_prompts", "")
+    (m,) = metrics(tmp_path / "run")
+    texts = [json.loads(line) for line in (tmp_path / "run/rollouts/step_000001.jsonl").open()]
+    words = [rewards.count_words(rewards.structure(t["text"])[2] or "") for t in texts]
+    whole = [n for n, t in zip(words, texts) if t["finish_reason"] != "length"]
+    assert m["length/answer_words"] == pytest.approx(sum(words) / len(words))
+    assert 0 < len(whole) < len(texts)
+    assert m["length/answer_words_complete"] == pytest.approx(sum(whole) / len(whole))
+    thoughts = [t["text"].split("<think>")[1].split("</think>")[0] for t in texts if "<think>" in t["text"]]
+    assert any("</think>" not in t["text"] for t in texts), "what is cut while it thinks counts"
+    tokens = sum(map(len, map(Tokenizer(ROOT / "data/tiny/base").encode, thoughts)))
+    assert m["length/think_tokens"] == pytest.approx(tokens / len(texts))
+
+
 def test_the_folder_of_a_run_holds_what_the_readme_says(undisturbed):
     lines = [json.loads(line) for line in (undisturbed / "metrics.jsonl").read_text().splitlines()]
     assert [m["step"] for m in lines] == list(range(7))
@@ -74,8 +90,9 @@ def test_the_folder_of_a_run_holds_what_the_readme_says(undisturbed):
     for m in lines[1:]:
         expected = {
             "step", "loss", "grad_norm", "skipped_updates", "entropy", "clip_share", "gap/mean", "gap/max",
-            "gap/k3",
-            "length/answer_words", "length/tokens", "length/in_range", "truncated", "lr",
+            "gap/k3", "tis_capped",
+            "length/answer_words", "length/answer_words_complete", "length/tokens", "length/think_tokens",
+            "length/in_range", "truncated", "lr",
             "weights/fingerprint", "tokens_per_second/sample", "tokens_per_second/update", "memory/peak_gb",
             "balance/flops", "balance/tokens",
             *(f"time/{p}" for p in ("sample", "idle", "score", "logprob", "backward", "step", "update",

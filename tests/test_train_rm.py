@@ -112,7 +112,18 @@ def test_the_report_equals_one_made_by_hand():
         assert row == (pytest.approx(p), right, n)
     assert found["calibration_error"] == pytest.approx(sum(abs(p - r) for p, r, _ in expected) / 4)
     assert (found["mean_score"], found["mean_chosen"], found["mean_rejected"]) == (1.0, 1.5, 0.5)
-    assert "longer/rejected" in train_rm.shown(found)
+    slope = 100 * (2 * 1 - 1 * 59 + 3 * -1) / (1 + 59**2 + 1)
+    assert found["slope_per_100_words"] == pytest.approx(slope)
+    assert "longer/rejected" in train_rm.shown(found) and f"{slope:+.3f}" in train_rm.shown(found)
+
+
+def test_a_judge_of_length_has_the_slope_that_it_pays_by_the_word_whichever_side_is_chosen():
+    lengths = [(10, 40), (300, 100), (7, 7), (1000, 90)]
+    held_out = [Pair("Q", "w " * a, "v " * b) for a, b in lengths]
+    sides = ([5 + offset + 0.02 * n[side] for offset, n in enumerate(lengths)] for side in (0, 1))
+    assert train_rm.report(held_out, *sides)["slope_per_100_words"] == pytest.approx(2)
+    equal = train_rm.report(held_out[2:3], [1.0], [0.0])
+    assert equal["slope_per_100_words"] is None and "none is longer" in train_rm.shown(equal)
 
 
 def test_without_a_held_out_file_no_request_is_trained_and_held_out(tmp_path):
