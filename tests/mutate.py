@@ -32,11 +32,11 @@ import pytest  # noqa: E402
 
 ROOT = Path(__file__).parent.parent
 TESTS = {  # of each file, fastest first
-    "train.py": "update options variants",
+    "train.py": "update options variants run survival",
     "grpo.py": "grpo update",
-    "rewards.py": "rewards options remote",
+    "rewards.py": "rewards options writing remote served_writing",
     "sampler.py": "sampler",
-    "scheduler.py": "scheduler sampler",
+    "scheduler.py": "scheduler sampler parallel_sampling",
     "checkpoints.py": "checkpoints survival",
     "data/prompts.py": "prompts",
 }

@@ -268,8 +268,8 @@ def test_requests_are_those_of_the_options_and_samples_are_counted(trained, tmp_
     file.write_text("".join(f'{{"query": "Write {i}.", "range": {lengths}}}\n'
                             for i, lengths in enumerate(([4, 5], [4, 7], [3, 40], "null"))))
     _, dealt, log = trained({"prompts": file, "eval_prompts": file, "eval_every": 1, "stop": "</answer>,END",
-                             "temperature": 0.7, "seed": 4})
-    assert all((r.stop, r.temperature, r.max_new_tokens) == (("</answer>", "END"), 0.7, 12)
+                             "temperature": 0.7, "seed": 4, "max_new_tokens": 20})
+    assert all((r.stop, r.temperature, r.max_new_tokens) == (("</answer>", "END"), 0.7, 20)
                for call in dealt for r, _ in call)
     evaluations, steps = [[r for r, _ in call] for call in dealt[::2]], dealt[1::2]
     assert [r.n for r in evaluations[0]] == [1] * 4 and evaluations[0] == evaluations[1] == evaluations[2]
