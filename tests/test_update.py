@@ -273,7 +273,7 @@ def test_requests_are_those_of_the_options_and_samples_are_counted(trained, tmp_
                for call in dealt for r, _ in call)
     evaluations, steps = [[r for r, _ in call] for call in dealt[::2]], dealt[1::2]
     assert [r.n for r in evaluations[0]] == [1] * 4 and evaluations[0] == evaluations[1] == evaluations[2]
-    assert [r.expected_tokens for r in evaluations[0]] == [12] * 4  # 2.6 a word, up to the budget
+    assert [r.expected_tokens for r in evaluations[0]] == [13, 18, 20, 20]  # 2 x 1.3 a word, up to the budget
     seeds = [{r.seed for r, _ in step} for step in steps] + [{r.seed for r in evaluations[0]}]
     assert [len(x) for x in seeds] == [4] * 3 and len(set.union(*seeds)) == 12
     ranges = {tuple(r.prompt_ids): x for r, x in zip(evaluations[0], ((4, 5), (4, 7), (3, 40)))}
@@ -289,4 +289,4 @@ def test_requests_are_those_of_the_options_and_samples_are_counted(trained, tmp_
     assert [m["truncated"] for m in log[1:]] == cut and min(cut) < 0.25 < max(cut)
     warned = [line for line in capfd.readouterr().out.splitlines() if line.startswith("warning: ")]
     (line,) = (x for x in warned if "were cut" in x)
-    assert line.startswith(f"warning: {max(cut):.0%} of the samples were cut at max_new_tokens 12: raise it")
+    assert line.startswith(f"warning: {max(cut):.0%} of the samples were cut at max_new_tokens 20: raise it")
