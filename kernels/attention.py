@@ -189,7 +189,7 @@ class PagedDecode:
         return out[:, :, :group].flatten(1, 2)
 
 
-SHORT = 384  # on a CPU, see `attended`
+SHORT, MEDIUM = 192, 384  # contexts on a CPU, see `attended`
 
 
 class Gathered:
@@ -205,10 +205,11 @@ class Gathered:
         self.sizes, self.buffers, self.bytes = None, {}, 0
 
     def partition(self, context_S: torch.Tensor) -> list[torch.Tensor | slice]:
-        """Rows whose contexts are short, or differ by less than a factor of two: a batch is attended to at
-        the length of its longest row."""
+        """Rows whose contexts are short, medium, or differ by less than a factor of two: a batch is attended
+        to at the length of its longest row."""
         self.place = None
-        sizes = [SHORT if n <= SHORT else 1 << (n - 1).bit_length() for n in context_S.tolist()]
+        sizes = [SHORT if n <= SHORT else MEDIUM if n <= MEDIUM else 1 << (n - 1).bit_length()
+                 for n in context_S.tolist()]
         if sizes != self.sizes:
             self.clear()
             self.sizes = sizes
@@ -244,12 +245,14 @@ def attended(cache: torch.Tensor, table_SP: torch.Tensor,
     mask (S, 1, T, L) (SDPA would convert a boolean one in each layer).
 
     The length L is such that a row has the same bits whatever other rows and keys the call holds. SDPA takes
-    512 keys at a time there; its product with V sums up to 384 in one go and more than that in two halves. So
-    L is a multiple of the vector width, or beyond SHORT of 512; rows on either side of SHORT must not meet in
-    one call. Likewise its products are the same for 4, 8 and 16 n rows, and not for some other numbers.
+    512 keys at a time there; its product with V sums up to B keys in one go and up to 2 B in two halves; B
+    is 384 with AVX-512 and 192 with AVX2. So L is a multiple of the vector width up to SHORT, then MEDIUM,
+    then a multiple of 512; rows on either side of SHORT or MEDIUM must not meet in one call. Likewise its
+    products are the same for 4, 8 and 16 n rows, and not for some other numbers.
     """
     longest, page_size = max(1, int(last_S1T.max()) + 1), cache.shape[1]
-    length = -(-longest // 16) * 16 if longest <= SHORT else -(-longest // 512) * 512
+    step = 16 if longest <= SHORT else MEDIUM if longest <= MEDIUM else 512
+    length = -(-longest // step) * step
     columns = -(-length // page_size)
     table = F.pad(table_SP[:, :columns], (0, max(0, columns - table_SP.shape[1])))
     seen = torch.arange(length) <= last_S1T[..., None]
@@ -277,9 +280,10 @@ class PagedPrefill:
                              f"of their contexts {context_lengths}")
         self.table_SP = table_SP.contiguous()
         if not backend.fused(cache):
-            self.parts = []  # a sequence's queries on either side of SHORT are two calls
+            self.parts = []  # calls do not cross SHORT and MEDIUM
             for table_P, n, m in zip(table_SP, query_lengths, context_lengths):
-                for start, end in ((m - n, min(m, SHORT)), (max(m - n, SHORT), m)):
+                for low, high in ((0, SHORT), (SHORT, MEDIUM), (MEDIUM, m)):
+                    start, end = max(m - n, low), min(m, high)
                     if start < end:
                         last = start + torch.arange(-(-(end - start) // 16) * 16).clamp_(max=end - start - 1)
                         self.parts.append((end - start, *attended(cache, table_P[None], last[None, None])))

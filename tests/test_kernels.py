@@ -243,8 +243,8 @@ def test_on_a_cpu_a_row_has_the_same_bits_alone_in_a_batch_and_in_a_chunk(kv_hea
     keys, values, table = cache_of([n], kv_heads, dim, 16)
     keys, values, table, q = (x.cpu() for x in (keys.nan_to_num(), values.nan_to_num(), table,
                                                 normal(n, heads, dim, seed=5)))
-    contexts = torch.tensor([1, 2, 15, 16, 17, 100, 255, 256, 257, 300, 383, 384, 385, 400, 511, 512, 513,
-                             640, 896, 897, 1000, 1024, 1025, 1100])
+    contexts = torch.tensor([1, 2, 15, 16, 17, 100, 191, 192, 193, 255, 256, 257, 300, 383, 384, 385, 400,
+                             511, 512, 513, 640, 896, 897, 1000, 1024, 1025, 1100])
     alone = torch.cat([PagedDecode(keys, table, c[None])(q[c - 1][None], keys, values) for c in contexts])
     batch = PagedDecode(keys, table.expand(len(contexts), -1), contexts)(q[contexts - 1], keys, values)
     assert torch.equal(batch, alone)
