@@ -4,6 +4,7 @@ Weights and AdamW's moments are saved by parameter name, in as many files as the
 number of ranks. Nothing is pickled.
 """
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -17,16 +18,14 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
 
+from lib.files import DiskError, write_durably
+from lib.options import ConfigError
 from model import Qwen2
-from parallel import World, agreed, broadcast, gather
+from parallel import World, broadcast, gather, raise_on_all_ranks
 
 
 class BadCheckpoint(ValueError):
-    """A checkpoint of a run that fails its manifest; the message names the file."""
-
-
-class DiskError(Exception):
-    """A file of a run that cannot be written; the message names it."""
+    """A checkpoint that does not match its manifest; the message names the file."""
 
 
 def tensors_of(model: Qwen2, optimizer: torch.optim.Optimizer) -> dict[str, dict[str, torch.Tensor]]:
@@ -49,13 +48,6 @@ def digest(file: Path) -> str:
         return hashlib.file_digest(f, "sha256").hexdigest()
 
 
-def write_durably(file: Path, text: str):
-    with file.open("w") as f:
-        f.write(text)
-        f.flush()
-        os.fsync(f.fileno())
-
-
 def save(folder: Path, model: Qwen2, optimizer: torch.optim.Optimizer, state: dict, world: World, keep: int,
          keep_every: int = 0):
     """Writes `folder`/step_NNNNNN for state["step"]: beside it first, then renamed, so that a crash leaves no
@@ -68,7 +60,7 @@ def save(folder: Path, model: Qwen2, optimizer: torch.optim.Optimizer, state: di
     final, beside = folder / f"step_{state['step']:06d}", folder / f"writing_{state['step']:06d}"
     tensors = tensors_of(model, optimizer)
     try:
-        with agreed(OSError, world):
+        with raise_on_all_ranks(OSError, world):
             if world.main:
                 for broken_off in folder.glob("writing_*"):
                     shutil.rmtree(broken_off)
@@ -76,11 +68,11 @@ def save(folder: Path, model: Qwen2, optimizer: torch.optim.Optimizer, state: di
         for part in tensors:
             writer = HuggingFaceStorageWriter(str(beside / part), save_distributed=True)
             dcp.save(tensors[part], storage_writer=writer)
-        with agreed(OSError, world):  # DCP numbers its files by rank, from 1 on
+        with raise_on_all_ranks(OSError, world):  # DCP numbers its files by rank, from 1 on
             mine = {str(f.relative_to(beside)): digest(f)
                     for f in beside.glob(f"*/shard-{world.rank + 1:05d}-*")}
         manifest = {name: sha for part in gather(mine, world) for name, sha in part.items()}
-        with agreed(OSError, world):
+        with raise_on_all_ranks(OSError, world):
             if world.main:
                 updates = next(iter(optimizer.state.values()))["step"].item()
                 write_durably(beside / "state.json",
@@ -106,6 +98,28 @@ def save(folder: Path, model: Qwen2, optimizer: torch.optim.Optimizer, state: di
             shutil.rmtree(old, ignore_errors=True)
 
 
+class Checkpoints:
+    """The checkpoints of a run. saved: the step of the newest; 0 without one."""
+
+    def __init__(self, folder: Path, model: Qwen2, optimizer, saved: int, config, code: str, clock,
+                 world: World):
+        self.folder, self.model, self.optimizer, self.saved = folder / "checkpoints", model, optimizer, saved
+        self.config, self.code, self.clock, self.world = config, code, clock, world
+
+    def due(self, step: int) -> bool:
+        """Whether a multiple of save_every has passed since the newest."""
+        every = self.config.save_every
+        return step // every > self.saved // every or step == self.config.steps
+
+    def save(self, step: int):
+        state = {"step": step, "code": self.code, "config": dataclasses.asdict(self.config)}
+        self.clock.seconds["save"] = 0.0
+        with self.clock("save"):
+            save(self.folder, self.model, self.optimizer, state, self.world, self.config.keep_checkpoints,
+                 self.config.keep_every)
+        self.saved = step
+
+
 def complete(folder: Path) -> list[Path]:
     """Complete checkpoints, newest first."""
     return sorted(folder.glob("step_*"), reverse=True)
@@ -114,7 +128,7 @@ def complete(folder: Path) -> list[Path]:
 def verify(path: Path, world: World | None = None) -> dict:
     """Returns the state of a checkpoint whose files all match its manifest; raises BadCheckpoint for one that
     was cut or changed. The ranks of a world share the hashing and its verdict."""
-    with agreed(BadCheckpoint, world) if world else nullcontext():
+    with raise_on_all_ranks(BadCheckpoint, world) if world else nullcontext():
         try:
             files = sorted(json.loads((path / "manifest.json").read_text()).items())
             for name, expected in files[world.rank::world.size] if world else files:
@@ -149,3 +163,20 @@ def load(path: Path, model: Qwen2, optimizer: torch.optim.Optimizer) -> dict:
     for p in model.parameters():
         optimizer.state[p]["step"].fill_(state["updates"])
     return state
+
+
+def find(path: Path) -> tuple[Path, Path]:
+    """(run folder, newest complete checkpoint in it, or the one that is named). Raises ConfigError or
+    BadCheckpoint."""
+    if not path.is_dir():
+        raise ConfigError(f"{path} is no folder: give a run, or one of its checkpoints")
+    run = path if (path / "checkpoints").is_dir() else path.parent.parent
+    if not (run / "config.json").is_file():
+        raise ConfigError(
+            f"{path} is neither a run nor a checkpoint of one: {run / 'config.json'} does not exist")
+    if run != path:
+        verify(path)
+        return run, path
+    if not (found := newest(run / "checkpoints")):
+        raise ConfigError(f"{path} has no complete checkpoint yet: export it after its first save")
+    return run, found[0]

@@ -12,6 +12,7 @@ import itertools
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 
 from model import Packed, packed
 
@@ -21,7 +22,7 @@ EPS = 0.2  # the paper's clip, below and above
 FORMS = {  # is_ratio: the loss, eps_low and eps_high that it is published with
     "token": ("token", EPS, EPS),  # the paper; its aggregation is open, DAPO's
     "sequence": ("sequence", 3e-4, 4e-4),  # GSPO, section 5.1
-    "cispo": ("token", 1.0, 4.0),  # no lower clip; its paper names no upper: ScaleRL's (arXiv 2510.13786)
+    "cispo": ("token", 1.0, 4.0),  # no lower clip; its paper names no upper: a weight up to 5 is our choice
 }
 IS_RATIOS = tuple(FORMS)
 DEAD = 1e-6  # a group whose rewards spread no more than this has no signal, only rounding
@@ -33,9 +34,9 @@ VIOLATION = 0.1  # the least that a sample's advantage lies below 0 where it vio
 class Sample:
     """One completion as the update sees it."""
 
-    prompt_ids: list[int]
-    token_ids: list[int]
-    rollout_logp: list[float]  # the sampler's, one per token
+    prompt_ids: torch.Tensor | list[int]
+    token_ids: torch.Tensor | list[int]
+    rollout_logp: torch.Tensor | list[float]  # the sampler's, one per token
     advantage: float
     trained: bool = True  # False: masked, out of numerator and denominator
 
@@ -203,6 +204,13 @@ def pack(chosen: list[int], lengths: list[int], flops: list[int], budget: int,
     return []
 
 
+def minibatches(samples: list[Sample], parts: int) -> list[list[int]]:
+    """Indices of the samples that each optimiser step trains, group after group; groups stay whole."""
+    size = len(samples) // parts
+    return [[i for i in range(start, start + size) if samples[i].trained]
+            for start in range(0, len(samples), size)]
+
+
 def balance(rounds: list[list[list[int]]], lengths: list[int], flops: list[int],
             budget: int) -> dict[str, float]:
     """Shares of what the ranks could do in the rounds of `pack`, each as long as its largest micro-batch, and
@@ -217,20 +225,21 @@ def balance(rounds: list[list[list[int]]], lengths: list[int], flops: list[int],
 def collate(samples: list[Sample], device="cpu") -> Batch:
     """Lays samples end to end. No samples make a batch of one token that trains nothing, which keeps the
     collectives in step."""
-    rows = []
+    rows, lengths = [], []
     for s in samples:
-        if not s.prompt_ids or len(s.rollout_logp) != len(s.token_ids):
+        prompt, ids = (torch.as_tensor(x, dtype=torch.int64) for x in (s.prompt_ids, s.token_ids))
+        logp = torch.as_tensor(s.rollout_logp, dtype=torch.float32)
+        if not len(prompt) or len(logp) != len(ids):
             raise ValueError("collate: a sample needs a prompt and one rollout logprob for each token")
-        ahead = len(s.prompt_ids) - 1
-        rows.append((s.prompt_ids + s.token_ids, [0] * ahead + s.token_ids + [0],
-                     [0] * ahead + [1] * len(s.token_ids) + [0], [0.0] * ahead + s.rollout_logp + [0.0],
-                     [s.advantage] * (ahead + len(s.token_ids) + 1)))
-    rows = rows or [([0], [0], [0], [0.0], [0.0])]
-    tokens, targets, mask, logp, advantage = ([x for row in column for x in row] for column in zip(*rows))
-    return Batch(torch.tensor(tokens, device=device), packed([len(row[0]) for row in rows], device),
-                 torch.tensor(targets, device=device),
-                 torch.tensor(mask, device=device).bool(), torch.tensor(logp, device=device),
-                 torch.tensor(advantage, device=device), [len(s.token_ids) for s in samples])
+        around = len(prompt) - 1, 1  # the token before the first trained one predicts it
+        targets, mask, logp = (F.pad(x, around) for x in (ids, torch.ones_like(ids), logp))
+        tokens = torch.cat((prompt, ids))
+        rows.append((tokens, targets, mask.bool(), logp, torch.full(tokens.shape, s.advantage)))
+        lengths.append(len(ids))
+    nothing = torch.zeros(1, dtype=torch.int64)
+    rows = rows or [(nothing, nothing, nothing.bool(), nothing.float(), nothing.float())]
+    tokens_T, *others = (torch.cat(column).to(device) for column in zip(*rows))
+    return Batch(tokens_T, packed([len(row[0]) for row in rows], device), *others, lengths)
 
 
 # ---------------------------------------------------------------------- loss

@@ -6,10 +6,14 @@ Gradients are *summed* over ranks, never averaged: every loss divides by a globa
 different numbers of tokens. No process ever holds a whole model but the sampler's.
 """
 
+import itertools
+import math
 import os
 import re
+import signal
+import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
@@ -23,9 +27,9 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 
+from lib.stop import Stopped, Watch
 from model import Qwen2, build, check_tensors, plan_files, read_config, write_file, write_index
-from replica import restore_, tp_dim, tp_slice
-from watch import Stopped, Watch
+from replica import tp_dim, tp_slice
 
 
 @dataclass(frozen=True)
@@ -41,8 +45,8 @@ class World:
     def main(self) -> bool:
         return self.rank == 0
 
-    def heed(self):
-        """Raises Stopped if this rank has been told to stop; `agreed` passes it on."""
+    def check_stop(self):
+        """Raises Stopped if this rank has been told to stop; `raise_on_all_ranks` passes it on."""
         if self.stopping:
             raise Stopped(self.stopping[0])
 
@@ -65,7 +69,7 @@ class HandoffError(RuntimeError):
     """Sampler and trainer, or the trainer's replicas, hold different weights."""
 
 
-def attempt() -> str:
+def restart_prefix() -> str:
     """A name of this start of the processes. torchrun keeps one store for all of its restarts, and what the
     processes before have left in it sends these to addresses where nobody answers. Raises SetupError where
     the nodes cannot know how often it was."""
@@ -113,7 +117,7 @@ def setup(device: str = "auto", timeout: int = 1800, watch: Watch | None = None,
             store, rank, size = dist.HashStore(), 0, 1
             if "RANK" in os.environ:
                 store, rank, size = next(dist.rendezvous("env://", timeout=limit))
-                store = dist.PrefixStore(attempt(), store)
+                store = dist.PrefixStore(restart_prefix(), store)
             dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=limit)
         except (dist.DistError, ValueError) as e:
             address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
@@ -298,28 +302,91 @@ def broadcast(value, world: World):
     return box[0]
 
 
+def gather_rows(x: torch.Tensor, world: World) -> torch.Tensor:
+    """The rows of every rank's CPU tensor, in rank order, on every rank. Ranks may have different numbers of
+    rows."""
+    counts = gather(len(x), world)
+    padded = x.new_zeros(max(counts), *x.shape[1:])
+    padded[:len(x)] = x
+    everyone = [torch.empty_like(padded) for _ in counts]
+    dist.all_gather(everyone, padded)
+    return torch.cat([rows[:n] for rows, n in zip(everyone, counts)])
+
+
+def gather_to_main(value, world: World) -> list:
+    """Every rank's Python object, in rank order, on the main rank; an empty list elsewhere."""
+    out = [None] * world.size if world.main else None
+    dist.gather_object(value, out)
+    return out or []
+
+
 @contextmanager
-def agreed(kind: type[Exception], world: World) -> Iterator[None]:
-    """An exception of this kind, or Stopped, that the body raises on some rank is raised on all, so that none
-    waits for another."""
+def raise_on_all_ranks(kind: type[Exception], world: World) -> Iterator[None]:
+    """An exception of this kind, or Stopped, that the body raises on one rank is raised on all, so that none
+    waits for another. An exception of this kind goes before Stopped."""
     error = None
     try:
         yield
     except (kind, Stopped) as e:
         error = e
-    if first := next((e for e in gather(error, world) if e), None):
-        raise first
+    errors = [e for e in gather(error, world) if e]
+    if errors:
+        raise next((e for e in errors if not isinstance(e, Stopped)), errors[0])
 
 
-def heed(world: World, group=None):
-    """Raises Stopped on all ranks (of a group) if one of them has been told to stop."""
-    told = torch.tensor(max(world.stopping, default=0))  # on the CPU: by gloo, so that no GPU waits for it
-    dist.all_reduce(told, dist.ReduceOp.MAX, group=group)
-    if told:
-        raise Stopped(told.item())
+@contextmanager
+def in_rounds(kind: type[Exception], world: World, group=None) -> Iterator[Callable[[], None]]:
+    """`raise_on_all_ranks` for a body that may last longer on some ranks than a collective may take.
+
+    Yields a function that the body calls often. Every 5 seconds it meets the other ranks in a collective,
+    where a rank that is done waits for the rest, and raises Stopped on all ranks if one has been told to stop
+    or has raised. group: ranks whose calls are in step with each other (a tensor-parallel sampler's); they
+    decide together when to meet.
+    """
+    period = min(5.0, world.timeout.total_seconds() / 4)
+    due, over, error, calls = time.monotonic() + period, False, None, itertools.count(1)
+
+    def meet(busy: bool):
+        nonlocal due, over
+        stop = max(world.stopping, default=signal.SIGTERM if error else 0)
+        flags = torch.tensor([busy, stop])  # on the CPU: by gloo, so that no GPU waits for it
+        dist.all_reduce(flags, dist.ReduceOp.MAX)
+        due, over = time.monotonic() + period, flags.tolist() != [1, 0]
+        if flags[1]:
+            raise Stopped(flags[1].item())
+
+    def interrupt():
+        if group is not None and next(calls) % 32:
+            return
+        now = torch.tensor(int(bool(world.stopping) or time.monotonic() >= due))
+        if group is not None:
+            dist.all_reduce(now, dist.ReduceOp.MAX, group=group)
+        if now:
+            meet(True)
+
+    with raise_on_all_ranks(kind, world):
+        try:
+            yield interrupt
+        except (kind, Stopped) as e:
+            error = e
+        while not over:
+            try:
+                meet(False)
+            except Stopped as e:
+                error = error or e
+        if error:
+            raise error
 
 
-def lost(e: BaseException) -> str:
+def check_stop(world: World):
+    """Raises Stopped on all ranks if one of them has been told to stop."""
+    stop = torch.tensor(max(world.stopping, default=0))  # on the CPU: by gloo, so that no GPU waits for it
+    dist.all_reduce(stop, dist.ReduceOp.MAX)
+    if stop:
+        raise Stopped(stop.item())
+
+
+def peer_failure(e: BaseException) -> str:
     """What a collective says that has waited too long or has lost a rank; empty for any other exception."""
     if not isinstance(e, dist.DistError) and "gloo/" not in str(e):
         return ""
@@ -339,6 +406,13 @@ def clip_grad_(model: Qwen2, max_norm: float) -> float:
         for g in grads:
             g.mul_(max_norm / norm)
     return norm
+
+
+def warmup_cosine(step: int, steps: int, warmup: int, peak: float) -> float:
+    """Learning rate of a step, counted from 0: linear warm-up, then cosine decay to 5 % of the peak."""
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    return peak * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup))))
 
 
 # ---------------------------------------------------------------------- handoff
@@ -381,7 +455,6 @@ def publish(trainer: Qwen2, sampler: Qwen2) -> int:
     Takes less memory than max(two layers, one embedding matrix) in the sampler's dtype. Raises HandoffError
     on all ranks if the weights of one are not what was sent.
     """
-    restore_(sampler)
     reshard(trainer)
     head, target = sampler.head_weight, dict(sampler.named_parameters())
     mesh = trainer.head_weight.device_mesh["shard"] if isinstance(trainer, FSDPModule) else None

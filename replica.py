@@ -4,6 +4,7 @@ The model stays the one of model.py, with the same parameters under the same nam
 how its linear layers are computed.
 """
 
+from contextlib import contextmanager
 from functools import cache
 
 import torch
@@ -67,21 +68,22 @@ def prepare_(model: Qwen2):
             norm.forward = short_norm(norm)
 
 
-def release_(model: Qwen2):
-    """Gives back the memory of the weights until `restore_`, which brings back the room, not the values."""
+@contextmanager
+def released(model: Qwen2):
+    """As a context: the memory of the weights is free. Afterwards it is there again, its values are not."""
     for layer in model.layers:
         for product in products(layer):
             if isinstance(product, Product):
                 product.packed = None
     storages = {s.data_ptr(): s for s in (p.untyped_storage() for p in model.parameters())}.values()
-    model.released = [(s, s.nbytes()) for s in storages if s.nbytes()]
-    for s in storages:
+    sizes = [(s, s.nbytes()) for s in storages if s.nbytes()]
+    for s, _ in sizes:
         s.resize_(0)
-
-
-def restore_(model: Qwen2):
-    for s, size in model.__dict__.pop("released", ()):
-        s.resize_(size)
+    try:
+        yield
+    finally:
+        for s, size in sizes:
+            s.resize_(size)
 
 
 def short_norm(norm: RMSNorm):

@@ -1,4 +1,4 @@
-"""The folder of a run, its display and its clock: what surrounds the algorithm in train.py."""
+"""The folder of a run: options, source, log, progress and clock."""
 
 import dataclasses
 import fcntl
@@ -11,23 +11,19 @@ import resource
 import socket
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
 
 import torch
 
-from checkpoints import DiskError, complete
-from options import ConfigError
-
-ROOT = Path(__file__).parent
-
-
-def locate(path: str) -> str:
-    """A path as given, or, for the embedded default, inside the repository."""
-    return path if Path(path).exists() or not (ROOT / path).exists() else str(ROOT / path)
-
+import checkpoints
+import parallel
+from lib.files import ROOT, DiskError, read_jsonl, replace, write_jsonl
+from lib.options import ConfigError
+from model import Qwen2
+from parallel import World, broadcast, raise_on_all_ranks
 
 # What a run may change when it goes on: nothing that its steps depend on.
 MAY_DIFFER = {"run_dir", "resume", "steps", "save_every", "keep_checkpoints", "keep_every", "device", "wandb",
@@ -51,7 +47,7 @@ def lock(folder: Path):
     stopped one. A POSIX lock: no child inherits it."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        file = os.open(folder / "lock", os.O_RDWR | os.O_CREAT)  # for good: to close it is to unlock it
+        file = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o666)  # never closed: that would unlock it
     except OSError:
         return  # a finished run may be read-only; of any other `open_folder` says why it cannot be written
     try:
@@ -87,7 +83,7 @@ def choose_folder(config, restarted: bool) -> Path:
                 with suppress(ConfigError):  # another run with the same options goes on there
                     lock(record.parent)
                     return record.parent
-    if config.resume == "true" and not (folder and complete(folder / "checkpoints")):
+    if config.resume == "true" and not (folder and checkpoints.complete(folder / "checkpoints")):
         raise ConfigError(f"resume is true, but {folder or 'a new run'} has no checkpoint to go on from")
     folder = folder or new_folder()
     record = folder / "config.json"
@@ -103,6 +99,21 @@ def choose_folder(config, restarted: bool) -> Path:
     return folder
 
 
+def open_run(config, world: World) -> tuple[Path, tuple[Path, dict] | None]:
+    """The run's folder, and its newest whole checkpoint with its state. Raises ConfigError or BadCheckpoint
+    on all ranks."""
+    restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))  # 0 on a node that has just come back
+    restarted, folder = parallel.largest({"restarts": restarts}, world)["restarts"] > 0, None
+    with raise_on_all_ranks(ConfigError, world):
+        folder = choose_folder(config, restarted) if world.main else None
+    folder = broadcast(folder, world)
+    newest = checkpoints.newest(folder / "checkpoints", world)
+    with raise_on_all_ranks(ConfigError, world):
+        if world.main and not (newest and newest[1]["step"] > config.steps):
+            open_folder(config, folder, newest)
+    return folder, newest
+
+
 def open_folder(config, folder: Path, newest: tuple[Path, dict] | None):
     """Prepares the folder for going on from its newest checkpoint, or for beginning. Main rank only. Raises
     ConfigError."""
@@ -110,27 +121,21 @@ def open_folder(config, folder: Path, newest: tuple[Path, dict] | None):
     try:
         (folder / "rollouts").mkdir(parents=True, exist_ok=True)
         replace(folder / "config.json", json.dumps(dataclasses.asdict(config), indent=2) + "\n")
+        cut_back(folder, state["step"])
+        if state["step"] >= config.steps:  # at most an evaluation is missing
+            return
         kept = keep_source(folder, state["step"])
-        cut_back(folder, state["step"] - ("unlogged" in state))
     except OSError as e:
         raise ConfigError(f"run_dir {folder} cannot be written ({e}): choose another") from None
     if (code := state.get("code")) and code != code_hash():
-        with logged(folder):
-            print(f"warning: {path} was made by other code than this: {kept.name} holds what runs from here "
-                  "on", file=sys.stderr, flush=True)
-
-
-def replace(file: Path, text: str):
-    """Writes beside and renames, so that a crash leaves the old file or the new one."""
-    beside = Path(f"{file}.writing")
-    beside.write_text(text, encoding="utf-8")
-    beside.replace(file)
+        print(f"warning: {path} was made by other code than this: {kept.name} holds what runs from here on",
+              file=sys.stderr, flush=True)
 
 
 def source() -> dict[str, str]:
-    """The code that runs, by file."""
+    """What a result depends on in this repository, by file."""
     return {str(f.relative_to(ROOT)): f.read_text(encoding="utf-8")
-            for pattern in ("*.py", "kernels/*.py", "data/*.py", "evaluation/*.py")
+            for pattern in ("*.py", "lib/*.py", "kernels/*.py", "kernels/*.json", "data/*.py")
             for f in sorted(ROOT.glob(pattern))}
 
 
@@ -163,94 +168,7 @@ def cut_back(folder: Path, step: int):
             file.unlink()
 
 
-def write_jsonl(file: Path, records: list[dict], mode: str = "w"):
-    """Raises DiskError."""
-    try:
-        file.parent.mkdir(exist_ok=True)
-        with file.open(mode, encoding="utf-8") as f:
-            f.writelines(json.dumps(r, ensure_ascii=False) + "\n" for r in records)
-    except OSError as e:
-        raise DiskError(f"{file} cannot be written ({e.strerror}): make room, or mend it, and the same "
-                        "command goes on") from None
-
-
-def read_jsonl(file: Path) -> list[dict]:
-    """Its records, without one that is being written: a last line without its end. Raises OSError or
-    ValueError."""
-    return [json.loads(line) for line in file.read_bytes().split(b"\n")[:-1]]
-
-
-def append_metrics(folder: Path, metrics: dict):
-    """Numbers that are not finite become null, which every reader of JSON knows."""
-    finite = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
-    write_jsonl(folder / "metrics.jsonl", [finite], "a")
-
-
-class Wandb:
-    """A run at Weights & Biases, or none: what fails there is said once on stderr, and training goes on."""
-    def __init__(self, run=None):
-        self.run = run
-
-    def send(self, method: str, *arguments, **options):
-        try:
-            if self.run:
-                getattr(self.run, method)(*arguments, **options)
-        except Exception as e:
-            self.run = None
-            warn_of_wandb(e, "goes on without it, and metrics.jsonl holds every step")
-
-
-def warn_of_wandb(error: Exception, consequence: str):
-    print(f"warning: wandb failed ({' '.join(str(error).split())[:200]}): this run {consequence}",
-          file=sys.stderr, flush=True)
-
-
-def open_wandb(config, folder: Path) -> Wandb:
-    """Online if there is a key and the server answers in time, else offline, else none."""
-    has_key = bool(os.environ.get("WANDB_API_KEY")) or (Path.home() / ".netrc").exists()
-    mode = os.environ.get("WANDB_MODE") or ("online" if has_key else "offline")
-    options = {"project": "longwriter-zero", "name": folder.name, "resume": "allow", "dir": str(folder),
-               "id": hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16],
-               "config": dataclasses.asdict(config)}
-    limits = {"login_timeout": 5, "init_timeout": 10, "finish_timeout": 60}  # seconds
-    try:
-        import wandb
-        try:
-            return Wandb(wandb.init(mode=mode, settings=limits, **options))
-        except Exception as e:
-            wandb.teardown()  # its service holds on to the id
-            offline = Wandb(wandb.init(mode="offline", **options))
-            warn_of_wandb(e, f"logs offline; later: wandb sync {folder}/wandb/offline-run-*")
-            return offline
-    except Exception as e:
-        warn_of_wandb(e, "goes on without it; pip install wandb if it is missing, or leave --wandb out")
-        return Wandb()
-
-
-# ---------------------------------------------------------------------- display
-
-
-class Tee:
-    """A stream whose text goes to a file too. Where the file cannot be written, metrics.jsonl, which cannot
-    either, ends the run."""
-    def __init__(self, screen, file: Path):
-        self.screen, self.file = screen, file
-
-    def write(self, text: str) -> int:
-        with suppress(OSError), self.file.open("a", encoding="utf-8") as f:
-            f.write(text)
-        return self.screen.write(text)
-
-    def __getattr__(self, name: str):
-        return getattr(self.screen, name)
-
-
-@contextmanager
-def logged(folder: Path) -> Iterator[None]:
-    """Appends to log.txt what is printed meanwhile, but for progress."""
-    file = folder / "log.txt"
-    with redirect_stdout(Tee(sys.stdout, file)), redirect_stderr(Tee(sys.stderr, file)):
-        yield
+# ---------------------------------------------------------------------- clock
 
 
 class Progress:
@@ -259,8 +177,7 @@ class Progress:
     def __init__(self, label: str, total: int, show: bool, what: str = "samples"):
         self.label, self.total, self.show, self.what = label, total, show, what
         self.start = self.last = time.perf_counter()
-        self.stream = getattr(sys.stderr, "screen", sys.stderr)  # not to log.txt
-        self.terminal = self.stream.isatty()
+        self.terminal = sys.stderr.isatty()
 
     def update(self, stats):
         now = time.perf_counter()
@@ -273,11 +190,11 @@ class Progress:
                 f"{rate:,.0f} tok/s on this rank"
                 + f", about {timedelta(seconds=round(left))} left" * (stats.finished > 0))
         start, end = ("\r", "\033[K") if self.terminal else ("", "\n")
-        print(f"{start}{line}", end=end, file=self.stream, flush=True)
+        print(f"{start}{line}", end=end, file=sys.stderr, flush=True)
 
     def close(self):
         if self.show and self.terminal:
-            print("\r\033[K", end="", file=self.stream, flush=True)
+            print("\r\033[K", end="", file=sys.stderr, flush=True)
 
 
 class Clock:
@@ -301,6 +218,19 @@ class Clock:
             torch.cuda.synchronize()
         self.seconds[phase] += time.perf_counter() - start
         self.phase = outer  # after an exception it stays what it was
+
+
+def costs(clock: Clock, groups, world: World) -> dict[str, float]:
+    """Seconds by phase of the slowest rank, tokens a second over all ranks, peak memory of the hungriest
+    rank."""
+    slowest = parallel.largest(clock.seconds | {"total": time.perf_counter() - clock.begun[-1],
+                                                "memory": peak_memory_gb(world.device)}, world)
+    new = sum(map(len, groups.token_ids))
+    prompt = sum(map(len, groups.prompt_ids)) * groups.rewards_BGR.shape[1]
+    return {"memory/peak_gb": slowest.pop("memory"),
+            **{f"time/{phase}": s for phase, s in slowest.items()},
+            "tokens_per_second/sample": new / slowest["sample"],
+            "tokens_per_second/update": (new + prompt) / slowest["update"]}
 
 
 def peak_memory_gb(device: torch.device) -> float:
@@ -330,12 +260,12 @@ def describe(metrics: dict, steps: int, names: list[str], begun: list[float]) ->
 GAP_LIMIT = 0.01  # gap/k3 that is warned of: 100 nats over 10,000 tokens; a bf16 sampler of the default: 1e-5
 
 
-def warnings(metrics: dict, config) -> Iterator[str]:
+def warnings(metrics: dict, config, names: list[str]) -> Iterator[str]:
     """What a step's metrics call for, with the remedy."""
     if metrics["truncated"] > 0.25:
         yield (f"warning: {metrics['truncated']:.0%} of the samples were cut at max_new_tokens "
                f"{config.max_new_tokens}: raise it, or ask for shorter texts")
-    dead = {name: metrics[f"dead_groups/{name}"] for name in config.reward_names}
+    dead = {name: metrics[f"dead_groups/{name}"] for name in names}
     if dead := [f"{name} in {n}" for name, n in dead.items() if 2 * n > config.prompts_per_step]:
         yield (f"warning: all samples of a group earned the same, {', '.join(dead)} of the "
                f"{config.prompts_per_step} groups: raise group_size or temperature, or choose prompts that "
@@ -343,3 +273,120 @@ def warnings(metrics: dict, config) -> Iterator[str]:
     if metrics["gap/k3"] > GAP_LIMIT:
         yield (f"warning: the sampler drifts from the trainer: gap/k3 {metrics['gap/k3']:.3g} is above "
                f"{GAP_LIMIT} nats a token: set sampler_dtype to float32, and keep tis_cap above 0")
+
+
+# ---------------------------------------------------------------------- log
+
+
+class Log:
+    """What the main rank writes of a run: rollouts/, metrics.jsonl, log.txt, the console, wandb. All ranks
+    call its methods; where a file cannot be written they raise DiskError on all ranks."""
+
+    def __init__(self, folder: Path, config, names: list[str], clock: Clock, world: World):
+        self.folder, self.config, self.names, self.clock, self.world = folder, config, names, clock, world
+        self.wandb = Wandb(None, self.warn)
+        if config.wandb and world.main:
+            self.wandb = open_wandb(config, folder, self.warn)
+        file = folder / "metrics.jsonl"
+        lines = read_jsonl(file) if world.main and file.exists() else []
+        evaluated = {m["step"] for m in lines if any(name.startswith("eval/") for name in m)}
+        self.evaluated = broadcast(evaluated, world)  # steps
+
+    def start(self, model: Qwen2, inputs, saved: int):
+        """The first line: what is trained, on what, from which step. inputs: train.Inputs."""
+        notes = [f"{model.config.num_parameters:,} parameters", f"{len(inputs.prompts)} prompts"]
+        notes += [f"{n} {why} dropped" for why, n in inputs.dropped.items()]
+        notes += [f"{n} {why} evaluation prompts dropped" for why, n in inputs.eval_dropped.items()]
+        notes += [f"{self.world.size} x {self.world.device.type}"]
+        notes += [f"options of {file}" for file in self.config.files]
+        self.say(f"{self.folder}: {', '.join(notes + [f'resumed after step {saved}'] * (saved > 0))}")
+        dropped = sum(inputs.dropped.values())
+        if (share := dropped / (dropped + len(inputs.prompts))) > 0.25:
+            self.say(f"warning: {share:.0%} of the prompts are dropped: raise max_new_tokens if they are "
+                     f"unreachable, or mend their `keep` and `length_range` in {self.config.prompts}")
+
+    def evaluation_due(self, step: int) -> bool:
+        return (bool(self.config.eval_prompts) and step % self.config.eval_every == 0
+                and step not in self.evaluated)
+
+    def say(self, line: str, file=None):
+        if self.world.main:
+            print(line, file=file, flush=True)
+            with suppress(OSError), (self.folder / "log.txt").open("a", encoding="utf-8") as f:
+                f.write(line + "\n")  # where it cannot be written, metrics.jsonl cannot, which ends the run
+
+    def warn(self, line: str):
+        self.say(line, sys.stderr)
+
+    def step(self, metrics: dict, records: list[dict]):
+        """Writes rollouts/step_NNNNNN.jsonl, then the step's line of metrics.jsonl."""
+        self.write(f"step_{metrics['step']:06d}.jsonl", metrics, records)
+        self.say(describe(metrics, self.config.steps, self.names, self.clock.begun))
+        for line in warnings(metrics, self.config, self.names):
+            self.say(line)
+
+    def evaluation(self, step: int, metrics: dict, records: list[dict]):
+        """Writes rollouts/eval_NNNNNN.jsonl, then a line of metrics.jsonl of its own."""
+        self.write(f"eval_{step:06d}.jsonl", {"step": step, **metrics}, records)
+        rewards = "  ".join(f"{name} {metrics[f'eval/reward/{name}']:.3f}" for name in self.names)
+        self.say(f"eval after step {step}: {rewards}  words {metrics['eval/length/answer_words']:.0f} on "
+                 f"{len(records)} prompts")
+
+    def bad_batch(self, step: int, samples: list):
+        """Writes the samples of skipped updates, each line the fields of a grpo.Sample."""
+        with raise_on_all_ranks(DiskError, self.world):
+            if self.world.main:
+                write_jsonl(self.folder / "bad_batches" / f"step_{step:06d}.jsonl",
+                            [{name: x.tolist() if isinstance(x, torch.Tensor) else x
+                              for name, x in vars(s).items()} for s in samples])
+
+    def write(self, file: str, metrics: dict, records: list[dict]):
+        """Numbers that are not finite become null, which every reader of JSON knows."""
+        with raise_on_all_ranks(DiskError, self.world):
+            if self.world.main:
+                write_jsonl(self.folder / "rollouts" / file, records)
+                finite = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
+                write_jsonl(self.folder / "metrics.jsonl", [finite], "a")
+        self.wandb.send("log", metrics, step=metrics["step"])
+
+    def finish(self):
+        self.wandb.send("finish")
+        self.say(f"done: {self.folder} holds metrics.jsonl, rollouts/ and checkpoints/")
+
+
+class Wandb:
+    """A run at Weights & Biases, or none: what fails there is warned of once, and training goes on."""
+    def __init__(self, run, warn: Callable[[str], None]):
+        self.run, self.warn = run, warn
+
+    def send(self, method: str, *arguments, **options):
+        try:
+            if self.run:
+                getattr(self.run, method)(*arguments, **options)
+        except Exception as e:
+            self.run = None
+            self.failed(e, "goes on without it, and metrics.jsonl holds every step")
+
+    def failed(self, error: Exception, consequence: str):
+        self.warn(f"warning: wandb failed ({' '.join(str(error).split())[:200]}): this run {consequence}")
+
+
+def open_wandb(config, folder: Path, warn: Callable[[str], None]) -> Wandb:
+    """Online if there is a key and the server answers in time, else offline, else none."""
+    has_key = bool(os.environ.get("WANDB_API_KEY")) or (Path.home() / ".netrc").exists()
+    mode = os.environ.get("WANDB_MODE") or ("online" if has_key else "offline")
+    options = {"project": "longwriter-zero", "name": folder.name, "resume": "allow", "dir": str(folder),
+               "id": hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16],
+               "config": dataclasses.asdict(config)}
+    limits, log = {"login_timeout": 5, "init_timeout": 10, "finish_timeout": 60}, Wandb(None, warn)  # seconds
+    try:
+        import wandb
+        try:
+            log.run = wandb.init(mode=mode, settings=limits, **options)
+        except Exception as e:
+            wandb.teardown()  # its service holds on to the id
+            log.run = wandb.init(mode="offline", **options)
+            log.failed(e, f"logs offline; later: wandb sync {folder}/wandb/offline-run-*")
+    except Exception as e:
+        log.failed(e, "goes on without it; pip install wandb if it is missing, or leave --wandb out")
+    return log

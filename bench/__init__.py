@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-import options  # noqa: F401  # for its --help
+from lib import options  # noqa: F401  # for its --help
 
 ROOT = Path(__file__).parent.parent
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from repeats import TOKEN, repetition, repetition_words
+from text import TOKEN, repetition, repetition_words
 
 VERBATIM = ("block", "far", "shuffled", "marks")  # a copy's characters are those of the original, once folded
 DISGUISED = ("numbered", "fifteenth", "synonyms", "names")

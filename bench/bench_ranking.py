@@ -17,11 +17,11 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import parallel
+import reward_model
 import rewards
-import writing
 from bench import hardware
 from data import prompts as prompt_data
-from run import ROOT, locate, read_jsonl
+from lib.files import ROOT, locate, read_jsonl
 
 DATA = "data/tiny/eval_prompts.jsonl"
 SAMPLING = ("--temperature", "0.8", "--top_p", "1", "--max_new_tokens", "256")  # as in the run
@@ -38,7 +38,7 @@ def evaluate(model: Path | str, out: Path, opponents: list[Path], judge: str):
 def scored(folders: list[Path], judge: str) -> dict[str, dict[str, float]]:
     """Mean rewards of each folder's answers."""
     prompts, found = {p.id: p for p in prompt_data.read(locate(DATA), "think", 256)[0]}, {}
-    score = writing.Scorer(locate(judge), writing.check(locate(judge)), 8192, parallel.setup("cpu"))
+    score = reward_model.Scorer(locate(judge), reward_model.check(locate(judge)), 8192, parallel.setup("cpu"))
     for folder in folders:
         answers = read_jsonl(folder / "answers.jsonl")
         given = {name: [rule(SimpleNamespace(text=a["response"]), prompts[a["id"]]) for a in answers]

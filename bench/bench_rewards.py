@@ -16,17 +16,18 @@ from types import SimpleNamespace
 
 import numpy as np
 
-import plan
+import rollout
 from bench import attacks, hardware
-from rewards import REWARDS, count_words, is_batched, is_remote, score
-from train import parse
+from rewards import REWARDS
+from scripts import plan
+from text import count_words
 
 SAMPLES, WORDS = 1024, 12_000
 PLANS = {"7B, 8 GPUs": ["--config", "configs/qwen2.5-7b.json", "--gpus", "8"],
          "32B, 64 GPUs": ["--config", "configs/qwen2.5-32b.json", "--gpus", "8", "--nodes", "8"]}
 
 
-def milliseconds(name: str, text: str, query: str, repeats: int = 9) -> float:
+def milliseconds(reward: rollout.Reward, text: str, query: str, repeats: int = 9) -> float:
     """Of one reward of one sample, processor time, the best of several."""
     completion = SimpleNamespace(text=f"<think>A plan.</think><answer>{text}</answer>", finish_reason="stop",
                                  token_ids=[0], max_new_tokens=14_000)
@@ -34,7 +35,7 @@ def milliseconds(name: str, text: str, query: str, repeats: int = 9) -> float:
     times = []
     for _ in range(repeats):
         start = time.thread_time()
-        score(name, [completion], [prompt])
+        rollout.score(reward, [completion], [prompt])
         times.append(time.thread_time() - start)
     return 1e3 * min(times)
 
@@ -44,7 +45,7 @@ def cost(ms: float) -> dict[str, dict[str, float]]:
     for full lengths; as if nothing were decoded meanwhile, though on a GPU a step is under way."""
     out = {}
     for name, options in PLANS.items():
-        planned, _ = plan.read(options + ["--prompts_per_step", "32", "--group_size", "32"], parse)
+        planned, _ = plan.read(options + ["--prompts_per_step", "32", "--group_size", "32"])
         sampled = planned.rehearse(full=True)
         step = sampled["seconds"] + sum(planned.seconds(sampled["mean"]))
         scoring = ms / 1e3 * SAMPLES / planned.ranks
@@ -55,10 +56,10 @@ def cost(ms: float) -> dict[str, dict[str, float]]:
 
 def main():
     result = {"bench": "rewards", **hardware(), "words": WORDS, "samples": SAMPLES, "ms": {}}
-    rules = [name for name in REWARDS if not is_batched(name) and not is_remote(name)]
+    rules = [reward for reward in rollout.choose_rewards(",".join(REWARDS)) if not reward.needs_model]
     for language, query in (("en", "Write a chronicle of a harbour town."), ("zh", "写一部海港小镇的编年史")):
         text = attacks.honest(random.Random(0), language, "long essay", attacks.LONG[language]).text
-        result["ms"][language] = {name: round(milliseconds(name, text, query), 2) for name in rules}
+        result["ms"][language] = {r.name: round(milliseconds(r, text, query), 2) for r in rules}
         shown = ", ".join(f"{name} {ms:.1f}" for name, ms in result["ms"][language].items())
         print(f"{language}, {count_words(text):,} words, ms: {shown}", flush=True)
     result["length_and_format_ms"] = round(

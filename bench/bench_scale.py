@@ -18,8 +18,8 @@ from pathlib import Path
 import numpy as np
 
 from bench import ROOT, hardware, torchrun
-from run import read_jsonl
-from scripts.curves import Curve, picture
+from lib.files import read_jsonl
+from viewer.plots import Curve, picture
 
 MODES = ("per_reward", "sum")
 

@@ -33,14 +33,15 @@ import torch.distributed as dist
 import checkpoints
 import model as qwen
 import parallel
-import plan as planner
 import rewards
 import run
 import train
-from bench import hardware, shapes
-from tokenizer import Tokenizer
+from bench import ROOT, hardware, shapes
+from data.tokenizer import Tokenizer
+from lib.files import locate
+from scripts import plan as planner
 
-QWEN = run.ROOT.parent / "shared/data/qwen2.5-tokenizer"
+QWEN = ROOT.parent / "shared/data/qwen2.5-tokenizer"
 SHAPES = shapes.SHAPES | {"43m": qwen.ModelConfig(151936, 256, 704, 6, 8, 2, tie_word_embeddings=True)}
 BATCH = {"43m": (2, 4, 256, 4096), "0.5b": (4, 8, 4096, 8192), "1.5b": (4, 8, 4096, 8192)}
 PEAKS = {"H100 PCIe": 756e12, "H100": 989e12, "H200": 989e12, "A100": 312e12}  # dense bf16 flops a second
@@ -101,21 +102,21 @@ def measure(folder: Path, options: list[str], shape: str, tokenizer: Path):
     config = train.parse([*base, *options, "--run_dir", str(folder / "run")])
     if config.reward == "varied":
         rewards.REWARDS["varied"] = (varied, 1.0)
-    stamps, append = [], run.append_metrics
+    stamps, step = [], run.Log.step
 
-    def stamped(to, metrics):
-        append(to, metrics)
+    def stamped(*arguments):
+        step(*arguments)
         stamps.append((time.perf_counter(), time.process_time()))
 
     no_checkpoint = mock.patch.object(checkpoints, "save")  # no option turns off the last step's
-    with mock.patch.object(run, "append_metrics", stamped), no_checkpoint:
+    with mock.patch.object(run.Log, "step", stamped), no_checkpoint:
         train.train(config)
     dist.barrier()
     texts = sorted((Path(config.run_dir) / "rollouts").iterdir())
     lines = [json.loads(line) for line in (Path(config.run_dir) / "metrics.jsonl").open()]
     records = [json.loads(line) for line in texts[-1].open()]
-    model = qwen.read_config(train.locate(config.model))
-    encode = Tokenizer(train.locate(config.model)).encode
+    model = qwen.read_config(locate(config.model))
+    encode = Tokenizer(locate(config.model)).encode
     dist.barrier()  # nobody removes the folder before all have read it
     parallel.close()
     if not world.main:
@@ -152,7 +153,7 @@ def measure(folder: Path, options: list[str], shape: str, tokenizer: Path):
 def answer(command: list[str], log: Path, **given) -> dict:
     """The JSON object that a command ends with."""
     with log.open("w") as errors:
-        done = subprocess.run(command, cwd=run.ROOT, stdout=subprocess.PIPE, stderr=errors, text=True,
+        done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=errors, text=True,
                               **given)
     if done.returncode:
         said = done.stdout[-2000:] + log.read_text()[-4000:]
@@ -206,7 +207,7 @@ def main():
     parser.add_argument("--trl", default="", metavar="PYTHON", help="that has TRL 1.16: compare with it")
     parser.add_argument("--rounds", type=int, default=2, help="of the comparison")
     args, options = parser.parse_known_args()
-    tokenizer = Path(args.tokenizer or (QWEN if QWEN.exists() else run.ROOT / "data/tiny/base"))
+    tokenizer = Path(args.tokenizer or (QWEN if QWEN.exists() else ROOT / "data/tiny/base"))
     with tempfile.TemporaryDirectory() as folder:
         if args.trl:
             compare(Path(folder), args.trl, args.rounds, options, tokenizer)

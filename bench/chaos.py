@@ -38,7 +38,7 @@ SMALL = ["--prompts_per_step", "4", "--group_size", "4", "--max_new_tokens", "48
 
 MOMENTS = {  # what is called then, and its calls in two to four steps of SMALL on each of two ranks
     "sampling": ("sampler.Sampler.launch", 120),
-    "scoring": ("train.score", 36),
+    "scoring": ("rollout.score", 36),
     "backward": ("train.backward", 4),
     "checkpoint": ("torch.distributed.checkpoint.save", 3),
     "rename": ("os.rename", 2),

@@ -26,11 +26,11 @@ import torch.multiprocessing
 import model as qwen
 from bench import hardware
 from data import prompts as prompt_data
+from data.tokenizer import Tokenizer
 from kernels.sample import head_draw, streams, uniforms
 from replica import tp_slice
 from sampler import Completion, Sampler
 from scheduler import Request
-from tokenizer import Tokenizer
 
 ROOT = Path(__file__).parent.parent
 

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import model as qwen
 from bench import hardware
-from tokenizer import Tokenizer
+from data.tokenizer import Tokenizer
 
 ROOT = Path(__file__).parent.parent
 SHAPES = {
@@ -33,15 +33,15 @@ def materialised(hidden, weight, targets, temperature=1.0):
 """
 # Replaces the streamed head by what one would write first, and keeps the largest sampled id.
 DRIVER = MATERIALISED + """
-import sys, train
+import sys, train, rewards, grpo
 if sys.argv.pop(1) == "materialised":
     train.linear_logprob = materialised
-train.rewards.REWARDS["even"] = (lambda c, prompt: sum(t % 2 for t in c.token_ids) / len(c.token_ids), 1.0)
-collate, largest = train.grpo.collate, [0]
+rewards.REWARDS["even"] = (lambda c, prompt: sum(t % 2 for t in c.token_ids) / len(c.token_ids), 1.0)
+collate, largest = grpo.collate, [0]
 def watched(samples, device):
-    largest[0] = max([largest[0]] + [t for s in samples for t in s.token_ids])
+    largest[0] = max([largest[0]] + [t for s in samples for t in s.token_ids.tolist()])
     return collate(samples, device)
-train.grpo.collate = watched
+grpo.collate = watched
 train.main()
 print(f"largest sampled id {largest[0]}", flush=True)
 """

@@ -18,8 +18,9 @@ import numpy as np
 
 from bench import ROOT, hardware, torchrun
 from data.prompts import parse_range
-from rewards import count_words, length_reward, structure
-from scripts.curves import Curve, coloured, picture
+from rewards import length_reward
+from text import count_words, structure
+from viewer.plots import Curve, coloured, picture
 
 EVAL = ROOT / "data" / "tiny" / "eval_prompts.jsonl"
 PANELS = {

@@ -14,6 +14,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from lib.files import locate
+
 QUERY_FIELDS = ("prompt", "query", "question", "instruction")
 RANGE_FIELDS = ("length_range", "range")
 ID_FIELDS = ("id", "index", "idx")
@@ -40,6 +42,7 @@ TEMPLATES = {
 }
 STYLES = tuple(dict.fromkeys(style for style, _ in TEMPLATES))
 
+STOP = "</answer>,<|user|>,<|用户|>"  # strings that end a text in these templates, comma-separated
 TOKENS_PER_WORD = {"en": 1.3, "zh": 0.7}  # of Qwen2.5's tokenizer; Chinese counts characters
 THINK_SHARE = 0.15  # of the token budget is left for thinking (2,100 of 14,000; the paper's models use 2-3k)
 
@@ -195,3 +198,29 @@ def order(n: int, batch: int, seed: int, cursor: int) -> list[int]:
     permutation = list(range(n))
     random.Random(f"{seed}/{epoch}").shuffle(permutation)
     return permutation[start:start + batch]
+
+
+def batch(prompts: list[Prompt], size: int, seed: int, step: int) -> list[Prompt]:
+    """The prompts of a step, counted from 1; the same on all ranks."""
+    return [prompts[i] for i in order(len(prompts), size, seed, (step - 1) * size)]
+
+
+def load(config, option: str, need: int, why: str, tokenizer,
+         context: int) -> tuple[list[Prompt], dict[str, int]]:
+    """The usable prompts of the file that an option names, and how many were dropped for what.
+
+    config: prompt_style, max_new_tokens, unreachable. Raises PromptError if fewer than `need` are left, or if
+    one does not fit into the model's context with its answer.
+    """
+    path = getattr(config, option)
+    prompts, dropped = read(locate(path), config.prompt_style, config.max_new_tokens,
+                            config.unreachable == "keep")
+    if len(prompts) < need:
+        raise PromptError(f"{option} {path} has {len(prompts)} usable prompts (dropped: "
+                          f"{dict(dropped) or 'none'}), but {why} needs {need}")
+    for prompt in prompts:
+        if (tokens := len(tokenizer.encode(prompt.text))) + config.max_new_tokens > context:
+            raise PromptError(f"{option} {path}: prompt {prompt.id!r} has {tokens} tokens, and with "
+                              f"max_new_tokens {config.max_new_tokens} it exceeds the model's context of "
+                              f"{context}: shorten it, or lower max_new_tokens")
+    return prompts, dict(dropped)

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from data.prompts import PromptError, language, objects, queries
+from text import count_words, split
 
 BENCHMARKS = ("longbench_write", "ruler", "writingbench", "arena")
 DIMENSIONS = ("Relevance", "Accuracy", "Coherence", "Clarity", "Breadth and Depth", "Reading Experience")
@@ -205,6 +206,14 @@ def questions(benchmark: str, record: Record, answer: str) -> list[Question]:
             r"\{([a-z]+)\}", lambda match: fields[match[1]], template))
 
     return [question(key) for key in keys(benchmark, record)] if answer else []
+
+
+def answer_line(record: Record, text: str, style: str, finish_reason: str, tokens: int) -> dict:
+    """A line of answers.jsonl: what a model wrote for a record, and the part that is judged."""
+    think, answer = split(text, style)
+    return {"id": record.id, "query": record.query, "language": record.language, "required": record.required,
+            "kind": record.kind, "domain": record.domain, "response": text, "answer": answer, "think": think,
+            "finish_reason": finish_reason, "tokens": tokens, "words": count_words(answer)}
 
 
 # ---------------------------------------------------------------------- verdicts

@@ -12,15 +12,15 @@ from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
-import endpoint
 import parallel
+import reward_model
+import rollout
 import run
-import train
-import writing
 from evaluation import benchmarks
 from evaluation.benchmarks import Record
 from evaluation.source import Source, find, fingerprint, open_sampler
-from options import ConfigError
+from lib import endpoint
+from lib.options import ConfigError
 from scheduler import Request, Stats
 
 SCORED = 8192  # tokens of a reward model's micro-batch
@@ -167,9 +167,9 @@ def ask_sampler(config, cache: Cache, texts: list[str], world) -> dict[str, str]
         todo = [text for text in ids if room[text] > 0 and cache.open(text)
                 and len(cache.tried(text).raw) == attempt]
         requests = [Request(ids[text], 1, room[text], s["temperature"], s["top_p"],
-                            seed=train.request_seed(s["seed"], "judge", text, attempt)) for text in todo]
+                            seed=rollout.request_seed(s["seed"], "judge", text, attempt)) for text in todo]
         progress = run.Progress(f"{config.out}: try {attempt + 1}", len(todo), world.main, "questions")
-        for c in train.generate(sampler, requests, world):
+        for c in rollout.generate(sampler, requests, world):
             text = todo[c.prompt_index]
             cache.put(text, attempt, c.text, len(ids[text]), len(c.token_ids))
             progress.update(sampler.stats)
@@ -184,7 +184,7 @@ def compare(judge: Judge, pairs: list[tuple[str, str, str]], world) -> list[Trie
     texts = list(dict.fromkeys((query, text) for query, *pair in pairs for text in pair))
     mine, scores = texts[world.rank::world.size], {}
     folder = judge.source.folder
-    found = writing.Scorer(folder, writing.check(folder), SCORED, world)(mine)
+    found = reward_model.Scorer(folder, reward_model.check(folder), SCORED, world)(mine)
     for theirs in parallel.gather(dict(zip(mine, found)), world):
         scores |= theirs
     both = [(scores[query, a], scores[query, b]) for query, a, b in pairs]

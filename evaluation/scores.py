@@ -5,10 +5,8 @@ as "domain1/Education", is a score that only its records have. What a judge has 
 counted; an answer that is missing gets the lowest verdict, or a model could gain by silence.
 """
 
-import guards
 from evaluation.benchmarks import DIMENSIONS, Record, fields, keys, valid
-from repeats import TOKEN, repetition, repetition_words
-from rewards import count_words, structure
+from text import length_score, statistics
 
 BINS = ((500, "<500"), (2000, "500-2k"), (4000, "2k-4k"), (float("inf"), ">=4k"))  # of required words
 HEADLINES = {"longbench_write": ("S_l", "S_q", "overall"), "ruler": ("S_l",),
@@ -43,7 +41,8 @@ def aggregate(benchmark: str, records: list[Record], answers: list[dict], verdic
         found |= {f"{record.language}/{score}": found[score] for score in HEADLINES[benchmark]}
         founds.append(found)
         rows.append({"id": record.id, "scores": {score: value for score, (value, _) in found.items()},
-                     "texts": texts(record, answer, style)})
+                     "texts": statistics(answer["response"], record.query, style,
+                                         answer["finish_reason"] == "length")})
         if judged:
             games += [[name, baseline, record.id, game(got[f"{baseline}/0"], got[f"{baseline}/1"])]
                       for baseline in record.baselines]
@@ -79,14 +78,6 @@ def lowest(benchmark: str, key: str) -> dict:
 
 
 # ---------------------------------------------------------------------- a record's scores
-
-
-def length_score(required: float, words: int) -> float:
-    """0..100: falling to 0 at four times the required length, and at a third of it (LongBench-Write)."""
-    if words <= 0:
-        return 0.0
-    ratio = words / required
-    return 100 * max(0.0, 1 - (ratio - 1) / 3 if ratio > 1 else 1 - (1 / ratio - 1) / 2)
 
 
 def longbench_write(record: Record, answer: dict, got: dict) -> Weighted:
@@ -163,25 +154,6 @@ SCORES = {"longbench_write": longbench_write, "ruler": ruler, "writingbench": wr
           "arena": arena}
 
 # ---------------------------------------------------------------------- texts
-
-
-def texts(record: Record, answer: dict, style: str) -> dict[str, float | None]:
-    """Statistics of an answer, None where it is missing. distinct_n, the share of different n-grams of
-    words (Chinese: characters), falls with length: compare it between texts of one length."""
-    body = answer["answer"]
-    tokens = TOKEN.findall(body.casefold())
-    found = {"repetition": repetition(body), "repetition_words": repetition_words(body),
-             **{f"distinct_{n}": distinct(tokens, n) for n in (1, 2, 3)},
-             "answer_words": answer["words"], "think_words": count_words(answer["think"]),
-             "paragraphs": sum(bool(TOKEN.search(line)) for line in body.splitlines()),
-             "ending": guards.ending(body, record.query) if answer["finish_reason"] != "length" else 0.0}
-    formed = None if style == "chat" else float(structure(answer["response"], think=style == "think")[0])
-    return {**(found if body else dict.fromkeys(found)), "structure": formed}
-
-
-def distinct(tokens: list[str], n: int) -> float | None:
-    grams = list(zip(*(tokens[i:] for i in range(n))))
-    return len(set(grams)) / len(grams) if grams else None
 
 
 def text_means(rows: list[dict], answers: list[dict]) -> dict[str, float | None]:

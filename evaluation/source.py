@@ -11,11 +11,11 @@ import torch.distributed.checkpoint as dcp
 import checkpoints
 import model as qwen
 import parallel
-import train
-from run import locate
+import rollout
+from data.prompts import STOP
+from data.tokenizer import Tokenizer
+from lib.files import locate
 from sampler import Sampler
-from scripts.export import find_checkpoint
-from tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)
@@ -36,10 +36,10 @@ def fingerprint(content) -> str:
 def find(path: str, template: str = "auto") -> Source:
     """Reads all files once, for their checksums. template: auto for a run's own, chat where <|im_end|> ends
     the model's texts, or think. Raises an error of one sentence."""
-    place, folder, style, stop = Path(locate(path)), locate(path), "", train.Config.stop
+    place, folder, style, stop = Path(locate(path)), locate(path), "", STOP
     if sharded := (place / "checkpoints").is_dir() or (place / "weights").is_dir():
-        run, place = find_checkpoint(place)
-        made_by = json.loads((run / "config.json").read_text())
+        folder, place = checkpoints.find(place)
+        made_by = json.loads((folder / "config.json").read_text())
         folder, style, stop = locate(made_by["model"]), made_by["prompt_style"], made_by["stop"]
         files = {name: digest for name, digest in json.loads((place / "manifest.json").read_text()).items()
                  if name.startswith("weights/")}
@@ -54,16 +54,10 @@ def find(path: str, template: str = "auto") -> Source:
                   shape.scalar_head)
 
 
-def dtype_of(config, device: torch.device) -> torch.dtype:
-    """`sampler_dtype`, as train.make_sampler understands it."""
-    auto = "bfloat16" if device.type == "cuda" else "float32"
-    return getattr(torch, auto if config.sampler_dtype == "auto" else config.sampler_dtype)
-
-
 def open_sampler(source: Source, config, world) -> Sampler:
     """On all ranks together, each of which needs room for its shard of the weights beside it meanwhile.
     config: tp, sampler_dtype, max_sequences, page_size."""
-    dtype = dtype_of(config, world.device)
+    dtype = rollout.sampler_dtype(config, world.device)
     if source.sharded:
         with torch.device("meta"):
             model = qwen.build(qwen.read_config(source.folder)).to(dtype)
@@ -72,6 +66,6 @@ def open_sampler(source: Source, config, world) -> Sampler:
                  storage_reader=dcp.HuggingFaceStorageReader(source.sharded))
     else:
         model = parallel.load_sharded(source.folder, world, dtype)
-    sampler = train.make_sampler(model, Tokenizer(source.folder), config, world)
+    sampler = rollout.make_sampler(model.config, Tokenizer(source.folder), config, world)
     parallel.publish(model, sampler.model)
     return sampler

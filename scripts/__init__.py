@@ -1,1 +1,1 @@
-import options  # noqa: F401  # for its --help
+from lib import options  # noqa: F401  # for its --help

@@ -23,17 +23,16 @@ from pathlib import Path
 
 import torch
 
-import endpoint
 import model as qwen
-import options
-import run
 from data import prompts as prompt_data
 from data.prompts import RANGE_FIELDS, PromptError, language, parse_range, present, query_of
-from options import ConfigError
+from data.tokenizer import Tokenizer, TokenizerError
+from lib import endpoint, options
+from lib.files import locate, replace
+from lib.options import ConfigError
+from rollout import request_seed
 from sampler import Sampler
 from scheduler import Request
-from tokenizer import Tokenizer, TokenizerError
-from train import locate, request_seed
 
 
 @dataclass
@@ -265,7 +264,7 @@ def annotate(config: Config):
     place = {(query.id, query.text): i for i, query in enumerate(queries)}
     lines = [json.dumps(done[key], ensure_ascii=False) + "\n"
              for key in sorted(done, key=lambda key: place.get(key, len(place)))]
-    run.replace(Path(config.out), "".join(lines))  # in the order of the queries
+    replace(Path(config.out), "".join(lines))  # in the order of the queries
     kinds = Counter("kept as they were" if record == kept.get(key) else kind(record, config.task)
                     for key, record in done.items())
     print(f"{config.out}: {', '.join(f'{n} {what}' for what, n in kinds.items())}")
@@ -287,15 +286,11 @@ def kind(record: dict, task: str) -> str:
 
 def check(config: Config):
     """Raises ConfigError."""
-    for name, choices in (("task", ("range", "filter")), ("device", ("auto", "cpu", "cuda"))):
-        if getattr(config, name) not in choices:
-            raise ConfigError(f"{name} must be one of {', '.join(choices)}, not {getattr(config, name)!r}")
+    options.check_choices(config, task=("range", "filter"), device=options.DEVICES)
     for name in ("queries", "out", "model"):
         if not getattr(config, name):
             raise ConfigError(f"--{name} is missing")
-    for name in ("max_new_tokens", "top_p", "tries", "threads", "timeout", "max_sequences"):
-        if not getattr(config, name) > 0:
-            raise ConfigError(f"{name} must be positive, not {getattr(config, name)}")
+    options.check_numbers(config, "max_new_tokens top_p tries threads timeout max_sequences")
     if not 0 <= config.temperature < math.inf or config.top_p > 1:
         raise ConfigError(f"temperature {config.temperature} must not be negative or infinite, nor top_p "
                           f"{config.top_p} above 1")

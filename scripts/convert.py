@@ -17,10 +17,10 @@ from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
 
-import options
 from data.prompts import ID_FIELDS, RANGE_FIELDS, PromptError, objects, parse_range, present, query_of
-from options import ConfigError
-from repeats import fold
+from lib import options
+from lib.options import ConfigError
+from text import fold
 
 FRAME = re.compile(r"<\|(?:user|用户)\|>:(.*)<\|(?:assistant|助手)\|>:", re.S)
 

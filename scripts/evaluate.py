@@ -24,23 +24,21 @@ from pathlib import Path
 import torch
 
 import checkpoints
-import endpoint
 import model as qwen
-import options
 import parallel
 import replica
+import rollout
 import run
-import train
 from data.prompts import STYLES, TOKENS_PER_WORD, render
+from data.tokenizer import TokenizerError
 from evaluation import benchmarks, scores
-from evaluation.answers import line
 from evaluation.judge import Cache, Judge, ask, find_judge, greet
-from evaluation.source import Source, dtype_of, find, fingerprint, open_sampler
-from options import ConfigError
-from run import locate
+from evaluation.source import Source, find, fingerprint, open_sampler
+from lib import endpoint, options
+from lib.files import locate, read_jsonl
+from lib.files import replace as rewrite
+from lib.options import ConfigError
 from scheduler import Request, assign
-from scripts.export import ExportError
-from tokenizer import TokenizerError
 
 
 @dataclass
@@ -105,7 +103,7 @@ def add_baselines(config: Config, records: list, data: dict) -> list:
     for folder in map(Path, filter(None, config.baselines.split(","))):
         try:
             recorded = json.loads((folder / "settings.json").read_text())["answers"]["data"]
-            answers = {a["id"]: a["answer"] for a in run.read_jsonl(folder / "answers.jsonl")}
+            answers = {a["id"]: a["answer"] for a in read_jsonl(folder / "answers.jsonl")}
         except (OSError, ValueError, LookupError) as e:
             raise ConfigError(f"baseline {folder} holds no answers ({e}): evaluate it first") from None
         if recorded != data["sha256"]:
@@ -150,7 +148,7 @@ def prepare(config: Config, device: torch.device) -> Job:
         greet(config, judge)
     try:
         out.mkdir(parents=True, exist_ok=True)
-        run.replace(out / "settings.json", json.dumps(settings, indent=1, ensure_ascii=False) + "\n")
+        rewrite(out / "settings.json", json.dumps(settings, indent=1, ensure_ascii=False) + "\n")
     except OSError as e:
         raise ConfigError(f"--out {out} cannot be written ({e}): choose another") from None
     if judge and not judge.scalar:
@@ -163,7 +161,7 @@ def sampling(config: Config, model: Source, device: torch.device) -> dict:
     own = {name: getattr(config, name) for name in SAMPLING[config.benchmark]}
     own = {name: value for name, value in own.items() if value != getattr(Config, name)}
     return {"fingerprint": model.fingerprint, "template": model.template, **SAMPLING[config.benchmark], **own,
-            "stop": model.stop, "seed": config.seed, "dtype": str(dtype_of(config, device))}
+            "stop": model.stop, "seed": config.seed, "dtype": str(rollout.sampler_dtype(config, device))}
 
 
 def read_folder(out: Path) -> tuple[dict, dict[str, dict]]:
@@ -176,7 +174,7 @@ def read_folder(out: Path) -> tuple[dict, dict[str, dict]]:
             if not recorded:
                 raise ValueError("there is no settings.json beside it")
             os.truncate(file, file.read_bytes().rfind(b"\n") + 1)
-            answers |= {a["id"]: a for a in run.read_jsonl(file)}
+            answers |= {a["id"]: a for a in read_jsonl(file)}
     except (OSError, ValueError, LookupError, TypeError) as e:
         raise ConfigError(f"{file} is of no evaluation that can go on ({e}): choose another --out") from None
     return recorded, answers
@@ -211,29 +209,29 @@ def generate(config: Config, job: Job, world) -> list[dict]:
                                    render(r.query, s["template"]))
             requests.append(Request(ids, 1, min(s["max_new_tokens"], context - len(ids)), s["temperature"],
                                     s["top_p"], s["top_k"], tuple(s["stop"]),
-                                    train.request_seed(s["seed"], config.benchmark, r.id)))
+                                    rollout.request_seed(s["seed"], config.benchmark, r.id)))
         fitting = [i for i, request in enumerate(requests) if request.max_new_tokens > 0]
         progress = run.Progress(f"{out}: answers", len(fitting), world.main, "answers")
-        with parallel.agreed(OSError, world):
+        with parallel.raise_on_all_ranks(OSError, world):
             with (out / f"answers.part-{world.rank}.jsonl").open("a", encoding="utf-8") as f:
 
                 def keep(record, text: str, reason: str, tokens: int):
-                    answers[record.id] = line(record, text, s["template"], reason, tokens)
+                    answers[record.id] = benchmarks.answer_line(record, text, s["template"], reason, tokens)
                     f.write(json.dumps(answers[record.id], ensure_ascii=False) + "\n")
                     f.flush()
 
                 for i in set(range(len(mine))) - set(fitting):  # the query alone fills the context
                     keep(mine[i], "", "length", 0)
-                for c in train.generate(sampler, [requests[i] for i in fitting], world):
+                for c in rollout.generate(sampler, [requests[i] for i in fitting], world):
                     keep(mine[fitting[c.prompt_index]], c.text, c.finish_reason, len(c.token_ids))
                     progress.update(sampler.stats)
             progress.close()
-    with parallel.agreed(OSError, world):
+    with parallel.raise_on_all_ranks(OSError, world):
         for theirs in parallel.gather(answers, world):
             answers |= theirs
         lines = [answers[r.id] for r in job.records]
         if world.main:
-            run.replace(out / "answers.jsonl", jsonl(lines))
+            rewrite(out / "answers.jsonl", jsonl(lines))
             for part in out.glob("answers.part-*.jsonl"):
                 part.unlink()
             cut, missing = (sum(is_so(a) for a in lines) for is_so in (
@@ -250,7 +248,7 @@ def jsonl(lines: list[dict]) -> str:
 
 
 def evaluate(config: Config, world):
-    with parallel.agreed(ValueError, world):
+    with parallel.raise_on_all_ranks(ValueError, world):
         job = prepare(config, world.device) if world.main else None
     job = parallel.broadcast(job, world)
     answers, out, verdicts, judged = generate(config, job, world), Path(config.out), None, None
@@ -264,7 +262,7 @@ def evaluate(config: Config, world):
     if job.judge:
         verdicts, judged = ask(config, job.judge, records, answers, world)
         if world.main:
-            run.replace(out / "verdicts.jsonl", jsonl(verdicts))
+            rewrite(out / "verdicts.jsonl", jsonl(verdicts))
             print(f"{out}: {len(verdicts)} verdicts by {judged['name']}, {judged['missing']} missing; "
                   f"{judged['calls'] - judged['cached']} calls now, {judged['cached']} before", flush=True)
     if world.main:
@@ -282,7 +280,7 @@ def score(out: Path, job: Job, records: list, answers: list[dict], verdicts: lis
               "model": {"path": job.settings["path"], "fingerprint": fingerprint}, "sampling": given,
               "judge": judged, "made": datetime.now().astimezone().isoformat(timespec="seconds"),
               "code": run.code_hash(), "scores": found, "texts": texts, "records": rows, "games": games}
-    run.replace(out / "result.json", json.dumps(result, indent=1, ensure_ascii=False) + "\n")
+    rewrite(out / "result.json", json.dumps(result, indent=1, ensure_ascii=False) + "\n")
     for name, value in (found | texts).items():
         if value is not None and not name.startswith("domain2/"):
             print(f"  {name:32}{value:10.4g}")
@@ -290,17 +288,12 @@ def score(out: Path, job: Job, records: list, answers: list[dict], verdicts: lis
 
 def check(config: Config):
     """Raises ConfigError."""
-    for name, choices in (("benchmark", benchmarks.BENCHMARKS), ("template", ("auto", "chat", *STYLES)),
-                          ("device", ("auto", "cpu", "cuda")),
-                          ("sampler_dtype", ("auto", "float32", "bfloat16"))):
-        if getattr(config, name) not in choices:
-            raise ConfigError(f"{name} must be one of {', '.join(choices)}, not {getattr(config, name)!r}")
+    options.check_choices(config, benchmark=benchmarks.BENCHMARKS, template=("auto", "chat", *STYLES),
+                          device=options.DEVICES, sampler_dtype=options.DTYPES)
     for name in ("data", "out"):
         if not getattr(config, name):
             raise ConfigError(f"--{name} is missing")
-    for name in ("tries", "threads", "timeout", "tp", "max_sequences", "page_size"):
-        if not getattr(config, name) > 0:
-            raise ConfigError(f"{name} must be positive, not {getattr(config, name)}")
+    options.check_numbers(config, "tries threads timeout tp max_sequences page_size")
     if not config.temperature < math.inf or config.top_p > 1 or not 0 <= config.rate < math.inf:
         raise ConfigError(f"temperature {config.temperature} and rate {config.rate} must be finite, rate not "
                           f"negative, and top_p {config.top_p} at most 1")
@@ -325,7 +318,7 @@ def main():
     except KeyboardInterrupt:
         print("stopped: what was answered and judged is kept, and the same command goes on", file=sys.stderr)
         raise SystemExit(130) from None
-    except (ConfigError, benchmarks.BenchmarkError, TokenizerError, qwen.CheckpointError, ExportError,
+    except (ConfigError, benchmarks.BenchmarkError, TokenizerError, qwen.CheckpointError,
             checkpoints.BadCheckpoint, parallel.SetupError, parallel.HandoffError, endpoint.Refused, OSError,
             sqlite3.Error) as e:
         if rank == 0:

@@ -19,37 +19,18 @@ import torch.distributed.checkpoint as dcp
 
 import checkpoints
 import model as qwen
-from run import locate
-from tokenizer import Tokenizer, TokenizerError, copy_files
-
-
-class ExportError(ValueError):
-    """A run that cannot be exported; the message names the path and what to do."""
-
-
-def find_checkpoint(path: Path) -> tuple[Path, Path]:
-    """(run folder, newest complete checkpoint in it, or the one that is named)."""
-    if not path.is_dir():
-        raise ExportError(f"{path} is no folder: give a run, or one of its checkpoints")
-    run = path if (path / "checkpoints").is_dir() else path.parent.parent
-    if not (run / "config.json").is_file():
-        raise ExportError(
-            f"{path} is neither a run nor a checkpoint of one: {run / 'config.json'} does not exist")
-    if run != path:
-        checkpoints.verify(path)
-        return run, path
-    if not (newest := checkpoints.newest(run / "checkpoints")):
-        raise ExportError(f"{path} has no complete checkpoint yet: export it after its first save")
-    return run, newest[0]
+from data.tokenizer import Tokenizer, TokenizerError, copy_files
+from lib.files import locate
+from lib.options import ConfigError
 
 
 def export(source: Path, out: Path, dtype: str = "", model_path: str = "") -> Path:
     """Writes the folder; returns the checkpoint that it holds."""
-    run, checkpoint = find_checkpoint(source)
+    run, checkpoint = checkpoints.find(source)
     start = Path(locate(model_path or json.loads((run / "config.json").read_text())["model"]))
     config, tokenizer = qwen.read_config(start), Tokenizer(start)
     if out.exists() and any(out.iterdir()):
-        raise ExportError(f"{out} is not empty: choose another folder")
+        raise ConfigError(f"{out} is not empty: choose another folder")
     original = json.loads((start / "config.json").read_text())
     dtype = getattr(torch, dtype or original.get("torch_dtype") or original.get("dtype") or "float32")
     with torch.device("meta"):
@@ -81,7 +62,7 @@ def main():
     args = parser.parse_args()
     try:
         checkpoint = export(args.source, args.out, args.dtype, args.model)
-    except (ExportError, checkpoints.BadCheckpoint, qwen.CheckpointError, TokenizerError) as e:
+    except (ConfigError, checkpoints.BadCheckpoint, qwen.CheckpointError, TokenizerError) as e:
         print(f"error: {e}", file=sys.stderr)
         raise SystemExit(2) from None
     print(f"{args.out}: the weights of {checkpoint}")

@@ -10,7 +10,7 @@ small corpora do not need.
 import argparse
 import dataclasses
 import json
-import math
+import random
 import time
 from dataclasses import dataclass
 
@@ -18,9 +18,8 @@ import torch
 
 import model as qwen
 import parallel
-from data.packing import pack_documents
+from data.tokenizer import Tokenizer, copy_files
 from kernels import linear_logprob
-from tokenizer import Tokenizer, copy_files
 
 
 @dataclass
@@ -44,11 +43,27 @@ class Config:
     device: str = "auto"
 
 
-def learning_rate(config: Config, step: int, steps: int) -> float:
-    if step < config.warmup:
-        return config.lr * (step + 1) / config.warmup
-    return config.lr * (0.05 + 0.95 * 0.5 *
-                        (1 + math.cos(math.pi * (step - config.warmup) / max(1, steps - config.warmup))))
+def pack_documents(documents: list[list[int]], row_tokens: int, seed: int) -> list[list[list[int]]]:
+    """Shuffles documents and cuts their stream into rows of exactly `row_tokens` tokens; a row is a list of
+    pieces.
+
+    A document that crosses a row's end is continued in the next row as a piece of its own. The last,
+    incomplete row is dropped.
+    """
+    if row_tokens < 1:
+        raise ValueError(f"row_tokens must be at least 1, not {row_tokens}")
+    shuffled = list(documents)
+    random.Random(seed).shuffle(shuffled)
+    rows, row, room = [], [], row_tokens
+    for document in shuffled:
+        while document:
+            piece, document = document[:room], document[room:]
+            row.append(piece)
+            room -= len(piece)
+            if room == 0:
+                rows.append(row)
+                row, room = [], row_tokens
+    return rows
 
 
 def run(config: Config):
@@ -91,7 +106,7 @@ def run(config: Config):
         loss.backward()
         parallel.clip_grad_(model, 1.0)
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(config, step, steps)
+            group["lr"] = parallel.warmup_cosine(step, steps, config.warmup, config.lr)
         optimizer.step()
         optimizer.zero_grad()
         if step % 100 == 0 or step == steps - 1:

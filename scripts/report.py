@@ -15,9 +15,10 @@ import json
 import sys
 from pathlib import Path
 
-from evaluation import elo, page
-from options import ConfigError
-from run import read_jsonl, replace
+from evaluation import elo
+from lib.files import read_jsonl, replace
+from lib.options import ConfigError
+from viewer import page
 
 BENCHMARKS = {"longbench_write": ("LongBench-Write", 100),  # title, scale of its scores
               "ruler": ("LongWrite-Ruler", 100), "writingbench": ("WritingBench", 10),

@@ -29,13 +29,15 @@ import torch
 import grpo
 import parallel
 import rewards
+import rollout
 from data import prompts as prompt_data
+from data.tokenizer import TokenizerError
+from lib.files import ROOT, locate, read_jsonl, replace
+from lib.options import ConfigError
 from model import CheckpointError
-from options import ConfigError
-from run import ROOT, read_jsonl, replace
 from sampler import Completion
-from tokenizer import TokenizerError
-from train import Config, compose, locate, parse
+from text import structure
+from train import Config, parse
 
 MOST = 10  # samples that are shown
 
@@ -66,16 +68,17 @@ class Untold:
 
 
 @functools.cache
-def read_suite(file: Path):
+def load_tables(file: Path):
     """A file such as rewards.py as a module. Raises ConfigError."""
     if file.resolve() == ROOT / "rewards.py":
         return rewards
     try:
         spec = importlib.util.spec_from_file_location("edited_rewards", file)
-        suite = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(suite)
-        suite.RewardError, _ = rewards.RewardError, suite.REWARDS  # one class for whoever catches it
-        return suite
+        tables = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(tables)
+        if not all(hasattr(tables, name) for name in ("REWARDS", "TRANSFORMS", "REQUIRED")):
+            raise ValueError("it lacks REWARDS, TRANSFORMS or REQUIRED")
+        return tables
     except Exception as e:  # whatever the file does
         raise ConfigError(f"--rewards {file} cannot be used ({type(e).__name__}: {e}): give an edited copy "
                           "of rewards.py") from None
@@ -128,18 +131,13 @@ def read_samples(file: Path, config: Config, prompts: dict) -> tuple[list[dict],
 # ---------------------------------------------------------------------- scoring
 
 
-def asks_somebody(suite, name: str) -> bool:
-    """A model or a server."""
-    return suite.is_batched(name) or suite.is_remote(name) or hasattr(suite.REWARDS[name][0], "prepare")
-
-
-def values(suite, name: str, completions: list, prompts: list) -> list[float]:
-    """One reward of each sample, NaN where it is missing or, if remote, failed. Raises RewardError."""
-    if suite.is_batched(name):
-        return suite.score(name, completions, prompts)
-    if not suite.is_remote(name):
-        return [suite.score(name, [c], [p])[0] for c, p in zip(completions, prompts)]
-    with suite.Remote(name) as pool:
+def values(reward: rollout.Reward, completions: list, prompts: list) -> list[float]:
+    """The reward of each sample, NaN where it is missing or, if remote, failed. Raises RewardError."""
+    if reward.batched:
+        return rollout.score(reward, completions, prompts)
+    if not reward.remote:
+        return [rollout.score(reward, [c], [p])[0] for c, p in zip(completions, prompts)]
+    with rollout.Remote(reward) as pool:
         for i, sample in enumerate(zip(completions, prompts)):
             pool.submit(i, *sample)
         since, left, told = time.monotonic(), pool.waiting, ""
@@ -147,21 +145,22 @@ def values(suite, name: str, completions: list, prompts: list) -> list[float]:
             if pool.waiting < left:  # all were asked at once: patience is for the next
                 since, left = time.monotonic(), pool.waiting
             if down and not told:
-                print(f"paused: {name} waits for its scores, and no server answers: {down}",
+                print(f"paused: {reward.name} waits for its scores, and no server answers: {down}",
                       file=sys.stderr, flush=True)
             told = down
         got, errors = pool.collect(prompts)
     if errors:
         reason, count = Counter(errors).most_common(1)[0]
-        print(f"warning: reward {name!r} is missing for {len(errors)} samples, because it failed: "
+        print(f"warning: reward {reward.name!r} is missing for {len(errors)} samples, because it failed: "
               f"{count} x {reason}", file=sys.stderr, flush=True)
     return got
 
 
-def rescore(folder: Path, suite_file: Path, names: list[str], kept: list[str], file: Path) -> Scored | None:
+def rescore(folder: Path, rewards_file: Path, option: str, kept: list[str], file: Path) -> Scored | None:
     """One step with other rewards; those that are `kept` have the run's values. None if it is not whole yet.
     Raises ConfigError or RewardError."""
-    (config, prompts), suite = read_run(folder), read_suite(suite_file)
+    (config, prompts), chosen = read_run(folder), rollout.choose_rewards(option, load_tables(rewards_file))
+    names = [reward.name for reward in chosen]
     records, completions, asked = read_samples(file, config, prompts)
     if not records:
         return None
@@ -174,11 +173,10 @@ def rescore(folder: Path, suite_file: Path, names: list[str], kept: list[str], f
             raise ConfigError(f"reward {name!r} asks a model or a server, and {file} has no values of it: "
                               f"pass --reward {','.join(names)} to ask now")
     old_SR = np.array([stored(name) for name in names]).T
-    new_SR = np.array([stored(name) if name in kept else values(suite, name, completions, asked)
-                       for name in names]).T
-    raw_BGR = grpo.place_lowest(torch.tensor(new_SR.reshape(-1, config.group_size, len(names))))
+    new_SR = np.array([stored(r.name) if r.name in kept else values(r, completions, asked) for r in chosen]).T
+    raw_BGR = grpo.place_lowest(torch.tensor(new_SR.reshape(-1, config.group_size, len(chosen))))
     new_SR = raw_BGR.flatten(0, 1).numpy()
-    advantage_BG, per_reward_BGR, _ = compose(raw_BGR.tolist(), names, config, suite)
+    advantage_BG, per_reward_BGR, _ = rollout.combine_advantages(raw_BGR, chosen, config)
     old_S, new_S = np.array([r["advantage"] for r in records]), advantage_BG.flatten().numpy()
 
     def change(i: int) -> dict:
@@ -209,11 +207,11 @@ def spearman(a: np.ndarray, b: np.ndarray) -> float | None:
     return float((a * b).sum() / norm) if norm else None
 
 
-def compare(steps: list[Scored], suite, names: list[str], config: Config) -> dict:
+def compare(steps: list[Scored], chosen: list[rollout.Reward], config: Config) -> dict:
     """What all steps together say."""
     old_SR, new_SR = (np.concatenate([getattr(s, k) for s in steps]) for k in ("old_SR", "new_SR"))
     old_S, new_S = (np.concatenate([getattr(s, k) for s in steps]) for k in ("old_S", "new_S"))
-    weights_R = torch.tensor([suite.REWARDS[name][1] for name in names])
+    names, weights_R = [r.name for r in chosen], torch.tensor([r.weight for r in chosen])
     per_reward_BGR = torch.cat([s.per_reward_BGR for s in steps])
 
     def mean(values: np.ndarray) -> float | None:
@@ -236,7 +234,7 @@ def compare(steps: list[Scored], suite, names: list[str], config: Config) -> dic
 
 def excerpt(text: str, first: int = 150, last: int = 80) -> str:
     """Its answer body, or all of it, on one line; the middle left out."""
-    text = " ".join((rewards.structure(text)[2] or text).split())
+    text = " ".join((structure(text)[2] or text).split())
     return text if len(text) <= first + last else f"{text[:first]} [...] {text[-last:]}"
 
 
@@ -280,16 +278,19 @@ def main():
     args = parser.parse_args()
     start = time.perf_counter()
     try:
-        (config, _), suite = read_run(args.run), read_suite(args.rewards)
+        config, _ = read_run(args.run)
         files = choose_steps(args.run, args.steps)
-        names = suite.chosen(args.reward or config.reward)
-        suite.check_names(names)
-        asking = [name for name in names if asks_somebody(suite, name)]
-        step = functools.partial(rescore, args.run, args.rewards, names, [] if args.reward else asking)
+        option = args.reward or config.reward
+        chosen = rollout.choose_rewards(option, load_tables(args.rewards))
+        asking = [reward for reward in chosen if reward.needs_model]
+        kept = [] if args.reward else [reward.name for reward in asking]
+        step = functools.partial(rescore, args.run, args.rewards, option, kept)
         if asking and args.reward:
             world = parallel.setup()
-            suite.check(asking, config)
-            suite.prepare(asking, config, world)
+            for reward in asking:
+                if hasattr(reward.function, "check"):
+                    reward.function.check(config)
+            rollout.prepare_rewards(asking, config, world)
             steps = list(map(step, files))
         else:  # rules alone: each core takes steps
             cores = min(len(files), os.cpu_count())
@@ -298,11 +299,11 @@ def main():
         whole = [s for s in steps if s]
         if not whole:
             raise ConfigError(f"{args.run} has no step yet with all of its samples")
-        result = {"run": str(args.run), "rewards_file": str(args.rewards), "names": names,
-                  "steps": len(whole)} | compare(whole, suite, names, config)
+        result = {"run": str(args.run), "rewards_file": str(args.rewards), "names": [r.name for r in chosen],
+                  "steps": len(whole)} | compare(whole, chosen, config)
         result["seconds"] = round(time.perf_counter() - start, 2)
         replace(args.run / "rescore.json", json.dumps(result, ensure_ascii=False, indent=1) + "\n")
-    except (ConfigError, prompt_data.PromptError, rewards.RewardError, CheckpointError, TokenizerError,
+    except (ConfigError, prompt_data.PromptError, rollout.RewardError, CheckpointError, TokenizerError,
             parallel.SetupError, OSError) as e:
         print(f"error: {e}", file=sys.stderr)
         raise SystemExit(2) from None

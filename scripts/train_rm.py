@@ -24,14 +24,13 @@ import torch
 import torch.nn.functional as F
 
 import model as qwen
-import options
 import parallel
-import writing
+import reward_model
 from data.preferences import Pair, PreferenceError, read
-from options import ConfigError
-from rewards import count_words
-from scripts.pretrain import learning_rate
-from tokenizer import Tokenizer, TokenizerError, copy_files
+from data.tokenizer import Tokenizer, TokenizerError, copy_files
+from lib import options
+from lib.options import ConfigError
+from text import count_words
 
 BINS = 10  # of predicted probability, in the reliability table
 LENGTHS = (0, 50, 100, 300, 1000, 3000, 10000)  # words of a pair's longer side: from where each bucket goes
@@ -60,15 +59,9 @@ class Config:
 
 def check(config: Config):
     """Raises ConfigError."""
-    for name in ("pairs_per_step", "micro_batch_tokens", "timeout"):
-        if getattr(config, name) < 1:
-            raise ConfigError(f"{name} must be positive, not {getattr(config, name)}")
-    for name in ("epochs", "max_tokens", "lr", "warmup", "weight_decay", "centre"):
-        if not 0 <= getattr(config, name) < math.inf:
-            raise ConfigError(f"{name} must not be negative or infinite, is {getattr(config, name)}")
-    for name, choices in (("dtype", ("bfloat16", "float32")), ("device", ("auto", "cpu", "cuda"))):
-        if getattr(config, name) not in choices:
-            raise ConfigError(f"{name} must be one of {', '.join(choices)}, not {getattr(config, name)!r}")
+    options.check_numbers(config, "pairs_per_step micro_batch_tokens timeout",
+                          "epochs max_tokens lr warmup weight_decay centre")
+    options.check_choices(config, dtype=("bfloat16", "float32"), device=options.DEVICES)
     if config.epochs and not config.out:
         raise ConfigError("--out is missing: give a folder for the checkpoint, or --epochs 0 for a report")
     if config.out and Path(config.out).resolve() == Path(config.model).resolve():
@@ -124,9 +117,9 @@ def fit(model: qwen.RewardModel, pairs: list[Pair], encode, config: Config, worl
     for step, order in enumerate(steps):
         rows = [(encode(pairs[i], "chosen"), encode(pairs[i], "rejected")) for i in order]
         lengths = [[len(row) for row in both] for both in rows]
-        for parts in writing.micro_batches(lengths, model.config, config.micro_batch_tokens, world.size):
+        for parts in reward_model.micro_batches(lengths, model.config, config.micro_batch_tokens, world.size):
             part = parts[world.rank]
-            score_S = writing.forward(model, [row for i in part for row in rows[i]], world.device)
+            score_S = reward_model.forward(model, [row for i in part for row in rows[i]], world.device)
             chosen_P, rejected_P = score_S.view(-1, 2).unbind(1)
             loss = bradley_terry(chosen_P, rejected_P, config.centre)
             (loss / len(order)).backward()
@@ -137,7 +130,7 @@ def fit(model: qwen.RewardModel, pairs: list[Pair], encode, config: Config, worl
         if not math.isfinite(norm):
             raise ConfigError(f"the gradient of step {step + 1} is not finite: lower lr {config.lr}")
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(config, step, len(steps))
+            group["lr"] = parallel.warmup_cosine(step, len(steps), config.warmup, config.lr)
         optimizer.step()
         optimizer.zero_grad()
         if step % 10 == 9 or step == len(steps) - 1:
@@ -202,7 +195,7 @@ def evaluate(model: qwen.RewardModel, pairs: list[Pair], encode, config: Config,
     """The report on pairs, of which each rank encodes its share."""
     mine = pairs[world.rank::world.size]
     rows = [encode(pair, side) for pair in mine for side in ("chosen", "rejected")]
-    found = parallel.gather(writing.scores(model, rows, config.micro_batch_tokens, world), world)
+    found = parallel.gather(reward_model.scores(model, rows, config.micro_batch_tokens, world), world)
     scores = [0.0] * (2 * len(pairs))
     for rank, part in enumerate(found):
         scores[2 * rank::2 * world.size], scores[2 * rank + 1::2 * world.size] = part[::2], part[1::2]
@@ -222,7 +215,7 @@ def run(config: Config) -> dict:
                           f"{shape.max_position_embeddings}")
     training, held_out, dropped = split(config)
     saved = config.out if config.epochs else ""
-    with parallel.agreed(ConfigError, world):  # before the training, not after it
+    with parallel.raise_on_all_ranks(ConfigError, world):  # before the training, not after it
         try:
             if saved and world.main:
                 Path(saved).mkdir(parents=True, exist_ok=True)
@@ -233,7 +226,7 @@ def run(config: Config) -> dict:
     most, cut = config.max_tokens or shape.max_position_embeddings, set()
 
     def encode(pair: Pair, side: str) -> list[int]:
-        ids, was_cut = writing.encode(tokenizer, pair.query, getattr(pair, side), most)
+        ids, was_cut = reward_model.encode(tokenizer, pair.query, getattr(pair, side), most)
         cut.update([(pair, side)] * was_cut)
         return ids
 

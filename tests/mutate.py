@@ -33,11 +33,14 @@ import pytest  # noqa: E402
 ROOT = Path(__file__).parent.parent
 TESTS = {  # of each file, fastest first
     "train.py": "update options variants run survival",
+    "rollout.py": "update rewards options remote variants run",
     "grpo.py": "grpo update",
     "rewards.py": "rewards options writing remote served_writing",
+    "checkpoints.py": "checkpoints survival",
+    "run.py": "update run survival",
     "sampler.py": "sampler",
     "scheduler.py": "scheduler sampler parallel_sampling",
-    "checkpoints.py": "checkpoints survival",
+    "lib/files.py": "checkpoints",
     "data/prompts.py": "prompts",
 }
 COMPARED = {ast.Lt: (ast.LtE, ast.GtE), ast.LtE: (ast.Lt, ast.Gt), ast.Gt: (ast.GtE, ast.LtE),

@@ -14,13 +14,13 @@ from types import SimpleNamespace
 
 import pytest
 
-import endpoint
 from data import prompts
-from options import ConfigError
+from data.tokenizer import Tokenizer
+from lib import endpoint
+from lib.options import ConfigError
 from scripts import annotate, convert
 from tests.fake_endpoint import FakeEndpoint
 from tests.launch import ROOT
-from tokenizer import Tokenizer
 
 QUERIES = [{"id": f"q{i}", "prompt": f"Write a report of {i}00 words." if i % 3 else f"写一篇{i}00字的报告"}
            for i in range(1, 25)]

@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from evaluation import benchmarks, scores
+from evaluation import benchmarks
 from evaluation.benchmarks import DIMENSIONS, RANGES, BenchmarkError, Record, parse, questions, read
-from evaluation.scores import aggregate, game, length_score, text_means
+from evaluation.scores import aggregate, game, text_means
 from tests.launch import ROOT
+from text import length_score, statistics
 
 SHARED = ROOT.parent / "shared" / "data"
 real = pytest.mark.skipif(not SHARED.exists(), reason="the real records are not here: ../shared/data")
@@ -427,4 +428,4 @@ def test_structure_is_that_of_the_prompts_style():
 
 def test_repetition_is_seen():
     copied = "A sentence that comes back again and again. " * 20
-    assert scores.texts(longbench(1), answer("1", copied), "chat")["repetition"] > 0.9
+    assert statistics(copied, "Write.", "chat", False)["repetition"] > 0.9

@@ -7,6 +7,7 @@ import xml.etree.ElementTree as ElementTree
 import pytest
 
 from scripts import curves
+from viewer import plots
 
 SVG = "{http://www.w3.org/2000/svg}"
 
@@ -47,22 +48,22 @@ def test_a_panel_for_each_reward_and_a_line_for_each_run(tmp_path, monkeypatch):
 
 def test_points_stand_where_the_ticks_say(tmp_path):
     """The scale is 0 to 1 for a reward, else from 0 to a round number; a reference is dashed and named."""
-    text = curves.picture({"a": {"run": [(0, 0.0), (10, 1.0)], "bar": [(0, 0.5), (10, 0.5)]},
+    text = plots.picture({"a": {"run": [(0, 0.0), (10, 1.0)], "bar": [(0, 0.5), (10, 0.5)]},
                            "b": {"run": [(0, -3.0), (10, 30.0)]}}, {"run": "red"}, "note")
     root = ElementTree.fromstring(text)
     (a, b) = [[tuple(map(float, xy.split(","))) for xy in p.get("points").split()]
               for p in root.iter(f"{SVG}polyline") if p.get("stroke-width")]
-    assert a == [(46, 28 + curves.HEIGHT), (46 + curves.WIDTH, 28)]
-    (low, high), marks = (b[0][1] - 28, b[1][1] - 28), curves.ticks(-3, 30)
+    assert a == [(46, 28 + plots.HEIGHT), (46 + plots.WIDTH, 28)]
+    (low, high), marks = (b[0][1] - 28, b[1][1] - 28), plots.ticks(-3, 30)
     assert marks == [-10, 0, 10, 20, 30]
-    assert (low, high) == pytest.approx((curves.HEIGHT * 33 / 40, 0), abs=0.06)
+    assert (low, high) == pytest.approx((plots.HEIGHT * 33 / 40, 0), abs=0.06)
     (dashed,) = [p for p in root.iter(f"{SVG}polyline") if p.get("stroke-dasharray")]
     assert len({xy.split(",")[1] for xy in dashed.get("points").split()}) == 1 and ">bar</text>" in text
 
 
 @pytest.mark.parametrize("low, high", [(0, 1e-13), (0, 0.02), (-0.4, 0.3), (0, 70), (-1e9, 3e9), (-5, 0)])
 def test_ticks_are_few_round_and_cover(low, high):
-    marks = curves.ticks(low, high)
+    marks = plots.ticks(low, high)
     assert 3 <= len(marks) <= 6 and marks[0] <= low + 1e-9 * high and marks[-1] >= high * (1 - 1e-9)
     assert 0 in marks and len({f"{m:.4g}" for m in marks}) == len(marks)
 

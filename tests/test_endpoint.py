@@ -6,8 +6,8 @@ import time
 
 import pytest
 
-import endpoint
-from endpoint import Endpoint, Refused, Unavailable, each
+from lib import endpoint
+from lib.endpoint import Endpoint, Refused, Unavailable, each
 from tests.fake_endpoint import FakeEndpoint
 
 LONG = 20  # seconds that a test waits for what must happen

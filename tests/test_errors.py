@@ -360,7 +360,7 @@ def test_a_transform_that_fails(tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(rewards.TRANSFORMS, "length",
                         lambda r: float("inf") if len(calls) == 2 + 2 * 8 + 3 else calls.append(r) or r)
     line = fails(capsys, monkeypatch, *SMALL, *run, "--save_every", "100")
-    assert "transform of reward 'length' makes inf" in line
+    assert "transform of reward 'length' returned inf" in line
     assert [m["step"] for m in metrics(tmp_path / "run")] == [1, 2]
     assert (tmp_path / "run/checkpoints/step_000002").exists()
 

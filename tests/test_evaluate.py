@@ -13,22 +13,23 @@ from pathlib import Path
 
 import pytest
 
-import endpoint
-import writing
+import reward_model
 from checkpoints import digest
-from evaluation import answers, benchmarks, scores
+from evaluation import benchmarks, scores
 from evaluation.source import fingerprint
+from lib import endpoint
 from scripts import evaluate, export
 from tests.fake_endpoint import FakeEndpoint
 from tests.launch import ROOT, torchrun
 from tests.test_run import in_process
+from text import split
 
 SHARED = ROOT.parent / "shared" / "data"
 RECORDS = [{"id": f"r{i}", "prompt": f"Write a story of {20 + i} words about Vean and Rura." if i % 3 else
             f"写一篇{20 + i}字的故事", "type": "story", "length": 20 + i} for i in range(24)]
 FORKS = """
 import json, os, signal, sys
-import endpoint, scripts.evaluate as evaluate
+from lib import endpoint; import scripts.evaluate as evaluate
 signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's background jobs ignore
 endpoint.BACK_OFF = endpoint.PAUSE = 0.02
 for line in sys.stdin:
@@ -354,7 +355,7 @@ def test_what_is_judged_is_the_answer_without_thinking_and_tags():
             ("chat", "<think>\nA plan.</think>\nA text.", ("A plan.", "A text.")),
             ("chat", "<think>A plan", ("A plan", "")),
             ("chat", "<think>A plan.</think><answer>A text.</answer>", ("A plan.", "A text."))]:
-        assert answers.split(text, style) == expected
+        assert split(text, style) == expected
 
 
 def test_defaults_are_those_of_the_benchmark(data):
@@ -389,7 +390,7 @@ def test_a_reward_model_compares_evaluations(data, tmp_path, run):
     keys = [(i, f"base/{order}") for i in mine if mine[i] for order in (0, 1)]
     assert [(v["id"], v["key"]) for v in verdicts] == keys
     world = evaluate.parallel.setup("cpu")
-    scorer = writing.Scorer("data/tiny/writing", writing.check("data/tiny/writing"), 4096, world)
+    scorer = reward_model.Scorer("data/tiny/writing", reward_model.check("data/tiny/writing"), 4096, world)
     for name, _, i, points in found["games"]:
         given_verdicts = [v["verdict"] for v in verdicts if v["id"] == i]
         assert name == "mine"

@@ -11,10 +11,10 @@ import torch
 import transformers
 
 import model as qwen
+from data.tokenizer import FILES, Tokenizer
 from sampler import Request, Sampler
 from scripts import export
 from tests.test_run import ROOT, in_process, obeys_umask, tensors
-from tokenizer import FILES, Tokenizer
 
 
 @pytest.fixture(scope="module")

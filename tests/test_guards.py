@@ -5,9 +5,10 @@ from types import SimpleNamespace
 
 import pytest
 
-import guards
+import text as guards
 from bench import attacks
-from rewards import REWARDS, score
+from rewards import REWARDS
+from rollout import Reward, score
 
 TIDES_EN, TIDES_ZH = "Write an essay about tidal power for a town council.", "写一篇关于潮汐能的文章"
 EN = """The council met on a wet Tuesday, and by nine o'clock nobody could say where the money for the barrage
@@ -24,7 +25,7 @@ def honest():
             for case in attacks.cases() if case.share == 0]
 
 
-@pytest.mark.parametrize("check", [guards.stuffing, guards.praise, guards.language, guards.loops],
+@pytest.mark.parametrize("check", [guards.stuffing, guards.praise, guards.drift, guards.loops],
                          ids=lambda check: check.__name__)
 def test_honest_texts_of_every_form_are_clean(check, honest):
     """Essays, refrains, lists, dialogues, poems and references of bench/attacks.py, and these two."""
@@ -123,14 +124,14 @@ def test_every_further_phrase_halves_the_value_and_only_head_and_tail_are_search
     ("Напишите рассказ о море.", "Море было тихим. Никто не пел.", 1.0), ("Напишите рассказ.", EN, 0.0),
     (TIDES_ZH, "これはとてもながいにほんごのぶんしょうです", 0.0)])
 def test_language_is_the_share_of_text_in_sentences_of_the_querys_script(query, text, share):
-    assert guards.language(text, query) == pytest.approx(share)
+    assert guards.drift(text, query) == pytest.approx(share)
 
 
 @pytest.mark.parametrize("query, text", [
     ("Translate this letter into Chinese.", ZH), ("请用英文写一篇关于海的散文", EN), ("12345", EN), ("", EN),
     ("Compare 孔子 与 老子 on tides", EN), (TIDES_EN, "2024: 17 % 😀"), ("把下面这段话译成法语", EN)])
 def test_language_is_missing_where_nobody_can_tell_what_was_asked(query, text):
-    assert guards.language(text, query) is None
+    assert guards.drift(text, query) is None
 
 
 # ------------------------------------------------------------------------------------------ ending
@@ -194,18 +195,22 @@ def completion(text, finish_reason="stop"):
     return SimpleNamespace(text=text, finish_reason=finish_reason)
 
 
+def judged(name: str, c, prompt) -> list[float]:
+    return score(Reward(name, *REWARDS[name]), [c], [prompt])
+
+
 @pytest.mark.parametrize("name", GUARDS)
 def test_guards_judge_the_answer_body_and_weigh_nothing_by_default(name):
     prompt = SimpleNamespace(id="p", query=TIDES_EN, style="think")
     thought = "<think>" + STUFFED[0][1] + "的的的" + "loop " * 300 + "</think>"
     assert REWARDS[name][1] == 0
-    assert score(name, [completion(f"{thought}<answer>{EN}</answer>")], [prompt]) == [1.0]
+    assert judged(name, completion(f"{thought}<answer>{EN}</answer>"), prompt) == [1.0]
     for silent in ("", thought, thought + "<answer> </answer>"):
-        assert score(name, [completion(silent)], [prompt]) == [0.0], "silence must not be clean"
+        assert judged(name, completion(silent), prompt) == [0.0], "silence must not be clean"
 
 
 def test_a_sample_that_was_cut_or_never_closed_has_not_ended():
     prompt = SimpleNamespace(id="p", query="", style="think")
-    assert score("ending", [completion(f"<answer>{EN}</answer>")], [prompt]) == [1.0]
-    assert score("ending", [completion(f"<answer>{EN}</answer>", "length")], [prompt]) == [0.0]
-    assert score("ending", [completion(f"<answer>{EN}")], [prompt]) == [0.0]
+    assert judged("ending", completion(f"<answer>{EN}</answer>"), prompt) == [1.0]
+    assert judged("ending", completion(f"<answer>{EN}</answer>", "length"), prompt) == [0.0]
+    assert judged("ending", completion(f"<answer>{EN}"), prompt) == [0.0]

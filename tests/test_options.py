@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import rollout
 import train
 from data.prompts import TEMPLATES, Prompt, language
 from parallel import World
@@ -317,8 +318,10 @@ def test_some_reward_needs_a_weight(monkeypatch):
     monkeypatch.setitem(REWARDS, "length", (REWARDS["length"][0], 0.0))
     assert "length" in refused(reward="length") and "weight 0" in refused(reward="length")
     allowed(reward="length,format")
-    assert "length" not in Config().reward_names and "format" in Config().reward_names
-    assert Config(reward="length, format").reward_names == ["length", "format"], "if named, it is logged"
+    names = [r.name for r in rollout.choose_rewards("")]
+    assert "length" not in names and "format" in names
+    named = [r.name for r in rollout.choose_rewards("length, format")]
+    assert named == ["length", "format"], "if named, it is logged"
 
 
 @pytest.mark.parametrize("table, entry, part", [
@@ -332,7 +335,7 @@ def test_transforms_and_requirements_are_of_rewards_that_are_trained(table, entr
 
 def test_a_required_reward_is_computed_though_it_has_no_weight(monkeypatch):
     monkeypatch.setitem(REQUIRED, "overlong", -0.5)
-    assert Config().reward_names == ["length", "format", "writing", "overlong"]
+    assert [r.name for r in rollout.choose_rewards("")] == ["length", "format", "writing", "overlong"]
     allowed()
     allowed(reward="length,overlong")
 
@@ -345,8 +348,8 @@ def test_a_required_reward_is_computed_though_it_has_no_weight(monkeypatch):
     ("Write.", 0, 1)])
 def test_a_guess_at_tokens_knows_the_rate_of_the_language(query, hi, tokens):
     prompt = Prompt("1", query, query, (0, hi), language(query))
-    assert train.expected_tokens(prompt, Config(max_new_tokens=14000)) == tokens
-    assert train.expected_tokens(dataclasses.replace(prompt, length_range=None), Config()) == 14000
+    assert rollout.expected_tokens(prompt, Config(max_new_tokens=14000)) == tokens
+    assert rollout.expected_tokens(dataclasses.replace(prompt, length_range=None), Config()) == 14000
 
 
 def test_evaluation_prompts_that_are_dropped_are_counted_in_the_start_line(tmp_path, capsys):

@@ -8,11 +8,11 @@ import torch
 import model as qwen
 from bench.exactness import compare, split
 from data import prompts as prompt_data
+from data.tokenizer import Tokenizer
 from replica import check_tp, tp_slice
 from sampler import Sampler
 from scheduler import Request, assign
 from tests.launch import ROOT, torchrun
-from tokenizer import Tokenizer
 
 BASE = ROOT / "data" / "tiny" / "base"
 

@@ -24,11 +24,11 @@ import kernels.attention
 import kernels.logprob
 import model as qwen
 import parallel
-import plan as planner
 import train
 from kernels import backend
 from model import ModelConfig, Qwen2
-from plan import SHAPES, Machine, Plan
+from scripts import plan as planner
+from scripts.plan import SHAPES, Machine, Plan
 from tests.launch import ROOT, torchrun
 from train import Config, ConfigError, parse
 
@@ -275,7 +275,7 @@ def test_the_peak_on_a_gpu_is_that_of_torchs_tracker_over_fake_tensors(name, lay
 
 
 def shipped(name: str, *options: str) -> Plan:
-    return planner.read(["--config", str(ROOT / "configs" / name), *options], parse)[0]
+    return planner.read(["--config", str(ROOT / "configs" / name), *options])[0]
 
 
 def test_14k_tokens_of_32b_fit_into_80_gb_on_64_gpus():
@@ -342,7 +342,7 @@ def test_a_folder_that_exists_is_read():
 ])
 def test_what_cannot_be_planned_is_refused_in_a_sentence(arguments, part):
     with pytest.raises((ConfigError, qwen.CheckpointError), match=part):
-        planner.read(arguments, parse)
+        planner.read(arguments)
 
 
 def test_the_first_option_that_makes_it_fit_is_named():
@@ -363,7 +363,7 @@ def test_the_first_option_that_makes_it_fit_is_named():
 def test_a_reward_model_is_counted_where_its_folder_is_there(monkeypatch):
     """By its config alone; gathered layers and activations only while it scores."""
     options, scorer = ["--gpus", "4", "--offload_reward_model"], qwen.read_config(ROOT / "data/tiny/writing")
-    (there, note), (away, _) = (planner.read([*options, x], parse) for x in ("false", "true"))
+    (there, note), (away, _) = (planner.read([*options, x]) for x in ("false", "true"))
     whole = 2 * scorer.num_parameters // 4
     assert note == "" and there.persistent()["reward model's weights"] == whole
     assert away.persistent()["reward model's weights"] == 0 and away.pinned() == 4 * whole
@@ -371,7 +371,7 @@ def test_a_reward_model_is_counted_where_its_folder_is_there(monkeypatch):
         score, load = plan.phases()["score"], sum(plan.phases()["load"].values())
         assert score["reward model's weights"] == whole and sum(score.values()) > load
     for more in (["--reward_model", "Qwen2.5-7B-writing"], ["--reward", "length"]):
-        plan, note = planner.read([*options, "false", *more], parse)
+        plan, note = planner.read([*options, "false", *more])
         assert plan.persistent()["reward model's weights"] == 0 and "score" not in plan.phases()
         assert ("there is no folder Qwen2.5-7B-writing" in note) == ("--reward_model" in more)
 
@@ -410,12 +410,12 @@ def test_the_command_line_prints_it(monkeypatch, capsys):
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")  # is set for the check of the config
     for nodes, code in (("8", None), ("1", 1)):
         config = str(ROOT / "configs" / "qwen2.5-32b.json")
-        monkeypatch.setattr(sys, "argv", ["train.py", "--plan", "--config", config, f"--nodes={nodes}"])
+        monkeypatch.setattr(sys, "argv", ["plan", "--config", config, f"--nodes={nodes}"])
         if code:
             with pytest.raises(SystemExit, match=str(code)):
-                train.main()
+                planner.main()
         else:
-            train.main()
+            planner.main()
     said = capsys.readouterr().out
     assert "32,763,876,352 parameters (there is no folder Qwen2.5-32B" in said and "\nIt fits." in said
     assert "It does not fit: update needs" in said and "It would with --offload_optimizer true." in said
@@ -428,7 +428,7 @@ def test_the_command_line_prints_it(monkeypatch, capsys):
 
 def test_the_config_is_checked_for_the_machine_that_is_planned(monkeypatch, capsys):
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
-    monkeypatch.setattr(sys, "argv", ["train.py", "--plan", "--gpus", "3"])
+    monkeypatch.setattr(sys, "argv", ["plan", "--gpus", "3"])
     with pytest.raises(SystemExit, match="2"):
-        train.main()
+        planner.main()
     assert "does not divide by 3 ranks" in capsys.readouterr().err

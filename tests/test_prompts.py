@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from data.packing import pack_documents
 from data.prompts import QUERY_FIELDS, STYLES, TEMPLATES, PromptError, language, order, read, render
+from scripts.pretrain import pack_documents
 
 LONGBENCH = Path(__file__).parents[2] / "shared" / "data" / "longbench_write"
 

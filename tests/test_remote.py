@@ -11,8 +11,10 @@ import pytest
 import torch
 
 import rewards
+import rollout
 import train
-from rewards import Remote, RewardError, batched, remote
+from rewards import batched, remote
+from rollout import Remote, Reward, RewardError
 from tests.test_run import launch, metrics
 
 LONG = 20  # seconds that a test waits for what must happen
@@ -22,13 +24,13 @@ SMALL = ["--prompts_per_step", "2", "--group_size", "8", "--max_new_tokens", "24
 
 def step(folder, monkeypatch, **functions) -> tuple[dict, list[dict], torch.Tensor]:
     """A run of one step with these rewards: its metrics, rollouts and rewards_BGR."""
-    seen, score = [], train.sample_and_score
-    monkeypatch.setattr(train, "sample_and_score", lambda *a: seen.append(score(*a)) or seen[-1])
+    seen, score = [], rollout.sample_and_score
+    monkeypatch.setattr(rollout, "sample_and_score", lambda *a: seen.append(score(*a)) or seen[-1])
     for name, function in functions.items():
         monkeypatch.setitem(rewards.REWARDS, name, (function, 1.0))
     train.train(train.parse([*SMALL, "--run_dir", str(folder), "--reward", ",".join(functions)]))
     lines = (folder / "rollouts" / "step_000001.jsonl").read_text().splitlines()
-    return metrics(folder)[0], [json.loads(line) for line in lines], seen[0][1]
+    return metrics(folder)[0], [json.loads(line) for line in lines], seen[0].rewards_BGR
 
 
 def place(completion) -> int:
@@ -143,8 +145,7 @@ def test_a_call_that_hangs_is_given_up_and_keeps_no_process(tmp_path):
 
 def scores(monkeypatch, judge, n: int = 8) -> tuple[list[float], list[str]]:
     """Of a remote reward whose completions are numbers."""
-    monkeypatch.setitem(rewards.REWARDS, "judge", (judge, 1.0))
-    with Remote("judge") as pool:
+    with Remote(Reward("judge", judge, 1.0)) as pool:
         for i in range(n):
             pool.submit(i, i, None)
         assert pool.wait(time.monotonic()) is None
@@ -199,8 +200,7 @@ def test_while_servers_are_down_patience_stands_still(monkeypatch):
         return completion
 
     judge.down = lambda: "gone"
-    monkeypatch.setitem(rewards.REWARDS, "judge", (judge, 1.0))
-    with Remote("judge") as pool:
+    with Remote(Reward("judge", judge, 1.0)) as pool:
         for i in range(4):
             pool.submit(i, i, None)
         start = time.monotonic()
@@ -221,8 +221,7 @@ def test_what_no_thread_has_begun_is_given_up_with_the_step(monkeypatch):
         begun.set()
         release.wait(LONG)
 
-    monkeypatch.setitem(rewards.REWARDS, "judge", (judge, 1.0))
-    with Remote("judge") as pool:
+    with Remote(Reward("judge", judge, 1.0)) as pool:
         for i in range(3):
             pool.submit(i, i, None)
         assert begun.wait(LONG)
@@ -241,8 +240,7 @@ def test_patience_is_counted_from_the_last_sample_once_for_all_rewards(monkeypat
     def judge(completion, prompt):
         return completion if completion is not None else time.sleep(LONG)
 
-    monkeypatch.setitem(rewards.REWARDS, "judge", (judge, 1.0))
-    with Remote("judge") as pool:
+    with Remote(Reward("judge", judge, 1.0)) as pool:
         for i in range(16):
             pool.submit(i, i, None)
         pool.submit(16, None, None)

@@ -11,8 +11,8 @@ from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 import chromium
 import pytest
 
-from evaluation import page
 from scripts import report
+from viewer import page
 
 HOSTILE = ("</script><script>document.title = 'taken'</script>"
            "<img src=/bait onerror=\"document.title = 'taken'\"> <!--")

@@ -8,19 +8,11 @@ from types import SimpleNamespace
 
 import pytest
 
-import repeats
 import rewards
-from rewards import (
-    REWARDS,
-    count_words,
-    format_reward,
-    is_batched,
-    length,
-    length_reward,
-    repetition,
-    score,
-    structure,
-)
+import rollout
+import text as text_module
+from rewards import REWARDS, count_words, format_reward, length, length_reward, repetition, structure
+from rollout import Reward, score
 
 ESSAY = """
 Chapter 1: The harbour. My grandfather kept two boats, one for the herring and one that he never explained
@@ -44,7 +36,7 @@ ZH_ESSAY = """
 第三章：归人。去年冬天，我带着女儿回来给老屋换瓦。她问我为什么不住进楼房，我指着檐下空了的燕巢，一时
 竟答不上来，只觉得远处有人在敲钟。
 """
-RULES = [name for name in REWARDS if not is_batched(name)]
+RULES = {name: Reward(name, *entry) for name, entry in REWARDS.items() if name != "writing"}
 LETTERS, HANZI = "abcdefgh", "春夏秋冬山水风"
 
 
@@ -220,10 +212,10 @@ def brute_force(text):
     seen, again = set(), [False] * len(text)
     for i in range(len(text)):
         width, j = 0.0, i
-        while j < len(text) and width < repeats.SHINGLE - 1e-6:
-            width += repeats.CJK_WIDTH if "\u4e00" <= text[j] <= "\u9fff" else 1.0
+        while j < len(text) and width < text_module.SHINGLE - 1e-6:
+            width += text_module.CJK_WIDTH if "\u4e00" <= text[j] <= "\u9fff" else 1.0
             j += 1
-        if width < repeats.SHINGLE - 1e-6:
+        if width < text_module.SHINGLE - 1e-6:
             break
         if text[i:j] in seen:
             again[i:j] = [True] * (j - i)
@@ -281,7 +273,7 @@ def test_repetition_of_degenerate_texts(text, share):
 @pytest.mark.parametrize("shingle", [24.0, 6.0])
 def test_repetition_equals_a_quadratic_reference(alphabet, shingle, monkeypatch):
     """Random texts over a small alphabet, made of copied pieces: repeats of all lengths and overlaps."""
-    monkeypatch.setattr(repeats, "SHINGLE", shingle)
+    monkeypatch.setattr(text_module, "SHINGLE", shingle)
     rng, shares = random.Random(6), []
     for _ in range(150):
         text = "".join(rng.choices(alphabet, k=rng.randint(0, 60)))
@@ -339,13 +331,11 @@ def test_the_three_rewards_of_the_paper_count_alike_and_no_other_counts():
 
 
 @pytest.mark.parametrize("value", [math.inf, math.nan, 1e39, -1e39, "1", [1.0]])
-def test_what_is_no_finite_number_of_fp32_is_no_reward(value, monkeypatch):
+def test_what_is_no_finite_number_of_fp32_is_no_reward(value):
     prompt = SimpleNamespace(id="p")
-    monkeypatch.setitem(REWARDS, "odd", (lambda completion, prompt: value, 1.0))
-    with pytest.raises(rewards.RewardError, match="must be a finite number, or None"):
-        score("odd", [said("")], [prompt])
-    monkeypatch.setitem(REWARDS, "odd", (lambda completion, prompt: 1e38, 1.0))
-    assert score("odd", [said("")], [prompt]) == [1e38]
+    with pytest.raises(rollout.RewardError, match="must be a finite number, or None"):
+        score(Reward("odd", lambda completion, prompt: value, 1.0), [said("")], [prompt])
+    assert score(Reward("odd", lambda completion, prompt: 1e38, 1.0), [said("")], [prompt]) == [1e38]
 
 
 WORDS = " ".join(str(i) + "abcdefghij"[i % 10] for i in range(100_000))  # no two alike
@@ -368,9 +358,9 @@ def test_degenerate_bodies(body, words, repeated, in_words):
     assert count_words(body) == words
     if repeated is not None:
         assert repetition(body) == pytest.approx(repeated, abs=1e-5)
-        assert repeats.repetition_words(body) == pytest.approx(in_words, abs=1e-4)
-    for name in RULES:
-        (value,) = score(name, [completion], [prompt])
+        assert text_module.repetition_words(body) == pytest.approx(in_words, abs=1e-4)
+    for name, reward in RULES.items():
+        (value,) = score(reward, [completion], [prompt])
         assert 0 <= value <= 1 or value != value or name == "overlong", name
     assert length(completion, prompt) == float(words > 0)
 
@@ -394,18 +384,18 @@ def test_overlong_is_missing_without_a_budget():
 
 def test_a_transform_makes_what_the_advantage_sees_and_leaves_the_missing_missing(monkeypatch):
     monkeypatch.setattr(rewards, "TRANSFORMS", {"length": lambda r: 100 * r})
-    assert rewards.transformed("length", 0.25) == 25.0 and rewards.transformed("format", 0.25) == 0.25
-    assert math.isnan(rewards.transformed("length", math.nan))
+    with_transform, without = rollout.choose_rewards("length,format")
+    assert with_transform.transformed(0.25) == 25.0 and without.transformed(0.25) == 0.25
+    assert math.isnan(with_transform.transformed(math.nan))
 
 
 @pytest.mark.parametrize("transform, parts", [
     (math.log, ["raised ValueError", "on 0"]), (lambda r: 1 / r, ["ZeroDivisionError", "on 0"]),
-    (lambda r: math.inf, ["makes inf of 0"]), (lambda r: None, ["makes None of 0"]),
-    (lambda r: "high", ["makes 'high' of 0"])])
-def test_a_transform_that_makes_no_number_is_named(transform, parts, monkeypatch):
-    monkeypatch.setattr(rewards, "TRANSFORMS", {"length": transform})
-    with pytest.raises(rewards.RewardError, match="the transform of reward 'length'") as raised:
-        rewards.transformed("length", 0.0)
+    (lambda r: math.inf, ["returned inf for 0"]), (lambda r: None, ["returned None for 0"]),
+    (lambda r: "high", ["returned 'high' for 0"])])
+def test_a_transform_that_makes_no_number_is_named(transform, parts):
+    with pytest.raises(rollout.RewardError, match="the transform of reward 'length'") as raised:
+        Reward("length", length, 1.0, transform).transformed(0.0)
     assert all(part in str(raised.value) for part in parts)
 
 
@@ -432,8 +422,8 @@ def test_any_text_whatever_earns_a_number_in_0_to_1_or_is_missing(seed):
         completion = said(text)
         completion.finish_reason = rng.choice(("stop", "length"))
         completion.token_ids, completion.max_new_tokens = [1] * rng.randint(1, 9), rng.choice((0, 9))
-        for name in RULES:
-            (value,) = score(name, [completion], [prompt])
+        for name, reward in RULES.items():
+            (value,) = score(reward, [completion], [prompt])
             assert value != value or -(name == "overlong") <= value <= 1, (name, text)
 
 
@@ -452,7 +442,7 @@ def test_time_grows_with_the_length_of_the_text_and_not_with_its_square():
         completion.finish_reason, completion.token_ids, completion.max_new_tokens = "stop", [1], 9
         for _ in range(2):
             start = time.thread_time()
-            score(name, [completion], [prompt])
+            score(RULES[name], [completion], [prompt])
             best = min(best, time.thread_time() - start)
         return best
 

@@ -11,10 +11,10 @@ import torch.nn.functional as F
 
 import model as qwen
 import replica
+from data.tokenizer import Tokenizer
 from kernels import linear_logprob
 from sampler import Sampler
 from scheduler import Request
-from tokenizer import Tokenizer
 
 BASE = Path(__file__).parent.parent / "data" / "tiny" / "base"
 

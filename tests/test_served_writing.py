@@ -13,11 +13,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import endpoint
-import plan
 import rewards
 import train
-from options import ConfigError
+from lib import endpoint
+from lib.options import ConfigError
+from scripts import plan
 from tests.fake_endpoint import FakeEndpoint
 from tests.launch import ROOT
 from tests.test_run import metrics
@@ -137,7 +137,7 @@ def test_a_plan_counts_no_model_of_a_server_and_says_which_folder_it_could_not(m
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")  # is set for the check of the config
     for where, said in (("http://gpu9:8000/classify", "It fits."),
                         ("Qwen2.5-7B-writing", "It fits. The reward model comes on top.")):
-        plan.main(["--gpus", "1", "--reward_model", where], train.parse, train.check)
+        plan.show(["--gpus", "1", "--reward_model", where])
         out = capsys.readouterr().out
         assert out.splitlines()[-1] == said and ("is not counted" in out) == ("://" not in where)
 

@@ -49,8 +49,8 @@ def gradients(model, world) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
         def zero_grad(self):
             model.zero_grad()
 
-    metrics, *_ = train.update(model, None, Look(), made_up_samples(), UPDATES, CONFIG, ODD.vocab_size, world,
-                               Clock())
+    metrics = train.update(model, None, Look(), made_up_samples(), UPDATES, CONFIG, ODD.vocab_size, world,
+                           Clock()).metrics
     gradients = {f"{i} {name}": grad for i, grads in enumerate(seen) for name, grad in grads.items()}
     return gradients, {k: v for k, v in metrics.items() if not k.startswith("balance/")}
 

@@ -36,8 +36,9 @@ QUICK = [*SMALL, "--max_new_tokens", "32", "--group_size", "2", "--prompts_per_s
 FORKS = """
 import json, os, signal, sys, time
 import torch, torch.distributed as dist
-import train, checkpoints, parallel, rewards
+import train, run as run_folder, checkpoints, parallel, rewards, rollout
 from bench.chaos import strike
+from sampler import Sampler
 
 torch.set_num_threads(1)
 for number in (signal.SIGINT, signal.SIGHUP):  # a shell in the background, or nohup, may ignore them
@@ -131,8 +132,8 @@ RESAVE = """
 world = parallel.setup("cpu")
 model = parallel.shard(train.qwen.load("{base}"), world)
 optimizer = torch.optim.AdamW(model.parameters())
-state = checkpoints.load(train.Path("{source}"), model, optimizer)
-checkpoints.save(train.Path("{target}"), model, optimizer, state, world, 9)
+state = checkpoints.load(parallel.Path("{source}"), model, optimizer)
+checkpoints.save(parallel.Path("{target}"), model, optimizer, state, world, 9)
 parallel.close()
 """
 
@@ -222,16 +223,18 @@ def test_ranks_that_share_a_sampler_stop_together(forks, tmp_path):
 
 
 def test_a_stop_during_an_evaluation_loses_neither_it_nor_the_step(forks, tmp_path):
-    """The step's line waits in the checkpoint for the evaluation that belongs to it."""
+    """The last step's line is written and its checkpoint saved; the evaluation is made on the next start."""
     evaluated = ["--eval_prompts", str(ROOT / "tests" / "eval_small.jsonl"), "--steps", "4"]
     assert forks(tmp_path / "calm", *evaluated, ranks=1)[0] == [0]
     codes, said = forks(tmp_path / "run", *evaluated, ranks=1, code="""
-real, calls = train.evaluate, []
-train.evaluate = lambda *a: (calls.append(1), len(calls) == 3 and os.kill(os.getpid(), 1), real(*a))[-1]""")
+real, calls = rollout.evaluate, []
+rollout.evaluate = lambda *a: (calls.append(1), len(calls) == 3 and os.kill(os.getpid(), 1), real(*a))[-1]""")
     assert codes == [0] and "stopped by SIGHUP: step 4 is kept" in said[0], said
-    assert [m["step"] for m in metrics(tmp_path / "run")] == [0, 1, 2, 3]
+    assert ["eval/truncated" in m for m in metrics(tmp_path / "run")] == [True, False, True, False, False]
     codes, said = forks(tmp_path / "run", *evaluated, ranks=1)
-    assert codes == [0] and "eval after step 4" in said[0], said
+    assert codes == [0] and "resumed after step 4" in said[0] and "eval after step 4" in said[0], said
+    codes, said = forks(tmp_path / "run", *evaluated, ranks=1)
+    assert codes == [0] and "has finished its 4 steps" in said[0], said
     assert differences(tmp_path / "run", tmp_path / "calm") == []
 
 
@@ -258,14 +261,76 @@ def test_ctrl_c_while_train_py_is_imported_leaves_no_traceback(tmp_path):
 
 def test_a_rank_whose_torchrun_dies_before_they_have_met_ends_too():
     """It would wait for a store that is gone. What sees that is imported before what takes seconds."""
-    child = "import os, time, watch; watch.Watch(); print(os.getpid(), flush=True); time.sleep(60)"
+    child = "import os, time; from lib import stop; stop.Watch(); print(os.getpid(), flush=True);" \
+            " time.sleep(60)"
     parent = f"import subprocess, sys; p = subprocess.Popen([sys.executable, '-c', {child!r}]," \
              " stdout=subprocess.PIPE); print(p.stdout.readline().decode())"
     done = subprocess.run([sys.executable, "-c", parent], cwd=ROOT, stdout=subprocess.PIPE, text=True,
                           env={**os.environ, "TORCHELASTIC_RUN_ID": "1"})
     wait_for(lambda: not Path(f"/proc/{int(done.stdout)}").exists(), 10)
     source = (ROOT / "train.py").read_text()
-    assert source.index("\nfrom watch import") < source.index("\nimport torch")
+    assert source.index("\nfrom lib.stop import") < source.index("\nimport torch")
+
+
+KILL_AFTER = """
+def after(owner, name, wanted):
+    real = getattr(owner, name)
+    def kills(*a, **k):
+        real(*a, **k)
+        if wanted in str(a):
+            os.kill(os.getpid(), signal.SIGKILL)
+    setattr(owner, name, kills)
+after({owner}, "{name}", "{wanted}")
+"""
+
+
+def test_a_kill_between_any_two_writes_of_a_step_loses_nothing_and_repeats_nothing(forks, tmp_path):
+    """Rollouts, the step's line, the checkpoint, the evaluation's texts and its line, in this order."""
+    evaluated = ["--eval_prompts", str(ROOT / "tests" / "eval_small.jsonl"), "--eval_every", "2", "--steps",
+                 "2", "--save_every", "1"]
+    assert forks(tmp_path / "calm", *evaluated, ranks=1)[0] == [0]
+    for owner, name, wanted, resumed in (
+            ("run_folder", "write_jsonl", "step_000002", 1), ("run_folder", "write_jsonl", "'step': 2", 1),
+            ("os", "rename", "writing_000002", 1), ("run_folder", "write_jsonl", "eval_000002", 2),
+            ("run_folder", "write_jsonl", "'step': 2, 'eval/", 2), ("", "", "", 2)):
+        code = KILL_AFTER.format(owner=owner, name=name, wanted=wanted) if owner else ""
+        codes, said = forks(tmp_path / "run", *evaluated, ranks=1, code=code)
+        assert codes == [-signal.SIGKILL if owner else 0], (wanted, said)
+        assert (tmp_path / "run" / "checkpoints").exists()
+        assert f"resumed after step {resumed}" in said[0] or wanted in ("", "step_000002"), (wanted, said)
+    assert differences(tmp_path / "run", tmp_path / "calm") == []
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").open()]
+    assert [(m["step"], "eval/truncated" in m) for m in lines] == [
+        (0, True), (1, False), (2, False), (2, True)]
+
+
+SLOW = """
+if rank == 1:
+    real_launch = Sampler.launch
+    def launch(*a):
+        time.sleep(0.4)
+        return real_launch(*a)
+    Sampler.launch = launch
+"""
+
+
+def test_ranks_that_sample_longer_than_timeout_end_no_run_and_hear_a_reward_that_raises(forks, tmp_path):
+    """Rank 1 samples for some 13 s, rank 0 waits for it, and a collective may take 4."""
+    options = ["--timeout", "4", "--steps", "1", "--reward", "length"]
+    codes, said = forks(tmp_path / "slow", *options, code=SLOW)
+    assert codes == [0, 0] and "done: " in said[0], said
+    raises = """
+def bad(completion, prompt):
+    if any(completion.logprobs):  # those of the dry run are 0
+        raise KeyError("mine")
+    return 1.0
+if rank == 0:
+    rewards.REWARDS["length"] = bad, 1.0
+"""
+    start = time.monotonic()
+    codes, said = forks(tmp_path / "bad", *options, code=SLOW + raises)
+    assert codes == [2, 2] and "reward 'length' raised KeyError ('mine')" in said[0], said
+    assert time.monotonic() - start < 40
 
 
 def test_torchrun_restarts_a_killed_rank_and_no_rank_outlives_torchrun(tmp_path):
@@ -300,12 +365,12 @@ def test_restarts_on_several_nodes_need_a_store_of_their_own(monkeypatch):
     for name, value in (("TORCHELASTIC_USE_AGENT_STORE", "True"), ("TORCHELASTIC_MAX_RESTARTS", "3"),
                         ("TORCHELASTIC_RESTART_COUNT", "2")):
         monkeypatch.setenv(name, value)
-    assert parallel.attempt() == "2"
+    assert parallel.restart_prefix() == "2"
     monkeypatch.setenv("GROUP_WORLD_SIZE", "2")
     with pytest.raises(parallel.SetupError, match="TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1"):
-        parallel.attempt()
+        parallel.restart_prefix()
     monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "False")
-    assert parallel.attempt() == "", "how often each node has restarted may differ"
+    assert parallel.restart_prefix() == "", "how often each node has restarted may differ"
 
 
 def wait_for(condition, seconds: float):
@@ -382,22 +447,22 @@ def test_a_full_disk_ends_the_run_and_nothing_saved_is_lost(alone, tmp_path, mon
         subprocess.run(["umount", str(disk)], capture_output=True)
 
 
-def test_where_the_log_cannot_be_written_the_step_is_kept_with_its_line(alone, tmp_path, monkeypatch, capfd):
+def test_where_the_log_cannot_be_written_the_run_goes_on_from_the_last_checkpoint(alone, tmp_path,
+                                                                                 monkeypatch, capfd):
     real = rewards.REWARDS["format"]
     log, calls = tmp_path / "run" / "metrics.jsonl", []
 
     def fills_the_disk(completion, prompt):
         calls.append(1)
-        if len(calls) == 2 + 2 * 8:  # the second step, after two calls of the dry run
+        if len(calls) == 2 + 3 * 8:  # the third step, after two calls of the dry run
             log.rename(tmp_path / "aside")
             log.symlink_to("/dev/full")
         return real[0](completion, prompt)
 
     monkeypatch.setitem(rewards.REWARDS, "format", (fills_the_disk, real[1]))
-    line = fails(monkeypatch, capfd, tmp_path / "run", "--save_every", "100")
+    line = fails(monkeypatch, capfd, tmp_path / "run")
     assert f"{log} cannot be written (No space left on device)" in line
-    (kept,) = (tmp_path / "run" / "checkpoints").iterdir()
-    assert kept.name == "step_000002" and "unlogged" in (kept / "state.json").read_text()
+    assert [p.name for p in (tmp_path / "run" / "checkpoints").iterdir()] == ["step_000002"]
     (tmp_path / "aside").replace(log)
     in_process(tmp_path / "run", small=QUICK)
     assert differences(tmp_path / "run", alone) == []
@@ -496,7 +561,7 @@ def test_too_many_in_a_row_end_the_run_and_it_goes_on_from_before_them(tmp_path,
     often = ["--steps", "6", "--save_every", "1", "--keep_checkpoints", "9"]
     line = fails(monkeypatch, capfd, tmp_path / "run", *often)
     assert line.startswith("error: 3 updates in a row were skipped, the last with a gradient of norm nan: ")
-    assert "bad_batches" in line and "step 3, before them, is kept" in line
+    assert "bad_batches" in line and "the same command goes on after step 3" in line
     assert [p.name for p in checkpoints.complete(tmp_path / "run" / "checkpoints")] == [
         "step_000003", "step_000001"]
     assert [m["skipped_updates"] for m in metrics(tmp_path / "run")] == [0, 1, 0, 1, 1, 1]
@@ -508,6 +573,7 @@ def test_too_many_in_a_row_end_the_run_and_it_goes_on_from_before_them(tmp_path,
 
 def test_a_gradient_above_skip_grad_is_not_taken(tmp_path, monkeypatch, capfd):
     line = fails(monkeypatch, capfd, tmp_path / "run", "--skip_grad", "1e-6", "--max_skipped", "1")
-    assert "1 updates in a row were skipped" in line and "step 0, before them" in line
-    (m,) = metrics(tmp_path / "run")
+    assert "1 updates in a row were skipped" in line and "goes on after step 0" in line
+    *before, m = metrics(tmp_path / "run")
     assert m["skipped_updates"] == 1 and m["grad_norm"] > 1e-6
+    assert all(b["grad_norm"] == 0 for b in before), "all samples of each group earned the same"

@@ -19,11 +19,11 @@ from data.preferences import Pair, PreferenceError, read
 from data.tiny import make
 from data.tiny import pairs as tiny
 from data.tiny.pairs import KINDS, pairs
-from rewards import count_words
+from data.tokenizer import Tokenizer, TokenizerError
 from scripts import pretrain, train_rm
 from tests.launch import ROOT
 from tests.test_run import obeys_umask
-from tokenizer import Tokenizer, TokenizerError
+from text import count_words
 
 BASE = ROOT / "data/tiny/base"
 

@@ -6,6 +6,7 @@ The policy is a table of bigrams: a token's hidden state is its row of the embed
 """
 
 import random
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,6 +18,7 @@ import checkpoints
 import parallel
 import replica
 import rewards
+import rollout
 import train
 from sampler import Completion
 from scheduler import Stats
@@ -104,7 +106,7 @@ def trained(tmp_path, monkeypatch):
         made.append(Bigrams(Path(path).name == "other"))
         return made[-1]
 
-    def make_sampler(model, tokenizer, config, world):
+    def make_sampler(shape, tokenizer, options, world):
         dealers.append(Dealer(tokenizer))
         return dealers[-1]
 
@@ -112,8 +114,8 @@ def trained(tmp_path, monkeypatch):
         monkeypatch.setitem(rewards.REWARDS, name, (function, WEIGHTS[name]))
     monkeypatch.setattr(parallel, "load_sharded", load)
     monkeypatch.setattr(parallel, "publish", lambda *a: 0)
-    monkeypatch.setattr(replica, "release_", lambda model: None)
-    monkeypatch.setattr(train, "make_sampler", make_sampler)
+    monkeypatch.setattr(replica, "released", lambda model: nullcontext())
+    monkeypatch.setattr(rollout, "make_sampler", make_sampler)
     monkeypatch.setattr(checkpoints, "save", lambda *a: None)
 
     def run(options: dict):

@@ -13,17 +13,17 @@ import torch
 
 import model as qwen
 import parallel
+import reward_model
 import rewards
 import train
-import writing
 from data import prompts
 from data.preferences import Pair
 from data.tiny.pairs import pairs
+from data.tokenizer import Tokenizer, TokenizerError
 from sampler import Completion
 from scripts import train_rm
 from tests.launch import ROOT, torchrun
 from tests.test_model import KINDS, TINY, assert_same_bits, random_tokens
-from tokenizer import Tokenizer, TokenizerError
 
 BASE, DEFAULT = ROOT / "data/tiny/base", ROOT / "data/tiny/writing"
 LENGTHS = [5, 1, 37, 12]
@@ -93,7 +93,7 @@ def worker(folder: Path):
     world, rows = parallel.setup("cpu"), rows_of([9, 80, 3, 44, 10, 10, 31, 2, 50])
     model = parallel.load_sharded(folder / "rm", world)
     mine = rows[:7] if world.rank == 0 else rows[7:]
-    found = [writing.scores(model, part, 90, world)
+    found = [reward_model.scores(model, part, 90, world)
              for part in (mine, [], mine[:1] if world.rank == 0 else [], mine)]
     parallel.save_sharded(model, folder / "saved", world, max_shard_bytes=20_000)
     fresh = parallel.load_sharded(folder / "policy", world, scalar_head=True)
@@ -116,12 +116,12 @@ def test_two_ranks_score_as_one_packed_as_one_by_one_and_save_the_same_bits(tmp_
     with torch.no_grad():
         single = [model(torch.tensor(row), qwen.packed([len(row)])).item() for row in rows]
     whole = parallel.load_sharded(tmp_path / "rm", world)
-    assert writing.scores(whole, rows, 10**6, world) == pytest.approx(single, rel=1e-5, abs=1e-6)
+    assert reward_model.scores(whole, rows, 10**6, world) == pytest.approx(single, rel=1e-5, abs=1e-6)
     waiting = parallel.Offloaded(whole)
     for _ in range(2):
         assert {x.untyped_storage().nbytes() for x in waiting.shards} == {0}, "weights wait elsewhere"
         with waiting:
-            assert writing.scores(whole, rows, 90, world) == pytest.approx(single, rel=1e-5, abs=1e-6)
+            assert reward_model.scores(whole, rows, 90, world) == pytest.approx(single, rel=1e-5, abs=1e-6)
     zero, one = (json.loads((tmp_path / f"found_{rank}.json").read_text()) for rank in range(2))
     assert zero[0] + one[0] == pytest.approx(single, rel=1e-5, abs=1e-6)
     assert zero[1] == one[1] == one[2] == [] and zero[2] == pytest.approx(single[:1], rel=1e-5)
@@ -149,14 +149,14 @@ def test_the_reward_is_the_answer_bodys_raw_score(monkeypatch, capsys):
     world, reward = parallel.setup("cpu"), rewards.Writing()
     reward.check(config)
     with monkeypatch.context() as once:
-        once.setattr(writing, "Tokenizer", None)  # what `check` has read is not read again
+        once.setattr(reward_model, "Tokenizer", None)  # what `check` has read is not read again
         reward.prepare(config, world)
     prompt = prompts.Prompt("1", "Write a story about Ada.", "Write a story about Ada.", None, "en")
     bodies = ["Ada lived in Rome.", "Ada.", "Ada went home and sold a " + "very " * 150 + "old cat."]
     texts = [f"<think>Ada?</think><answer>{bodies[0]}</answer>", "no tags", f"<answer>{bodies[1]}</answer>",
              f"<think>other thoughts</think>\n<answer> {bodies[0]}", f"<answer>{bodies[2]}</answer>"]
     found = reward([completion(text) for text in texts], [prompt] * 5)
-    rows = [writing.encode(reward.scorer.tokenizer, prompt.query, body, 2048)[0] for body in bodies]
+    rows = [reward_model.encode(reward.scorer.tokenizer, prompt.query, body, 2048)[0] for body in bodies]
     plain = qwen.load(DEFAULT)
     with torch.no_grad():
         exact = [plain(torch.tensor(row), qwen.packed([len(row)])).item() for row in rows]
@@ -175,7 +175,7 @@ def test_a_folder_whose_tokenizer_is_anothers_is_refused(tmp_path):
     raw["added_tokens"] += [raw["added_tokens"][0] | {"id": 5000, "content": "<|other|>"}]
     (tmp_path / "rm" / "tokenizer.json").write_text(json.dumps(raw))
     with pytest.raises(TokenizerError, match="has only 1024 rows"):
-        writing.check(str(tmp_path / "rm"))
+        reward_model.check(str(tmp_path / "rm"))
 
 
 def test_the_default_writing_model_keeps_its_accuracy_on_held_out_pairs():
@@ -185,7 +185,7 @@ def test_the_default_writing_model_keeps_its_accuracy_on_held_out_pairs():
     model = parallel.load_sharded(DEFAULT, world)
 
     def encode(pair, side):
-        return writing.encode(tokenizer, pair.query, getattr(pair, side), 2048)[0]
+        return reward_model.encode(tokenizer, pair.query, getattr(pair, side), 2048)[0]
 
     accuracy = train_rm.evaluate(model, held_out, encode, train_rm.Config(), world)["accuracy"]
     assert accuracy["all"][0] >= 0.9
@@ -196,7 +196,7 @@ def test_the_default_writing_model_keeps_its_accuracy_on_held_out_pairs():
                                           ("写一篇", ("<|用户|>: ", " <|助手|>: "))])
 def test_a_writing_model_reads_the_request_the_answer_and_the_end(query, marks):
     tokenizer = Tokenizer(BASE)
-    ids, cut = writing.encode(tokenizer, query, "A text.\nIts end.", 500)
+    ids, cut = reward_model.encode(tokenizer, query, "A text.\nIts end.", 500)
     assert tokenizer.decode(ids) == f"{marks[0]}{query}{marks[1]}A text.\nIts end.<|endoftext|>" and not cut
     assert prompts.render(query, "think").endswith(prompts.frame(query))
 
@@ -204,15 +204,15 @@ def test_a_writing_model_reads_the_request_the_answer_and_the_end(query, marks):
 def test_of_a_text_that_is_too_long_the_answers_middle_is_left_out():
     tokenizer = Tokenizer(BASE)
     answer = " ".join(f"Sentence number {i} stands here." for i in range(100))
-    whole, cut = writing.encode(tokenizer, "Write.", answer, 10**6)
+    whole, cut = reward_model.encode(tokenizer, "Write.", answer, 10**6)
     head = len(tokenizer.encode(prompts.frame("Write.")))
-    assert not cut and writing.encode(tokenizer, "Write.", answer, len(whole)) == (whole, False)
+    assert not cut and reward_model.encode(tokenizer, "Write.", answer, len(whole)) == (whole, False)
     for most in (len(whole) - 1, 301, 300):
-        ids, cut = writing.encode(tokenizer, "Write.", answer, most)
+        ids, cut = reward_model.encode(tokenizer, "Write.", answer, most)
         kept = most - head - 1
         assert cut and len(ids) == most and ids[:most - kept // 2 - 1] == whole[:most - kept // 2 - 1]
         assert ids[-(kept // 2) - 1:] == whole[-(kept // 2) - 1:]
-    ids, cut = writing.encode(tokenizer, answer, answer, 100)
+    ids, cut = reward_model.encode(tokenizer, answer, answer, 100)
     assert cut and len(ids) == 100 and ids[-1] == tokenizer.eos_ids[0]
     assert tokenizer.decode(ids[:50]).endswith(" <|assistant|>:"), "of a long query too"
 

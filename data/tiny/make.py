@@ -20,7 +20,7 @@ from pathlib import Path
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 from data.prompts import render
-from rewards import count_words
+from text import count_words
 
 HERE = Path(__file__).parent
 END = "<|endoftext|>"

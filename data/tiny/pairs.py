@@ -16,7 +16,7 @@ import re
 from pathlib import Path
 
 from data.tiny.make import HERE, LENGTHS, PERSON_ENDS, PLACE_ENDS, name, request, write
-from rewards import count_words
+from text import count_words
 
 FILLERS = [
     "And so it goes on and on.", "There is much more to say about this.", "It was what it was, as always.",

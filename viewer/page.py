@@ -11,7 +11,7 @@ import json
 import math
 from html import escape
 
-from scripts.curves import COLOURS, label, line
+from viewer.plots import COLOURS, label, line
 
 BARS = {"S_l": "Length score by words asked for", "S_q": "Quality by dimension", "domain1": "By domain",
         "domain2": "By sub-domain", "win_rate": "Win rate over each baseline"}

@@ -218,34 +218,47 @@ def retry_after(e: urllib.error.HTTPError) -> float:
     return min(max(rest, 0.0), LONGEST_REST)
 
 
-def each(call: Callable, items: Iterable, threads: int) -> Iterator[tuple]:
-    """(item, call(item), None), or (item, None, what it raised), as they come back.
+class Pool:
+    """Daemon threads that make calls, as a context: what `submit` is given comes back through `done` as
+    (key, value, None) or (key, None, exception), in the order in which calls return.
 
-    The threads are daemons: none that hangs keeps the process. Where the reader walks away no further
-    item begins; what must not be lost then, `call` has to keep.
+    Those of concurrent.futures are joined when the interpreter exits: one that hangs would keep the process
+    for ever. After the context no further call begins; one that is under way keeps its thread until it
+    returns.
     """
-    items, end, done, lock = iter(items), object(), queue.SimpleQueue(), threading.Lock()
-    stopped = threading.Event()
 
-    def work():
-        while not stopped.is_set():
-            with lock:
-                item = next(items, end)
-            if item is end:
-                break
+    def __init__(self, call: Callable, threads: int):
+        self.call, self.threads, self.closed = call, threads, False
+        self.todo, self.done = queue.SimpleQueue(), queue.SimpleQueue()
+
+    def __enter__(self):
+        for _ in range(self.threads):
+            threading.Thread(target=self.work, daemon=True).start()
+        return self
+
+    def __exit__(self, *error):
+        self.closed = True
+        for _ in range(self.threads):
+            self.todo.put(None)
+
+    def submit(self, key, *arguments):
+        self.todo.put((key, arguments))
+
+    def work(self):
+        while (task := self.todo.get()) and not self.closed:
+            key, arguments = task
             try:
-                done.put((item, call(item), None))
-            except BaseException as e:
-                done.put((item, None, e))
-        done.put(None)
+                self.done.put((key, self.call(*arguments), None))
+            except BaseException as e:  # asyncio's CancelledError is no Exception
+                self.done.put((key, None, e))
 
-    for _ in range(threads):
-        threading.Thread(target=work, daemon=True).start()
-    try:
-        while threads:
-            if back := done.get():
-                yield back
-            else:
-                threads -= 1
-    finally:
-        stopped.set()
+
+def each(call: Callable, items: Iterable, threads: int) -> Iterator[tuple]:
+    """(item, call(item), None) or (item, None, exception) of each item, in the order in which calls return.
+    What must not be lost where the reader walks away, `call` has to keep."""
+    with Pool(call, threads) as pool:
+        items = list(items)
+        for item in items:
+            pool.submit(item, item)
+        for _ in items:
+            yield pool.done.get()

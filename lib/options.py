@@ -4,6 +4,7 @@ import dataclasses
 import difflib
 import inspect
 import json
+import math
 import re
 import signal
 import sys
@@ -12,15 +13,17 @@ from pathlib import Path
 if {"-h", "--help"} & set(sys.argv):  # a pipe that closes, as of `--help | head`, ends it without a traceback
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)
 
+DEVICES, DTYPES = ("auto", "cpu", "cuda"), ("auto", "float32", "bfloat16")
+
 
 class ConfigError(ValueError):
-    """An option that cannot be; the message names it, its value and what to do."""
+    """An invalid option; the message names it, its value and what to do."""
 
 
 def help_text(kind: type, about: str) -> str:
     """--help, made from the comments beside the fields of the dataclass `kind`."""
     lines = re.findall(r"^    (\w+): (\w+) = .+?  # (.+)$", inspect.getsource(kind), re.M)
-    rows = [f"  --{name:22}{of:7}{comment} [{getattr(kind, name)!r}]" for name, of, comment in lines]
+    rows = [f"  --{name:22}{type:7}{comment} [{getattr(kind, name)!r}]" for name, type, comment in lines]
     return "\n".join([about.strip(), "", "Options, with their defaults:", *rows])
 
 
@@ -85,3 +88,21 @@ def read(config: type, arguments: list[str], about: str,
         else:
             values[name] = convert(config, name, value, "command line", others)
     return values, files
+
+
+def check_numbers(config, positive: str = "", not_negative: str = ""):
+    """Whether the named fields, separated by spaces, are above 0, or finite and not below it. Raises
+    ConfigError."""
+    for name in positive.split():
+        if not getattr(config, name) > 0:
+            raise ConfigError(f"{name} must be positive, not {getattr(config, name)}")
+    for name in not_negative.split():
+        if not 0 <= getattr(config, name) < math.inf:
+            raise ConfigError(f"{name} must not be negative or infinite, is {getattr(config, name)}")
+
+
+def check_choices(config, **choices: tuple[str, ...]):
+    """Whether each named field has one of its values. Raises ConfigError."""
+    for name, values in choices.items():
+        if getattr(config, name) not in values:
+            raise ConfigError(f"{name} must be one of {', '.join(values)}, not {getattr(config, name)!r}")

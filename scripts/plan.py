@@ -1,6 +1,6 @@
 """What a run needs, before it is started: memory of a GPU, buffer by buffer, and the time of each phase.
 
-    python train.py --plan --config configs/qwen2.5-32b.json --nodes 8 [--gpus 8] [--gpu_memory 80]
+    python -m scripts.plan --config configs/qwen2.5-32b.json --nodes 8 [--gpus 8] [--gpu_memory 80]
 
 Loads nothing, and needs neither the GPUs nor the checkpoint. Bytes follow from what the code allocates;
 tests/test_plan.py holds them against torch's own memory tracker. Seconds follow from RATES.
@@ -13,6 +13,7 @@ import inspect
 import math
 import os
 import random
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -20,12 +21,14 @@ from pathlib import Path
 
 import torch
 
-import options
 import parallel
-import run
+import rollout
+import train
 from kernels.logprob import CHUNK_BYTES
-from model import ModelConfig, Qwen2, read_config
-from options import ConfigError
+from lib import options
+from lib.files import ROOT, locate
+from lib.options import ConfigError
+from model import CheckpointError, ModelConfig, Qwen2, read_config
 from replica import check_tp, tp_slice
 from sampler import Sampler, most_pages, workspace
 from scheduler import Request, Scheduler
@@ -413,7 +416,7 @@ def describe(plan: Plan) -> Iterator[str]:
 
 def find_shape(path: str) -> tuple[ModelConfig, str]:
     """The shape of a checkpoint, and what to say of its source. Raises ConfigError, CheckpointError."""
-    for folder in (Path(path), run.ROOT / path):
+    for folder in (Path(path), ROOT / path):
         if folder.exists():
             return read_config(folder), ""
     for name, shape in SHAPES.items():
@@ -423,13 +426,13 @@ def find_shape(path: str) -> tuple[ModelConfig, str]:
                       "give the folder that has its config.json")
 
 
-def read(arguments: list[str], parse) -> tuple[Plan, str]:
+def read(arguments: list[str]) -> tuple[Plan, str]:
     """The plan for a command line, and what to say of the shape. Raises ConfigError, CheckpointError."""
     words = [w for a in arguments for w in (a.split("=", 1) if a.startswith("--") else [a])]
     pairs = [words[i:i + 2] for i in range(0, len(words), 2)]
     own = [p for p in pairs if p[0].strip("-").replace("-", "_") in Machine.__dataclass_fields__]
-    config = parse(sum((p for p in pairs if p not in own), []), "The run's:",
-                   tuple(Machine.__dataclass_fields__))
+    config = train.parse(sum((p for p in pairs if p not in own), []), "The run's:",
+                         tuple(Machine.__dataclass_fields__))
     machine = options.parse(Machine, sum(own, []), "")
     for name in (p[0].strip("-").replace("-", "_") for p in own):
         if not 0 < getattr(machine, name) < math.inf:
@@ -442,8 +445,8 @@ def read(arguments: list[str], parse) -> tuple[Plan, str]:
     shape, note = find_shape(config.model)
     check_tp(shape, config.tp)
     scorer = None
-    if "writing" in config.reward_names:
-        if config.reward_model and Path(folder := run.locate(config.reward_model)).exists():
+    if any(reward.name == "writing" for reward in rollout.choose_rewards(config.reward)):
+        if config.reward_model and Path(folder := locate(config.reward_model)).exists():
             scorer = read_config(folder)
         elif "://" not in config.reward_model:  # servers are elsewhere
             note += (f"; there is no folder {config.reward_model or 'for reward_model'}: the reward model is "
@@ -451,14 +454,14 @@ def read(arguments: list[str], parse) -> tuple[Plan, str]:
     return Plan(config, machine, shape, cuda, scorer), note
 
 
-def main(arguments: list[str], parse, check):
-    """parse, check: of train.py. Exits with 1 if it does not fit."""
+def show(arguments: list[str]):
+    """Prints the plan; exits with 1 if it does not fit."""
     if {"-h", "--help"} & set(arguments):
         print(options.help_text(Machine, __doc__), end="\n\n")
-    plan, note = read(arguments, parse)
+    plan, note = read(arguments)
     machine, config = plan.machine, plan.config
     os.environ["LOCAL_WORLD_SIZE"] = str(machine.gpus)
-    check(config, parallel.World(0, plan.ranks, torch.device("cuda" if plan.cuda else "cpu")))
+    train.check(config, parallel.World(0, plan.ranks, torch.device("cuda" if plan.cuda else "cpu")))
     device = f"GPUs of {machine.gpu_memory:g} GiB" if plan.cuda else "processes"
     print(f"{config.model}: {plan.shape.num_parameters:,} parameters{note}\n{machine.nodes} x {machine.gpus} "
           f"{device}; weights over {plan.shards}, a sampler over {config.tp}; micro-batches of up to "
@@ -470,3 +473,15 @@ def main(arguments: list[str], parse, check):
               f"It would with {named}." if remedy else "Nothing that the planner tries would make it fit.")
         raise SystemExit(1)
     print("\nIt fits." + " The reward model comes on top." * note.endswith("not counted"))
+
+
+def main():
+    try:
+        show(sys.argv[1:])
+    except (ConfigError, CheckpointError) as e:
+        print(f"error: {e}", file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+if __name__ == "__main__":
+    main()

@@ -14,9 +14,9 @@ import torch
 import grpo
 import parallel
 from data.prompts import frame
+from data.tokenizer import Tokenizer
+from lib.options import ConfigError
 from model import SCORER, ModelConfig, RewardModel, check_tensors, packed, read_config
-from options import ConfigError
-from tokenizer import Tokenizer
 
 
 def encode(tokenizer: Tokenizer, query: str, answer: str, max_tokens: int) -> tuple[list[int], bool]:

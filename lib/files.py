@@ -1,0 +1,48 @@
+"""JSON lines, atomic and durable writes, and paths inside the repository; without torch."""
+
+import json
+import os
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+
+
+class DiskError(Exception):
+    """A file that cannot be written; the message names it and what to do."""
+
+
+def locate(path: str) -> str:
+    """The path as given or, where it does not exist, the one of the same name inside the repository."""
+    return path if Path(path).exists() or not (ROOT / path).exists() else str(ROOT / path)
+
+
+def replace(file: Path, text: str):
+    """Writes beside and renames, so that a crash leaves the old file or the new one."""
+    beside = Path(f"{file}.writing")
+    beside.write_text(text, encoding="utf-8")
+    beside.replace(file)
+
+
+def write_durably(file: Path, text: str):
+    """Returns when the text is on the disk."""
+    with file.open("w") as f:
+        f.write(text)
+        f.flush()
+        os.fsync(f.fileno())
+
+
+def write_jsonl(file: Path, records: list[dict], mode: str = "w"):
+    """Writes a JSON object a line; mode "a" appends. Raises DiskError."""
+    try:
+        file.parent.mkdir(exist_ok=True)
+        with file.open(mode, encoding="utf-8") as f:
+            f.writelines(json.dumps(r, ensure_ascii=False) + "\n" for r in records)
+    except OSError as e:
+        raise DiskError(f"{file} cannot be written ({e.strerror}): make room, or mend it, and the same "
+                        "command goes on") from None
+
+
+def read_jsonl(file: Path) -> list[dict]:
+    """The records of a file, without a last line that is still being written. Raises OSError or
+    ValueError."""
+    return [json.loads(line) for line in file.read_bytes().split(b"\n")[:-1]]

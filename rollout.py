@@ -1,0 +1,527 @@
+"""One step's data: requests, sampling, scoring, the gather over ranks, advantages, records; and evaluation.
+
+Each rank samples and scores whole groups of its own; `all_gather` then gives every rank all of them. `config`
+is train.Config, or any object with the fields that a function reads.
+
+Shapes: B prompts, G samples of each (a group), N = B x G samples, R rewards.
+"""
+
+import hashlib
+import math
+import numbers
+import queue
+import time
+import traceback
+from collections import Counter, deque
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, closing
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import grpo
+import model as qwen
+import parallel
+import rewards as reward_file
+from data.prompts import TOKENS_PER_WORD
+from data.tokenizer import Tokenizer
+from lib.endpoint import Pool
+from lib.options import ConfigError
+from run import Clock, Log, Progress
+from sampler import Completion, Sampler
+from scheduler import Request, assign
+from text import count_words, length_score, statistics, structure
+
+LARGEST = float(np.finfo(np.float32).max)  # reward: its square and their sums are finite in fp64
+MISTAKES = (NameError, ImportError)  # of a remote reward: errors in its code, whatever a server answers
+MISTAKES_OF_ALL = (AttributeError, TypeError)  # perhaps from an odd answer, unless every call raises one
+
+
+class RewardError(ValueError):
+    """A reward that raised or returned an invalid value; the message names it, the prompt and the line."""
+
+
+# ---------------------------------------------------------------------- requests
+
+
+def request_seed(*key) -> int:
+    """63 bits from (run seed, purpose, step, prompt id): samples depend on nothing else."""
+    return int.from_bytes(
+        hashlib.blake2b("/".join(map(str, key)).encode(), digest_size=8).digest(), "little") >> 1
+
+
+def make_requests(tokenizer: Tokenizer, prompts: list, n: int, key, config) -> list[Request]:
+    """Requests for n samples of each prompt, seeded by the run's seed, `key` (the step) and the prompt."""
+    return [Request(tokenizer.encode(p.text), n, config.max_new_tokens, config.temperature,
+                    stop=config.stop_strings, seed=request_seed(config.seed, key, p.id),
+                    expected_tokens=expected_tokens(p, config)) for p in prompts]
+
+
+def expected_tokens(prompt, config) -> int:
+    """An estimate of a sample's tokens, which decides when and on which rank it is sampled: twice those of
+    the longest answer asked for, thinking included."""
+    if not prompt.length_range:
+        return config.max_new_tokens
+    asked = round(2 * TOKENS_PER_WORD[prompt.language] * prompt.length_range[1])
+    return max(1, min(asked, config.max_new_tokens))
+
+
+def local_indices(prompts: list, config, world) -> list[int]:
+    """Indices of the prompts that this rank samples and scores."""
+    return assign([expected_tokens(p, config) for p in prompts], world.size)[world.rank]
+
+
+def make_sampler(config: qwen.ModelConfig, tokenizer: Tokenizer, options, world) -> Sampler:
+    """A sampler with an uninitialised replica of a model, or a tensor-parallel slice, which parallel.publish
+    fills. options: tp, sampler_dtype, max_sequences, page_size."""
+    group = parallel.tp_group(options.tp, world.timeout)
+    with torch.device("meta"):
+        policy = qwen.Qwen2(config, group).to(sampler_dtype(options, world.device)).requires_grad_(False)
+    return Sampler(policy.to_empty(device=world.device), tokenizer, options.max_sequences, options.page_size)
+
+
+def sampler_dtype(options, device: torch.device) -> torch.dtype:
+    auto = "bfloat16" if device.type == "cuda" else "float32"
+    return getattr(torch, auto if options.sampler_dtype == "auto" else options.sampler_dtype)
+
+
+def generate(sampler: Sampler, requests: list[Request], world) -> Iterator[Completion]:
+    """Completions of this rank's requests. The ranks that share a sampler generate all of theirs together,
+    and none may leave before the last completion."""
+    model = sampler.model
+    if model.group is None:
+        yield from sampler.generate(requests)
+        return
+    gathered = parallel.gather(requests, world, model.group)
+    first = sum(map(len, gathered[:model.tp_rank]))
+    stream = sampler.generate(sum(gathered, []))
+    try:
+        for c in stream:
+            if first <= c.prompt_index < first + len(requests):
+                yield replace(c, prompt_index=c.prompt_index - first)
+    finally:
+        deque(stream, maxlen=0)
+
+
+# ---------------------------------------------------------------------- rewards
+
+
+@dataclass(frozen=True)
+class Reward:
+    """An entry of rewards.REWARDS, with those of TRANSFORMS and REQUIRED."""
+
+    name: str
+    function: Callable
+    weight: float
+    transform: Callable | None = None  # of the raw value, for the advantage
+    required: float = -math.inf  # least raw value, see grpo.require
+
+    @property
+    def batched(self) -> bool:
+        return getattr(self.function, "batched", False)
+
+    @property
+    def remote(self) -> bool:
+        return hasattr(self.function, "remote")
+
+    @property
+    def needs_model(self) -> bool:
+        """Whether it asks a model or a server."""
+        return self.batched or self.remote or hasattr(self.function, "prepare")
+
+    def transformed(self, value: float) -> float:
+        """What enters the advantage for a raw value; one that is missing (NaN), or LOWEST, stays so. Raises
+        RewardError."""
+        if not self.transform or not math.isfinite(value):
+            return value
+        try:
+            result = self.transform(value)
+        except Exception as e:  # whatever a user's function raises
+            raise RewardError(f"the transform of reward {self.name!r} raised {describe(e)}, on {value:g}: "
+                              "repair it in rewards.TRANSFORMS") from e
+        if not is_number(result):
+            raise RewardError(f"the transform of reward {self.name!r} returned {result!r} for {value:g}: it "
+                              "must return a finite number for every value of the reward; repair it in "
+                              "rewards.TRANSFORMS")
+        return float(result)
+
+
+def choose_rewards(option: str, tables=reward_file) -> list[Reward]:
+    """The rewards that the option `reward` names; if empty, those that have a weight or are required.
+
+    tables: a module such as rewards, with REWARDS, TRANSFORMS and REQUIRED. Raises ConfigError.
+    """
+    table, transforms, required = tables.REWARDS, tables.TRANSFORMS, tables.REQUIRED
+    for name, entry in table.items():
+        pair = isinstance(entry, tuple) and len(entry) == 2
+        if not (pair and callable(entry[0]) and is_number(entry[1])):
+            raise ConfigError(f"rewards.REWARDS has {entry!r} for {name!r}: it must be (function, weight)")
+    names = [name.strip() for name in option.split(",") if name.strip()]
+    names = names or [name for name, (_, weight) in table.items() if weight or name in required]
+    for name in names:
+        if name not in table:
+            raise ConfigError(f"reward {name!r} is not in rewards.REWARDS, which has {', '.join(table)}")
+    if len(set(names)) < len(names):
+        raise ConfigError(f"reward names one twice: {','.join(names)}; weigh it in rewards.REWARDS instead")
+    if not (total := sum(table[name][1] for name in names)) > 0:
+        raise ConfigError(f"the rewards {', '.join(names)} have weight {total:g} together: give them "
+                          "more in rewards.REWARDS, and turn a reward's sign instead of its weight's")
+    for title, entries, valid, kind in (("TRANSFORMS", transforms, callable, "function"),
+                                        ("REQUIRED", required, is_number, "number")):
+        for name, entry in entries.items():
+            if name not in table:
+                raise ConfigError(f"rewards.{title} has {name!r}, which is not in rewards.REWARDS")
+            if not valid(entry):
+                raise ConfigError(f"rewards.{title} has {entry!r} for {name!r}, which is no {kind}")
+    if left_out := [name for name in required if name not in names]:
+        raise ConfigError(f"rewards.REQUIRED has {left_out[0]!r}, which --reward leaves out: name it too, or "
+                          "take it out of REQUIRED")
+    return [Reward(name, *table[name], transforms.get(name), required.get(name, -math.inf)) for name in names]
+
+
+def check_rewards(rewards: list[Reward], config, prompts: list, tokenizer: Tokenizer):
+    """Calls each reward's own `check(config)`, then those that are plain functions on made-up completions:
+    one that raises does so before weights load. Raises an error of one sentence."""
+    for reward in rewards:
+        if hasattr(reward.function, "check"):
+            reward.function.check(config)
+        if reward.batched and reward.remote:
+            raise RewardError(f"reward {reward.name!r} is marked both @batched and @remote: choose one")
+        if not reward.needs_model:
+            for text in ("<think>A plan.</think><answer>A text.</answer>", ""):
+                ids = tokenizer.encode(text) + tokenizer.eos_ids[:1]  # no sample is without a token
+                c = Completion(0, 0, ids, [0.0] * len(ids), text, "stop", config.max_new_tokens)
+                reward.transformed(score(reward, [c], prompts[:1])[0])
+
+
+def prepare_rewards(rewards: list[Reward], config, world):
+    """Called on all ranks before the first step: rewards that are models load them."""
+    for reward in rewards:
+        if hasattr(reward.function, "prepare"):
+            reward.function.prepare(config, world)
+
+
+def score(reward: Reward, completions: list, prompts: list) -> list[float]:
+    """The reward of each completion, NaN where it is missing. Raises RewardError."""
+    try:
+        values = reward.function(completions, prompts) if reward.batched else map(
+            reward.function, completions, prompts)
+        values = list(values)
+    except Exception as e:  # whatever a user's function raises
+        raise raised(reward, e, prompts[0]) from e
+    if len(values) != len(completions):
+        raise RewardError(f"reward {reward.name!r} returned {len(values)} values for {len(completions)} "
+                          "completions: it must return one for each, None where it cannot be computed")
+    return checked(reward, values, prompts)
+
+
+def raised(reward: Reward, e: BaseException, prompt) -> RewardError:
+    return RewardError(f"reward {reward.name!r} raised {describe(e)}, on an answer to prompt {prompt.id!r}: "
+                       "repair it, or leave it out with --reward")
+
+
+def describe(e: BaseException) -> str:
+    at, message = traceback.extract_tb(e.__traceback__)[-1], " ".join(str(e).split())
+    return f"{type(e).__name__} ({message[:200]}) in {Path(at.filename).name}, line {at.lineno}"
+
+
+def checked(reward: Reward, values: list, prompts: list) -> list[float]:
+    """What a reward returned, as numbers, NaN for None. Raises RewardError for anything else."""
+    for value, prompt in zip(values, prompts):
+        lowest = isinstance(value, numbers.Real) and value == reward_file.LOWEST
+        if value is not None and not lowest and not is_number(value):
+            raise RewardError(f"reward {reward.name!r} returned {value!r} for an answer to prompt "
+                              f"{prompt.id!r}: it must be a finite number, or None where it cannot be "
+                              "computed")
+    return [math.nan if value is None else float(value) for value in values]
+
+
+def is_number(value) -> bool:
+    return isinstance(value, (numbers.Real, np.bool_)) and bool(abs(value) <= LARGEST)
+
+
+class Remote(Pool):
+    """The calls of one remote reward in one step."""
+
+    def __init__(self, reward: Reward):
+        threads, self.patience = reward.function.remote
+        super().__init__(reward.function, threads)
+        self.reward = reward
+        self.values, self.errors, self.waiting, self.paused = {}, {}, 0, -math.inf
+
+    def submit(self, i: int, completion, prompt):
+        """Returns at once; i is the sample's place in `collect`."""
+        self.waiting += 1
+        super().submit(i, completion, prompt)
+
+    def wait(self, since: float, interrupt=lambda: None, seconds: float = 5.0) -> str | None:
+        """None once every sample is back, or given up `patience` seconds after `since`, a time.monotonic();
+        else, after some seconds, which servers are down, "" if they are only slow. `interrupt` is called
+        meanwhile, and may raise."""
+        until = time.monotonic() + seconds
+        while self.waiting:
+            interrupt()
+            now, down = time.monotonic(), getattr(self.call, "down", str)()
+            self.paused = now if down else self.paused
+            left = max(since, self.paused) + self.patience - now
+            try:
+                i, value, error = self.done.get(timeout=max(0.0, min(1.0, left, until - now)))
+            except queue.Empty:
+                if left <= 0:
+                    break
+                if now >= until:
+                    return down
+                continue
+            self.waiting -= 1
+            if error is None:
+                self.values[i] = value
+            else:
+                self.errors[i] = error
+        return None
+
+    def collect(self, prompts: list) -> tuple[list[float], list[str]]:
+        """(scores, NaN where missing; the reason of each that failed), of what `wait` has seen. prompts: one
+        a sample, all submitted. Raises RewardError as `score` does."""
+        for i, e in self.errors.items():
+            if isinstance(e, MISTAKES) or isinstance(e, MISTAKES_OF_ALL) and not self.values:
+                raise raised(self.reward, e, prompts[i]) from e
+        reasons = [describe(e) for e in self.errors.values()]
+        reasons += [f"not back {self.patience:g} s after the last sample"] * self.waiting
+        return checked(self.reward, [self.values.get(i) for i in range(len(prompts))], prompts), reasons
+
+
+def await_servers(pools: list[Remote], since: float, label: str, log: Log, world):
+    """Returns when the remote rewards of all ranks are back or given up. In rounds of seconds: no rank waits
+    in a collective, which has a timeout, for servers that are down, which have none."""
+    reported = None
+    while pools:
+        with parallel.raise_on_all_ranks(RewardError, world):
+            waiting = [pool.wait(since, world.check_stop) for pool in pools]
+        waiting = sum(parallel.gather(waiting, world), [])
+        down, now = next(filter(None, waiting), ""), time.monotonic()
+        if down and (reported is None or now - reported >= 30):
+            reported = now
+            log.warn(f"paused: {label} waits for its scores, and no server answers: {down}")
+        if reported and not down:
+            reported = None
+            log.warn(f"{label} goes on: a server answers again")
+        if all(why is None for why in waiting):
+            return
+
+
+# ---------------------------------------------------------------------- groups
+
+
+@dataclass(frozen=True)
+class Groups:
+    """Samples of B prompts, G of each, in the batch's order: those of one rank, or of all ranks."""
+
+    indices: list[int]  # of the B prompts in the batch
+    prompt_ids: list[torch.Tensor]  # B, int32 on the CPU, as all that follow
+    token_ids: list[torch.Tensor]  # N
+    logprobs: list[torch.Tensor]  # N, the sampler's, fp32
+    rewards_BGR: torch.Tensor  # fp64; NaN where missing, and of one rank -inf for rewards.LOWEST
+    statistics: dict[str, torch.Tensor]  # name -> value_BG, fp64, NaN where a sample has none
+    texts: list[str]  # N; once gathered, on the main rank alone
+
+    @property
+    def truncated_N(self) -> list[bool]:
+        return self.statistics["truncated"].bool().flatten().tolist()
+
+
+def sample_and_score(sampler: Sampler, prompts: list, rewards: list[Reward], n: int, key, label: str,
+                     measure: Callable, config, clock: Clock, log: Log, world) -> Groups:
+    """n samples of each of this rank's prompts, scored as they finish.
+
+    prompts: those of all ranks. key: of the samples' seeds. label: of the lines on the console.
+    measure(prompt, completion, tokenizer) -> statistics.
+    Remote rewards are called in threads meanwhile and waited for at the end; batched ones see all samples
+    then. Raises RewardError, or Stopped, on all ranks if one raises it.
+    """
+    indices = local_indices(prompts, config, world)
+    requests = make_requests(sampler.tokenizer, [prompts[i] for i in indices], n, key, config)
+    answered = [prompts[i] for i in indices for _ in range(n)]
+    completions, failures = [None] * len(answered), {}
+    reward_NR = torch.full((len(answered), len(rewards)), torch.nan, dtype=torch.float64)
+    columns = list(enumerate(rewards))
+    inline = [(r, reward) for r, reward in columns if not reward.batched and not reward.remote]
+    progress = Progress(label, len(answered), world.main)
+    with clock("sample"), ExitStack() as stack:
+        remote = [(r, stack.enter_context(Remote(reward))) for r, reward in columns if reward.remote]
+        with parallel.in_rounds(RewardError, world, sampler.model.group) as sampler.interrupt:
+            try:
+                with closing(generate(sampler, requests, world)) as stream:  # ended by whatever is raised
+                    for c in stream:
+                        i = c.prompt_index * n + c.sample_index
+                        completions[i] = c
+                        for _, pool in remote:
+                            pool.submit(i, c, answered[i])
+                        with clock("score", wait=False):  # a step is under way on the device
+                            for r, reward in inline:
+                                (reward_NR[i, r],) = score(reward, [c], [answered[i]])
+                        progress.update(sampler.stats)
+            finally:
+                progress.close()
+                sampler.sleep()  # its pages' memory is the update's now
+                ended = time.perf_counter()
+        clock.seconds["idle"] += time.perf_counter() - ended  # until the last rank's last sample
+        sampled = time.monotonic()
+        for r, reward in columns:
+            if reward.batched:  # perhaps a sharded model, which all ranks enter together
+                with parallel.raise_on_all_ranks(RewardError, world), clock("score"):
+                    values = score(reward, completions, answered)
+                    reward_NR[:, r] = torch.tensor(values, dtype=torch.float64)
+        with clock("score"):
+            await_servers([pool for _, pool in remote], sampled, label, log, world)
+        with parallel.raise_on_all_ranks(RewardError, world), clock("score"):
+            for r, pool in remote:
+                values, failures[pool.reward.name] = pool.collect(answered)
+                reward_NR[:, r] = torch.tensor(values, dtype=torch.float64)
+    clock.seconds["sample"] -= clock.seconds["score"] + clock.seconds["idle"]
+    for name, errors in failures.items():
+        if reasons := Counter(sum(parallel.gather(errors, world), [])):
+            shown = "; ".join(f"{count} x {reason}" for reason, count in reasons.most_common(2))
+            log.warn(f"warning: {label}: reward {name!r} is missing for {reasons.total()} samples, because "
+                     f"it failed: {shown}")
+    found = [measure(prompt, c, sampler.tokenizer) for prompt, c in zip(answered, completions)]
+    shape = len(indices), n
+    return Groups(
+        indices, [torch.tensor(r.prompt_ids, dtype=torch.int32) for r in requests],
+        [torch.tensor(c.token_ids, dtype=torch.int32) for c in completions],
+        [torch.tensor(c.logprobs) for c in completions], reward_NR.view(*shape, -1),
+        {name: torch.tensor([math.nan if s[name] is None else s[name] for s in found],
+                            dtype=torch.float64).view(shape) for name in found[0]},
+        [c.text for c in completions])
+
+
+def all_gather(local: Groups, world) -> Groups:
+    """The groups of all ranks, in the order of the batch. Token ids, logprobs and numbers go to every rank as
+    tensors; texts go to the main rank alone."""
+    B, G, _ = local.rewards_BGR.shape
+    place_B = parallel.gather_rows(torch.tensor(local.indices), world).argsort()
+
+    def batch_order(x: torch.Tensor) -> torch.Tensor:
+        return parallel.gather_rows(x, world)[place_B]
+
+    def ragged(rows: list[torch.Tensor], groups: bool) -> list[torch.Tensor]:
+        lengths = parallel.gather_rows(torch.tensor([len(row) for row in rows]), world).tolist()
+        parts = parallel.gather_rows(torch.cat(rows), world).split(lengths)
+        return [parts[b * G + g] for b in place_B for g in range(G)] if groups else [
+            parts[b] for b in place_B]
+
+    texts = parallel.gather_to_main([local.texts[b * G:(b + 1) * G] for b in range(B)], world)
+    texts = sum(texts, [])
+    return Groups(
+        list(range(len(place_B))), ragged(local.prompt_ids, False), ragged(local.token_ids, True),
+        ragged(local.logprobs, True), grpo.place_lowest(batch_order(local.rewards_BGR)),
+        {name: batch_order(x) for name, x in local.statistics.items()},
+        sum((texts[b] for b in place_B), []) if texts else [])
+
+
+def lengths(prompt, c: Completion, tokenizer: Tokenizer) -> dict[str, float | None]:
+    """A training sample's statistics."""
+    words, truncated = count_words(structure(c.text)[2] or ""), c.finish_reason == "length"
+    thought = c.text.partition("<think>")[2].partition("</think>")[0].partition("<answer>")[0]
+    lo, hi = prompt.length_range or (None, None)
+    return {"words": words, "words_complete": None if truncated else words,
+            "think_tokens": len(tokenizer.encode(thought)),  # of a thought that is cut too
+            "in_range": None if lo is None else lo <= words <= hi, "truncated": truncated}
+
+
+def describe_text(prompt, c: Completion, tokenizer: Tokenizer) -> dict[str, float | None]:
+    """An evaluation sample's statistics: `lengths`, LongBench-Write's length score against the middle of the
+    range that is asked for, and those of the text."""
+    found, cut = lengths(prompt, c, tokenizer), c.finish_reason == "length"
+    wanted = prompt.length_range and sum(prompt.length_range) / 2
+    texts = statistics(c.text, prompt.query, prompt.style, cut)
+    return found | {"S_l": length_score(wanted, found["words"]) if wanted else None,
+                    "missing_answers": texts["answer_words"] is None, **texts}
+
+
+def summarise(groups: Groups, rewards: list[Reward]) -> dict[str, float]:
+    """Metrics of all samples: rewards, their spread within groups, lengths."""
+    _, std, dead = grpo.group_spread(groups.rewards_BGR)
+    present_R, found = (~groups.rewards_BGR.isnan()).sum((0, 1)), groups.statistics
+    out = {}
+    for r, reward in enumerate(rewards):
+        total = groups.rewards_BGR[..., r].nansum().item()
+        out |= {f"reward/{reward.name}": total / (present_R[r].item() or math.nan),  # all missing: null
+                f"reward_std/{reward.name}": std[:, r].mean().item(),
+                f"dead_groups/{reward.name}": int(dead[:, r].sum()),
+                f"missing/{reward.name}": int(found["words"].numel() - present_R[r])}
+    tokens = sum(map(len, groups.token_ids))
+    return out | {"length/answer_words": mean_of(found["words"]),
+                  "length/tokens": tokens / len(groups.token_ids),
+                  "length/answer_words_complete": mean_of(found["words_complete"]) or 0.0,
+                  "length/think_tokens": mean_of(found["think_tokens"]),
+                  "length/in_range": mean_of(found["in_range"]) or 0.0,
+                  "truncated": mean_of(found["truncated"])}
+
+
+def mean_of(values: torch.Tensor) -> float | None:
+    """Of those that are there; None without any."""
+    present = values[~values.isnan()]
+    return present.mean().item() if len(present) else None
+
+
+def combine_advantages(rewards_BGR: torch.Tensor, rewards: list[Reward],
+                       config) -> tuple[torch.Tensor, torch.Tensor, dict[str, float]]:
+    """Advantages from the raw rewards of all ranks' groups, with weights, transforms and requirements:
+    (advantage_BG, per_reward_BGR, metrics). Raises RewardError."""
+    weights_R = torch.tensor([reward.weight for reward in rewards])
+    least_R = torch.tensor([reward.required for reward in rewards], dtype=torch.float64)
+    raw = rewards_BGR.tolist()
+    transformed_BGR = torch.tensor([[[reward.transformed(x) for reward, x in zip(rewards, values)]
+                                     for values in group] for group in raw], dtype=torch.float64)
+    advantage_BG, per_reward_BGR = grpo.advantages(transformed_BGR, weights_R, config.advantage,
+                                                   config.std_floor, config.normalise_std)
+    advantage_BG, violates_BGR = grpo.require(advantage_BG, rewards_BGR, least_R)
+    violators = {f"violators/{reward.name}": n for reward, n in zip(
+        rewards, violates_BGR.sum((0, 1)).tolist()) if reward.required > -math.inf}
+    names = [reward.name for reward in rewards]
+    return advantage_BG, per_reward_BGR, {
+        **violators, **grpo.conflicts(per_reward_BGR, weights_R, names, config.advantage)}
+
+
+def training_samples(groups: Groups, advantage_BG: torch.Tensor, config) -> list[grpo.Sample]:
+    """The N samples as the update needs them; truncated ones are not trained where `overlong` is mask."""
+    G = advantage_BG.shape[1]
+    return [grpo.Sample(groups.prompt_ids[i // G], ids, logp, advantage, config.overlong == "keep" or not cut)
+            for i, (ids, logp, advantage, cut) in enumerate(zip(
+                groups.token_ids, groups.logprobs, advantage_BG.flatten().tolist(), groups.truncated_N))]
+
+
+def records(groups: Groups, prompts: list, rewards: list[Reward], **columns: list) -> list[dict]:
+    """The lines of a rollouts file, one a sample, on the main rank. columns: more fields, N values each."""
+    rows = groups.rewards_BGR.flatten(0, 1).tolist()
+    G = groups.rewards_BGR.shape[1]
+    return [{"prompt_id": prompts[i // G].id, "sample": i % G, "prompt": prompts[i // G].text, "text": text,
+             "tokens": len(ids), "finish_reason": "length" if cut else "stop",
+             "rewards": {reward.name: None if x != x else x for reward, x in zip(rewards, row)},
+             **{name: values[i] for name, values in columns.items()}}
+            for i, (text, ids, cut, row) in enumerate(
+                zip(groups.texts, groups.token_ids, groups.truncated_N, rows))]
+
+
+# ---------------------------------------------------------------------- evaluation
+
+
+def evaluate(step: int, prompts: list, rewards: list[Reward], sampler: Sampler, config, clock: Clock,
+             log: Log, world) -> tuple[dict, list[dict]]:
+    """One sample of each evaluation prompt, with the same seeds every time: (metrics; on the main rank the
+    records of rollouts/eval_NNNNNN.jsonl)."""
+    local = sample_and_score(sampler, prompts, rewards, 1, "eval", f"evaluation after step {step}",
+                             describe_text, config, clock, log, world)
+    groups = all_gather(local, world)
+    shown = list(groups.statistics)[5:]  # without those of `lengths`
+    rows = torch.stack([groups.statistics[name].flatten() for name in shown], 1).tolist()
+    scores = [{name: None if x != x else x for name, x in zip(shown, row)} for row in rows]
+    metrics = {name: x for name, x in summarise(groups, rewards).items()
+               if not name.startswith(("dead_groups", "reward_std"))}  # mean nothing for single samples
+    for name in shown:
+        mean = mean_of(groups.statistics[name])
+        metrics[name] = math.nan if mean is None else mean
+    return ({f"eval/{name}": x for name, x in metrics.items()},
+            records(groups, prompts, rewards, scores=scores))
