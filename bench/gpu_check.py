@@ -41,7 +41,7 @@ import torch
 
 from bench import hardware
 from kernels import backend
-from run import replace
+from lib.files import replace
 
 ROOT = Path(__file__).parent.parent
 PYTHON = [sys.executable, "-m"]
