@@ -210,9 +210,8 @@ def test_weights_that_gave_back_their_memory_sample_as_before_once_they_are_writ
     model, source = perturbed(), perturbed()
     before, _ = run(model, requests())
     for _ in range(2):
-        replica.release_(model)
-        assert all(p.untyped_storage().nbytes() == 0 for p in model.parameters())
-        replica.restore_(model)
+        with replica.released(model):
+            assert all(p.untyped_storage().nbytes() == 0 for p in model.parameters())
         with torch.no_grad():
             for p, q in zip(model.parameters(), source.parameters()):
                 p.fill_(torch.nan).copy_(q)
