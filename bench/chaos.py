@@ -103,7 +103,8 @@ def differences(a: Path, b: Path) -> list[str]:
                         for name in f.keys()}
         for line in (run / "metrics.jsonl").read_text().splitlines():
             m = json.loads(line)
-            out[f"metrics of step {m['step']}"] = {
+            kind = "evaluation" if any(k.startswith("eval/") for k in m) else "metrics"
+            out[f"{kind} of step {m['step']}"] = {
                 k: v for k, v in m.items() if not k.startswith(("time/", "tokens_per_second/", "memory/"))}
         return out
 
