@@ -96,8 +96,7 @@ class Plan:
 
     @property
     def sampler_dtype(self) -> torch.dtype:
-        chosen = self.config.sampler_dtype
-        return getattr(torch, chosen if chosen != "auto" else "bfloat16" if self.cuda else "float32")
+        return rollout.sampler_dtype(self.config, torch.device("cuda" if self.cuda else "cpu"))
 
     @property
     def longest(self) -> int:
