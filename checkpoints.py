@@ -18,13 +18,13 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
 
-from lib.files import DiskError, write_durably
-from lib.options import ConfigError
+from lib.files import write_durably
+from lib.options import UserError
 from model import Qwen2
 from parallel import World, broadcast, gather, raise_on_all_ranks
 
 
-class BadCheckpoint(ValueError):
+class BadCheckpoint(UserError):
     """A checkpoint that does not match its manifest; the message names the file."""
 
 
@@ -54,13 +54,13 @@ def save(folder: Path, model: Qwen2, optimizer: torch.optim.Optimizer, state: di
     half checkpoint.
 
     Each rank writes its shards as safetensors through DCP and hashes what it wrote; the manifest names every
-    file with its sha256. The last `keep` are kept, and those of every `keep_every`th step. Raises DiskError
+    file with its sha256. The last `keep` are kept, and those of every `keep_every`th step. Raises UserError
     on all ranks, with the checkpoints before it as they were.
     """
     final, beside = folder / f"step_{state['step']:06d}", folder / f"writing_{state['step']:06d}"
     tensors = tensors_of(model, optimizer)
     try:
-        with raise_on_all_ranks(OSError, world):
+        with raise_on_all_ranks(world):
             if world.main:
                 for broken_off in folder.glob("writing_*"):
                     shutil.rmtree(broken_off)
@@ -68,11 +68,11 @@ def save(folder: Path, model: Qwen2, optimizer: torch.optim.Optimizer, state: di
         for part in tensors:
             writer = HuggingFaceStorageWriter(str(beside / part), save_distributed=True)
             dcp.save(tensors[part], storage_writer=writer)
-        with raise_on_all_ranks(OSError, world):  # DCP numbers its files by rank, from 1 on
+        with raise_on_all_ranks(world):  # DCP numbers its files by rank, from 1 on
             mine = {str(f.relative_to(beside)): digest(f)
                     for f in beside.glob(f"*/shard-{world.rank + 1:05d}-*")}
         manifest = {name: sha for part in gather(mine, world) for name, sha in part.items()}
-        with raise_on_all_ranks(OSError, world):
+        with raise_on_all_ranks(world):
             if world.main:
                 updates = next(iter(optimizer.state.values()))["step"].item()
                 write_durably(beside / "state.json",
@@ -90,7 +90,7 @@ def save(folder: Path, model: Qwen2, optimizer: torch.optim.Optimizer, state: di
         dist.barrier()
         needed = sum(t.numel() * t.element_size() for part in tensors.values() for t in part.values())
         there = next(p for p in folder.parents if p.exists())
-        raise DiskError(f"checkpoint {final} cannot be written ({reasons[0].strerror or reasons[0]}): it "
+        raise UserError(f"checkpoint {final} cannot be written ({reasons[0].strerror or reasons[0]}): it "
                         f"needs {needed:,} bytes, and {shutil.disk_usage(there).free:,} are free; those "
                         "before it stay: make room, and the same command goes on from them") from None
     for old in complete(folder)[keep:] if world.main else []:
@@ -128,7 +128,7 @@ def complete(folder: Path) -> list[Path]:
 def verify(path: Path, world: World | None = None) -> dict:
     """Returns the state of a checkpoint whose files all match its manifest; raises BadCheckpoint for one that
     was cut or changed. The ranks of a world share the hashing and its verdict."""
-    with raise_on_all_ranks(BadCheckpoint, world) if world else nullcontext():
+    with raise_on_all_ranks(world) if world else nullcontext():
         try:
             files = sorted(json.loads((path / "manifest.json").read_text()).items())
             for name, expected in files[world.rank::world.size] if world else files:
@@ -166,17 +166,17 @@ def load(path: Path, model: Qwen2, optimizer: torch.optim.Optimizer) -> dict:
 
 
 def find(path: Path) -> tuple[Path, Path]:
-    """(run folder, newest complete checkpoint in it, or the one that is named). Raises ConfigError or
+    """(run folder, newest complete checkpoint in it, or the one that is named). Raises UserError or
     BadCheckpoint."""
     if not path.is_dir():
-        raise ConfigError(f"{path} is no folder: give a run, or one of its checkpoints")
+        raise UserError(f"{path} is no folder: give a run, or one of its checkpoints")
     run = path if (path / "checkpoints").is_dir() else path.parent.parent
     if not (run / "config.json").is_file():
-        raise ConfigError(
+        raise UserError(
             f"{path} is neither a run nor a checkpoint of one: {run / 'config.json'} does not exist")
     if run != path:
         verify(path)
         return run, path
     if not (found := newest(run / "checkpoints")):
-        raise ConfigError(f"{path} has no complete checkpoint yet: export it after its first save")
+        raise UserError(f"{path} has no complete checkpoint yet: export it after its first save")
     return run, found[0]

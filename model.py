@@ -24,19 +24,16 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import safe_open
 from torch import nn
 from torch.autograd.graph import save_on_cpu
 from torch.utils.checkpoint import checkpoint
 
 from kernels.attention import packed_attention, rotate
+from lib.options import UserError
+from lib.weights import open_weights, plan_files, weight_files, write_file, write_index
 
 SCORER = "Qwen2ForSequenceClassification"  # in config.json's `architectures`: a RewardModel
-
-
-class CheckpointError(ValueError):
-    """A checkpoint that cannot be used; the message names file, tensor or value and what to do."""
 
 
 @dataclass(frozen=True)
@@ -336,29 +333,29 @@ def build(config: ModelConfig) -> Qwen2:
 def read_config(path: str | Path) -> ModelConfig:
     """Reads `config.json` of either generation (rope at top level, or inside `rope_parameters`).
 
-    Raises CheckpointError for a missing file, another architecture, or a feature that Qwen2.5 does not have.
+    Raises UserError for a missing file, another architecture, or a feature that Qwen2.5 does not have.
     """
     file = Path(path) / "config.json"
     try:
         raw = json.loads(file.read_text())
     except FileNotFoundError:
-        raise CheckpointError(
+        raise UserError(
             f"{file} does not exist: `model` must be a folder with config.json and safetensors weights"
         ) from None
     except json.JSONDecodeError as e:
-        raise CheckpointError(
+        raise UserError(
             f"{file} is not JSON ({e}): copy it again from the checkpoint's source") from None
     kind = raw.get("model_type")
     if kind != "qwen2":
-        raise CheckpointError(
+        raise UserError(
             f"{file}: model_type {kind!r} is not supported, only 'qwen2' (Qwen2 and Qwen2.5) is")
     if raw.get("use_sliding_window") or raw.get("hidden_act", "silu") != "silu":
-        raise CheckpointError(f"{file}: use_sliding_window and activations other than silu are not supported")
+        raise UserError(f"{file}: use_sliding_window and activations other than silu are not supported")
     rope = dict(raw.get("rope_parameters") or {})
     scaling = raw.get("rope_scaling") or rope
     rope_type = scaling.get("rope_type", scaling.get("type", "default"))
     if rope_type not in ("default", "yarn"):
-        raise CheckpointError(
+        raise UserError(
             f"{file}: rope type {rope_type!r} is not supported, only 'default' and 'yarn' are")
     try:
         config = ModelConfig(
@@ -379,24 +376,24 @@ def read_config(path: str | Path) -> ModelConfig:
             scalar_head=SCORER in (raw.get("architectures") or []),
         )
     except KeyError as e:
-        raise CheckpointError(
+        raise UserError(
             f"{file} lacks the field {e}: copy it again from the checkpoint's source") from None
     heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
     if config.hidden_size % heads or heads % kv_heads:
-        raise CheckpointError(f"{file}: hidden_size {config.hidden_size}, num_attention_heads {heads} and "
-                              f"num_key_value_heads {kv_heads} do not divide each other")
+        raise UserError(f"{file}: hidden_size {config.hidden_size}, num_attention_heads {heads} and "
+                        f"num_key_value_heads {kv_heads} do not divide each other")
     if rope_type == "yarn" and "factor" not in config.rope_scaling:
-        raise CheckpointError(f"{file}: YaRN needs a `factor`")
+        raise UserError(f"{file}: YaRN needs a `factor`")
     known = {"rope_type", "factor", "original_max_position_embeddings", "attention_factor", "beta_fast",
              "beta_slow", "truncate"}
     given = {k for k, v in (config.rope_scaling or {}).items() if v is not None}
     if unknown := sorted(given - known):
-        raise CheckpointError(f"{file}: YaRN's {', '.join(unknown)} is not supported")
+        raise UserError(f"{file}: YaRN's {', '.join(unknown)} is not supported")
     return config
 
 
-def config_json(config: ModelConfig, dtype: torch.dtype) -> dict:
-    """The older generation of config.json, which every reader understands."""
+def write_config(config: ModelConfig, path: str | Path, dtype: torch.dtype):
+    """Writes config.json of the older generation, which every reader understands."""
     fields = {name: getattr(config, name) for name in config.__dataclass_fields__
               if name not in ("rope_scaling", "scalar_head")}
     out = {
@@ -409,48 +406,15 @@ def config_json(config: ModelConfig, dtype: torch.dtype) -> dict:
         out["rope_scaling"] = {**config.rope_scaling, "type": "yarn"}
     if config.scalar_head:  # transformers counts labels here, and would take two; a pad_token_id that is the
         out["id2label"] = {"0": "score"}  # end of text would make it score the token before the end
-    return out
+    (Path(path) / "config.json").write_text(json.dumps(out, indent=2) + "\n")
 
 
 # ---------------------------------------------------------------------- weights
 
 
-def open_weights(file: Path):
-    """A safetensors file opened to read; raises CheckpointError, naming the file, if it is cut short."""
-    try:
-        return safe_open(file, framework="pt")
-    except SafetensorError as e:
-        raise CheckpointError(f"{file} cannot be read ({e}): copy it again") from None
-
-
-def weight_files(path: str | Path) -> dict[str, Path]:
-    """Tensor name -> safetensors file of a checkpoint folder. CheckpointError names a missing or cut file."""
-    path = Path(path)
-    index, single = path / "model.safetensors.index.json", path / "model.safetensors"
-    if index.exists():
-        try:
-            names = json.loads(index.read_text())["weight_map"]
-            files = {name: path / file for name, file in names.items()}
-        except (ValueError, KeyError, AttributeError) as e:
-            raise CheckpointError(f"{index} is not a safetensors index ({e}): copy it again") from None
-    elif single.exists():
-        with open_weights(single) as f:
-            files = dict.fromkeys(f.keys(), single)
-    else:
-        raise CheckpointError(f"{path} has neither model.safetensors nor model.safetensors.index.json: is "
-                              "the download complete?")
-    if missing := sorted({f.name for f in files.values() if not f.exists()}):
-        raise CheckpointError(f"{path} lacks {', '.join(missing)}, which its index names: is the download "
-                              "complete?")
-    for file in sorted(set(files.values())):
-        with open_weights(file):
-            pass
-    return files
-
-
 def check_tensors(config: ModelConfig, path: str | Path) -> dict[str, Path]:
     """Compares names and shapes in the files with the model's, reading headers only. Returns name -> file;
-    raises CheckpointError."""
+    raises UserError."""
     files = weight_files(path)
     with torch.device("meta"):
         expected = {name: tuple(p.shape) for name, p in build(config).named_parameters()}
@@ -465,8 +429,8 @@ def check_tensors(config: ModelConfig, path: str | Path) -> dict[str, Path]:
         head, embedding = (open_weights(files[name]).get_slice(name) for name in tied)
         if any(not torch.equal(head[i:i + 4096], embedding[i:i + 4096])
                for i in range(0, config.vocab_size, 4096)):
-            raise CheckpointError(f"{path} says tie_word_embeddings, but its lm_head.weight differs from the "
-                                  "embedding: set tie_word_embeddings to false in config.json")
+            raise UserError(f"{path} says tie_word_embeddings, but its lm_head.weight differs from the "
+                            "embedding: set tie_word_embeddings to false in config.json")
         del files["lm_head.weight"]
     problems = [f"missing {n}" for n in sorted(expected.keys() - found.keys())]
     problems += [f"unexpected {n}" for n in sorted(found.keys() - expected.keys())]
@@ -478,12 +442,12 @@ def check_tensors(config: ModelConfig, path: str | Path) -> dict[str, Path]:
         more = f" and {len(problems) - 20} more" if len(problems) > 20 else ""
         index = Path(path) / "model.safetensors.index.json"
         where = f"{index}, with the files it names," if index.exists() else path
-        raise CheckpointError(f"{where} does not fit config.json: " + "; ".join(problems[:20]) + more)
+        raise UserError(f"{where} does not fit config.json: " + "; ".join(problems[:20]) + more)
     return files
 
 
 def load(path: str | Path, dtype: torch.dtype = torch.float32, device="cpu") -> Qwen2:
-    """Reads a Hugging Face checkpoint folder. Raises CheckpointError, listing missing, unexpected and
+    """Reads a Hugging Face checkpoint folder. Raises UserError, listing missing, unexpected and
     misshaped tensors."""
     config = read_config(path)
     files = check_tensors(config, path)
@@ -496,41 +460,6 @@ def load(path: str | Path, dtype: torch.dtype = torch.float32, device="cpu") -> 
     return model
 
 
-def plan_files(model: Qwen2, itemsize: int, max_shard_bytes: int = 5 * 2**30) -> dict[str, list[str]]:
-    """The names of the tensors that go into each safetensors file of a checkpoint, in the model's order."""
-    groups, size = [[]], 0
-    for name, p in model.named_parameters():
-        if groups[-1] and size + p.numel() * itemsize > max_shard_bytes:
-            groups, size = [*groups, []], 0
-        groups[-1].append(name)
-        size += p.numel() * itemsize
-    if len(groups) == 1:
-        return {"model.safetensors": groups[0]}
-    return {f"model-{i + 1:05d}-of-{len(groups):05d}.safetensors": group for i, group in enumerate(groups)}
-
-
-def write_file(tensors: dict[str, torch.Tensor], file: Path):
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.touch()
-    mode = file.stat().st_mode
-    save_file(tensors, file, metadata={"format": "pt"})  # renames a file that only its owner may read
-    file.chmod(mode)
-
-
-def write_index(model: Qwen2, path: str | Path, dtype: torch.dtype, files: dict[str, list[str]]):
-    """config.json, and the index where there are several files; what an older checkpoint left is removed."""
-    path, index = Path(path), "model.safetensors.index.json"
-    if len(files) > 1:
-        size = sum(p.numel() for p in model.parameters()) * dtype.itemsize
-        places = {name: file for file, names in files.items() for name in names}
-        content = {"metadata": {"total_size": size}, "weight_map": places}
-        (path / index).write_text(json.dumps(content, indent=2))
-    kept = {*files, *([index] if len(files) > 1 else [])}
-    for stale in (f for f in path.glob("model*.safetensors*") if f.name not in kept):
-        stale.unlink()  # an older index would be read instead of the new file
-    (path / "config.json").write_text(json.dumps(config_json(model.config, dtype), indent=2) + "\n")
-
-
 def save(model: Qwen2, path: str | Path, max_shard_bytes: int = 5 * 2**30):
     """Writes a Hugging Face checkpoint folder: config.json and one safetensors file, or several with an
     index."""
@@ -539,3 +468,4 @@ def save(model: Qwen2, path: str | Path, max_shard_bytes: int = 5 * 2**30):
     for file, names in files.items():
         write_file({name: parameters[name].detach().contiguous() for name in names}, Path(path) / file)
     write_index(model, path, dtype, files)
+    write_config(model.config, path, dtype)

@@ -27,8 +27,10 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 
+from lib.options import UserError
 from lib.stop import Stopped, Watch
-from model import Qwen2, build, check_tensors, plan_files, read_config, write_file, write_index
+from lib.weights import plan_files, write_file, write_index
+from model import Qwen2, build, check_tensors, read_config, write_config
 from replica import tp_dim, tp_slice
 
 
@@ -61,25 +63,17 @@ class World:
         return mesh
 
 
-class SetupError(ValueError):
-    """Processes or devices that torchrun was asked for and that are not there."""
-
-
-class HandoffError(RuntimeError):
-    """Sampler and trainer, or the trainer's replicas, hold different weights."""
-
-
 def restart_prefix() -> str:
     """A name of this start of the processes. torchrun keeps one store for all of its restarts, and what the
-    processes before have left in it sends these to addresses where nobody answers. Raises SetupError where
+    processes before have left in it sends these to addresses where nobody answers. Raises UserError where
     the nodes cannot know how often it was."""
     environment = os.environ.get
     several_nodes = environment("GROUP_WORLD_SIZE", "1") != "1"
     shared = environment("TORCHELASTIC_USE_AGENT_STORE") == "True"
     if shared and several_nodes and environment("TORCHELASTIC_MAX_RESTARTS", "0") != "0":
-        raise SetupError("restarts on several nodes need a store of their own each time: export "
-                         "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 for torchrun on every node, with "
-                         "--rdzv_backend=c10d; or leave --max-restarts out")
+        raise UserError("restarts on several nodes need a store of their own each time: export "
+                        "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 for torchrun on every node, with "
+                        "--rdzv_backend=c10d; or leave --max-restarts out")
     return "" if several_nodes else environment("TORCHELASTIC_RESTART_COUNT", "0")
 
 
@@ -88,17 +82,17 @@ def setup(device: str = "auto", timeout: int = 1800, watch: Watch | None = None,
 
     device: "cpu", "cuda", or "auto" for CUDA where there is one. NCCL on CUDA, gloo on CPU.
     timeout: seconds that a collective may take. watch: is started, and World.stopping is its. Raises
-    SetupError.
+    UserError.
     """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda":
         index, gpus = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
         if not torch.cuda.is_available():
-            raise SetupError(
+            raise UserError(
                 "device is cuda, but torch sees no GPU: pass --device cpu, or install a CUDA build of torch")
         if index >= gpus:
-            raise SetupError(
+            raise UserError(
                 f"this node has {gpus} GPUs, but torchrun started a process for GPU {index}: lower "
                 "--nproc_per_node")
         local = torch.device("cuda", index)
@@ -121,8 +115,8 @@ def setup(device: str = "auto", timeout: int = 1800, watch: Watch | None = None,
             dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=limit)
         except (dist.DistError, ValueError) as e:
             address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
-            raise SetupError(f"cannot join the process group at {address} ({str(e).splitlines()[0]}): choose "
-                             "another --master_port, or let torchrun do it with --standalone") from None
+            raise UserError(f"cannot join the process group at {address} ({str(e).splitlines()[0]}): choose "
+                            "another --master_port, or let torchrun do it with --standalone") from None
         if watch:  # torchrun's store may outlive a restart: a key that only these processes know
             key = [uuid.uuid4().hex]
             dist.broadcast_object_list(key, src=0)
@@ -186,7 +180,7 @@ def shard_of(p: torch.Tensor) -> tuple[torch.Tensor, int, int]:
 def load_sharded(path: str | Path, world: World, dtype: torch.dtype = torch.float32,
                  scalar_head: bool = False) -> Qwen2:
     """A Hugging Face checkpoint as a sharded model. Each rank reads its own rows and no others. Raises
-    CheckpointError.
+    UserError.
 
     scalar_head: of a policy, make a RewardModel; its head starts as N(0, 1 / (C + 1)) (arXiv 2009.01325).
     """
@@ -224,6 +218,7 @@ def save_sharded(model: Qwen2, path: str | Path, world: World, dtype: torch.dtyp
     dist.barrier()
     if world.main:
         write_index(model, path, dtype, files)
+        write_config(model.config, path, dtype)
     dist.barrier()
 
 
@@ -321,13 +316,13 @@ def gather_to_main(value, world: World) -> list:
 
 
 @contextmanager
-def raise_on_all_ranks(kind: type[Exception], world: World) -> Iterator[None]:
-    """An exception of this kind, or Stopped, that the body raises on one rank is raised on all, so that none
-    waits for another. An exception of this kind goes before Stopped."""
+def raise_on_all_ranks(world: World) -> Iterator[None]:
+    """A UserError, OSError or Stopped that the body raises on one rank is raised on all, so that none waits
+    for another; Stopped only where there is no other."""
     error = None
     try:
         yield
-    except (kind, Stopped) as e:
+    except (UserError, OSError, Stopped) as e:
         error = e
     errors = [e for e in gather(error, world) if e]
     if errors:
@@ -335,7 +330,7 @@ def raise_on_all_ranks(kind: type[Exception], world: World) -> Iterator[None]:
 
 
 @contextmanager
-def in_rounds(kind: type[Exception], world: World, group=None) -> Iterator[Callable[[], None]]:
+def in_rounds(world: World, group=None) -> Iterator[Callable[[], None]]:
     """`raise_on_all_ranks` for a body that may last longer on some ranks than a collective may take.
 
     Yields a function that the body calls often. Every 5 seconds it meets the other ranks in a collective,
@@ -364,10 +359,10 @@ def in_rounds(kind: type[Exception], world: World, group=None) -> Iterator[Calla
         if now:
             meet(True)
 
-    with raise_on_all_ranks(kind, world):
+    with raise_on_all_ranks(world):
         try:
             yield interrupt
-        except (kind, Stopped) as e:
+        except (UserError, OSError, Stopped) as e:
             error = e
         while not over:
             try:
@@ -452,7 +447,7 @@ def publish(trainer: Qwen2, sampler: Qwen2) -> int:
     """Copies the trainer's sharded weights into the sampler's replica, or its tensor-parallel slice of one:
     cast, then gathered inside the shard group, half a layer at a time. Returns the fingerprint of both.
 
-    Takes less memory than max(two layers, one embedding matrix) in the sampler's dtype. Raises HandoffError
+    Takes less memory than max(two layers, one embedding matrix) in the sampler's dtype. Raises UserError
     on all ranks if the weights of one are not what was sent.
     """
     reshard(trainer)
@@ -491,7 +486,7 @@ def bits(x_RC: torch.Tensor, row: int, column: int) -> torch.Tensor:
 
 
 def agreement(sent: dict[str, torch.Tensor], received: dict[str, torch.Tensor], shard_group, tp_group) -> int:
-    """One number for the weights, the same for any number of ranks; raises HandoffError on all if some rank's
+    """One number for the weights, the same for any number of ranks; raises UserError on all if some rank's
     disagree. 53 bits, which every reader of JSON keeps."""
     sums = []
     for parts, group in ((sent, shard_group), (received, tp_group)):
@@ -505,6 +500,6 @@ def agreement(sent: dict[str, torch.Tensor], received: dict[str, torch.Tensor], 
     for rank, (number, names) in enumerate(everyone):
         if names or number != everyone[0][0]:
             what = f"the sampler's {names[0]} is not the trainer's" if names else "weights are not rank 0's"
-            raise HandoffError(f"publish: on rank {rank} {what}. A machine or a change of the code is at "
-                               "fault; the same command goes on from the last checkpoint")
+            raise UserError(f"publish: on rank {rank} {what}. A machine or a change of the code is at "
+                            "fault; the same command goes on from the last checkpoint")
     return mine

@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from model import CheckpointError, ModelConfig, Qwen2, RMSNorm
+from lib.options import UserError
+from model import ModelConfig, Qwen2, RMSNorm
 
 
 class Product:
@@ -149,11 +150,11 @@ def pack_head(weight: torch.Tensor):
 
 
 def check_tp(config: ModelConfig, tp: int):
-    """Raises CheckpointError if a model cannot be split over tp ranks."""
+    """Raises UserError if a model cannot be split over tp ranks."""
     for name in ("num_attention_heads", "num_key_value_heads", "intermediate_size", "vocab_size"):
         if getattr(config, name) % tp:
-            raise CheckpointError(f"tp {tp} does not divide the model's {name} of {getattr(config, name)}: "
-                                  "choose one that does")
+            raise UserError(f"tp {tp} does not divide the model's {name} of {getattr(config, name)}: "
+                            "choose one that does")
 
 
 def tp_dim(name: str) -> int | None:

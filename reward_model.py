@@ -15,7 +15,7 @@ import grpo
 import parallel
 from data.prompts import frame
 from data.tokenizer import Tokenizer
-from lib.options import ConfigError
+from lib.options import UserError
 from model import SCORER, ModelConfig, RewardModel, check_tensors, packed, read_config
 
 
@@ -65,14 +65,14 @@ def scores(model: RewardModel, rows: list[list[int]], budget: int, world) -> lis
 
 def check(path: str) -> tuple[ModelConfig, Tokenizer]:
     """Shape and tokenizer of a reward model's folder, of whose weights only headers are read. Raises
-    ConfigError, CheckpointError, TokenizerError."""
+    UserError."""
     if not Path(path, "config.json").exists():
-        raise ConfigError(f"reward_model: {path}/config.json does not exist: give a reward model's "
-                          "folder or the addresses of servers, or leave the reward out with --reward")
+        raise UserError(f"reward_model: {path}/config.json does not exist: give a reward model's "
+                        "folder or the addresses of servers, or leave the reward out with --reward")
     shape = read_config(path)
     if not shape.scalar_head:
-        raise ConfigError(f"reward_model {path} is no reward model: its config.json must name {SCORER}, as "
-                          "those of scripts/train_rm.py do; or leave the reward out with --reward")
+        raise UserError(f"reward_model {path} is no reward model: its config.json must name {SCORER}, as "
+                        "those of scripts/train_rm.py do; or leave the reward out with --reward")
     check_tensors(shape, path)
     tokenizer = Tokenizer(path)
     tokenizer.check_rows(shape.vocab_size, path)

@@ -19,7 +19,7 @@ import text
 from data.prompts import frame
 from lib.endpoint import Endpoint, Unavailable
 from lib.files import locate
-from lib.options import ConfigError
+from lib.options import UserError
 from text import count_words, repetition, repetition_words, structure
 
 END_OF_TEXT = "<|endoftext|>"  # of the Qwen2.5 family: a reward model's score stands there
@@ -40,7 +40,7 @@ def remote(reward=None, *, threads: int = 8, patience: float = 60.0):
 
     It is called in one of `threads` threads as soon as a sample ends, and must not use torch. Where it
     raises, or is not back `patience` seconds after the step's last sample, it is missing; but a mistake in
-    the code (rollout.MISTAKES) ends the run, as in any reward. If it has an attribute `down`, as
+    the code (scoring.MISTAKES) ends the run, as in any reward. If it has an attribute `down`, as
     endpoint.Endpoint has, the run pauses while `down()` is not empty, and patience stands still.
     """
     if not (threads >= 1 and 0 <= patience <= threading.TIMEOUT_MAX):
@@ -134,8 +134,8 @@ class Writing:
     def check(self, config):
         vars(self).clear()
         if not config.reward_model:
-            raise ConfigError("reward_model is empty, and the writing reward asks it: give --reward_model, "
-                              "or train on the rules alone with --reward length,format")
+            raise UserError("reward_model is empty, and the writing reward asks it: give --reward_model, "
+                            "or train on the rules alone with --reward length,format")
         if "://" not in config.reward_model:
             self.read = reward_model.check(locate(config.reward_model))
             return
@@ -147,7 +147,7 @@ class Writing:
                 print(f"warning: no server of reward_model answers yet ({e}); the run will wait for one when "
                       "its first samples are written", file=sys.stderr, flush=True)
         except ValueError as e:
-            raise ConfigError(f"reward_model: {e}") from None
+            raise UserError(f"reward_model: {e}") from None
         self.batched, self.remote, self.down = False, (SERVER_THREADS, SERVER_PATIENCE), self.servers.down
 
     def prepare(self, config, world):

@@ -1,4 +1,4 @@
-"""The folder of a run: options, source, log, progress and clock."""
+"""A run: what it reads, its folder, log, progress and clock."""
 
 import dataclasses
 import fcntl
@@ -13,22 +13,63 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 
 import torch
 
 import checkpoints
+import model as qwen
 import parallel
-from lib.files import ROOT, DiskError, read_jsonl, replace, write_jsonl
-from lib.options import ConfigError
-from model import Qwen2
+import replica
+from data import prompts as prompt_data
+from data.tokenizer import Tokenizer
+from lib.files import ROOT, locate, read_jsonl, replace, write_jsonl
+from lib.options import UserError
 from parallel import World, broadcast, raise_on_all_ranks
 
 # What a run may change when it goes on: nothing that its steps depend on.
 MAY_DIFFER = {"run_dir", "resume", "steps", "save_every", "keep_checkpoints", "keep_every", "device", "wandb",
               "max_sequences", "replicate", "recompute", "offload_activations", "offload_optimizer",
               "offload_reward_model", "timeout", "max_skipped"}
+
+# ---------------------------------------------------------------------- inputs
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a run reads besides weights."""
+
+    model: str  # checkpoint folders
+    reference: str
+    tokenizer: Tokenizer
+    prompts: list
+    eval_prompts: list
+    dropped: dict[str, int]  # training prompts, by reason
+    eval_dropped: dict[str, int]
+
+
+def read_inputs(config, world: World) -> Inputs:
+    """Reads and checks what can be known before weights load: checkpoints' headers, tokenizer and prompts.
+    Raises UserError."""
+    model, reference = locate(config.model), locate(config.reference or config.model)
+    shapes, tokenizer = {path: qwen.read_config(path) for path in (model, reference)}, Tokenizer(model)
+    for path, shape in shapes.items():
+        if shape.scalar_head:
+            raise UserError(f"{path} is a reward model, which writes nothing: give it as reward_model")
+        qwen.check_tensors(shape, path)
+        replica.check_tp(shape, config.tp)
+        tokenizer.check_rows(shape.vocab_size, path)
+    context = min(shape.max_position_embeddings for shape in shapes.values())
+    eval_prompts, eval_dropped = [], {}
+    prompts, dropped = prompt_data.load(config, "prompts", config.prompts_per_step, "a step", tokenizer,
+                                        context)
+    if config.eval_prompts:
+        eval_prompts, eval_dropped = prompt_data.load(config, "eval_prompts", world.size, "every rank",
+                                                      tokenizer, context)
+    return Inputs(model, reference, tokenizer, prompts, eval_prompts, dropped, eval_dropped)
+
 
 # ---------------------------------------------------------------------- folder of the run
 
@@ -43,7 +84,7 @@ def differences(config, recorded: dict) -> list[str]:
 
 
 def lock(folder: Path):
-    """Keeps the folder for this process until it ends. Raises ConfigError if another process has it, even a
+    """Keeps the folder for this process until it ends. Raises UserError if another process has it, even a
     stopped one. A POSIX lock: no child inherits it."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -54,8 +95,8 @@ def lock(folder: Path):
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         os.ftruncate(file, os.write(file, f"process {os.getpid()} on {socket.gethostname()}".encode()))
     except (BlockingIOError, PermissionError):
-        raise ConfigError(f"{folder} is in use by {os.read(file, 999).decode()}: end that run first, or "
-                          "choose another run_dir") from None
+        raise UserError(f"{folder} is in use by {os.read(file, 999).decode()}: end that run first, or "
+                        "choose another run_dir") from None
     except OSError as e:
         print(f"warning: {folder} cannot be locked ({e.strerror}): start no other run in it", file=sys.stderr,
               flush=True)
@@ -70,28 +111,28 @@ def new_folder() -> Path:
                 folder.mkdir(parents=True)
                 return folder
     except OSError as e:
-        raise ConfigError(f"{name} cannot be made ({e.strerror}): give a --run_dir elsewhere") from None
+        raise UserError(f"{name} cannot be made ({e.strerror}): give a --run_dir elsewhere") from None
 
 
 def choose_folder(config, restarted: bool) -> Path:
     """run_dir, or a new folder; after an elastic restart the newest one with this config, which is the run
-    that broke off. It is locked. Raises ConfigError if a run goes on there, or one of another config was."""
+    that broke off. It is locked. Raises UserError if a run goes on there, or one of another config was."""
     folder = Path(config.run_dir) if config.run_dir else None
     if not folder and restarted:
         for record in sorted(Path("runs").glob("*/config.json"), key=lambda f: -f.stat().st_mtime):
             if not differences(config, json.loads(record.read_text())):
-                with suppress(ConfigError):  # another run with the same options goes on there
+                with suppress(UserError):  # another run with the same options goes on there
                     lock(record.parent)
                     return record.parent
     if config.resume == "true" and not (folder and checkpoints.complete(folder / "checkpoints")):
-        raise ConfigError(f"resume is true, but {folder or 'a new run'} has no checkpoint to go on from")
+        raise UserError(f"resume is true, but {folder or 'a new run'} has no checkpoint to go on from")
     folder = folder or new_folder()
     record = folder / "config.json"
     if record.exists():
         if config.resume == "false":
-            raise ConfigError(f"{folder} holds a run already and resume is false: choose another run_dir")
+            raise UserError(f"{folder} holds a run already and resume is false: choose another run_dir")
         if changed := differences(config, json.loads(record.read_text())):
-            raise ConfigError(
+            raise UserError(
                 f"{folder} holds a run of another config: {'; '.join(changed)}; choose another run_dir, or "
                 "the same options"
             )
@@ -100,15 +141,15 @@ def choose_folder(config, restarted: bool) -> Path:
 
 
 def open_run(config, world: World) -> tuple[Path, tuple[Path, dict] | None]:
-    """The run's folder, and its newest whole checkpoint with its state. Raises ConfigError or BadCheckpoint
+    """The run's folder, and its newest whole checkpoint with its state. Raises UserError or BadCheckpoint
     on all ranks."""
     restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))  # 0 on a node that has just come back
     restarted, folder = parallel.largest({"restarts": restarts}, world)["restarts"] > 0, None
-    with raise_on_all_ranks(ConfigError, world):
+    with raise_on_all_ranks(world):
         folder = choose_folder(config, restarted) if world.main else None
     folder = broadcast(folder, world)
     newest = checkpoints.newest(folder / "checkpoints", world)
-    with raise_on_all_ranks(ConfigError, world):
+    with raise_on_all_ranks(world):
         if world.main and not (newest and newest[1]["step"] > config.steps):
             open_folder(config, folder, newest)
     return folder, newest
@@ -116,7 +157,7 @@ def open_run(config, world: World) -> tuple[Path, tuple[Path, dict] | None]:
 
 def open_folder(config, folder: Path, newest: tuple[Path, dict] | None):
     """Prepares the folder for going on from its newest checkpoint, or for beginning. Main rank only. Raises
-    ConfigError."""
+    UserError."""
     path, state = newest or (None, {"step": -1})
     try:
         (folder / "rollouts").mkdir(parents=True, exist_ok=True)
@@ -126,7 +167,7 @@ def open_folder(config, folder: Path, newest: tuple[Path, dict] | None):
             return
         kept = keep_source(folder, state["step"])
     except OSError as e:
-        raise ConfigError(f"run_dir {folder} cannot be written ({e}): choose another") from None
+        raise UserError(f"run_dir {folder} cannot be written ({e}): choose another") from None
     if (code := state.get("code")) and code != code_hash():
         print(f"warning: {path} was made by other code than this: {kept.name} holds what runs from here on",
               file=sys.stderr, flush=True)
@@ -280,7 +321,7 @@ def warnings(metrics: dict, config, names: list[str]) -> Iterator[str]:
 
 class Log:
     """What the main rank writes of a run: rollouts/, metrics.jsonl, log.txt, the console, wandb. All ranks
-    call its methods; where a file cannot be written they raise DiskError on all ranks."""
+    call its methods; where a file cannot be written they raise UserError on all ranks."""
 
     def __init__(self, folder: Path, config, names: list[str], clock: Clock, world: World):
         self.folder, self.config, self.names, self.clock, self.world = folder, config, names, clock, world
@@ -292,8 +333,8 @@ class Log:
         evaluated = {m["step"] for m in lines if any(name.startswith("eval/") for name in m)}
         self.evaluated = broadcast(evaluated, world)  # steps
 
-    def start(self, model: Qwen2, inputs, saved: int):
-        """The first line: what is trained, on what, from which step. inputs: train.Inputs."""
+    def start(self, model: qwen.Qwen2, inputs: Inputs, saved: int):
+        """The first line: what is trained, on what, from which step. """
         notes = [f"{model.config.num_parameters:,} parameters", f"{len(inputs.prompts)} prompts"]
         notes += [f"{n} {why} dropped" for why, n in inputs.dropped.items()]
         notes += [f"{n} {why} evaluation prompts dropped" for why, n in inputs.eval_dropped.items()]
@@ -334,7 +375,7 @@ class Log:
 
     def bad_batch(self, step: int, samples: list):
         """Writes the samples of skipped updates, each line the fields of a grpo.Sample."""
-        with raise_on_all_ranks(DiskError, self.world):
+        with raise_on_all_ranks(self.world):
             if self.world.main:
                 write_jsonl(self.folder / "bad_batches" / f"step_{step:06d}.jsonl",
                             [{name: x.tolist() if isinstance(x, torch.Tensor) else x
@@ -342,7 +383,7 @@ class Log:
 
     def write(self, file: str, metrics: dict, records: list[dict]):
         """Numbers that are not finite become null, which every reader of JSON knows."""
-        with raise_on_all_ranks(DiskError, self.world):
+        with raise_on_all_ranks(self.world):
             if self.world.main:
                 write_jsonl(self.folder / "rollouts" / file, records)
                 finite = {name: value if math.isfinite(value) else None for name, value in metrics.items()}

@@ -12,7 +12,6 @@ import math
 import os
 import signal
 import sys
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,24 +26,18 @@ import torch
 
 import checkpoints
 import grpo
-import model as qwen
 import parallel
 import replica
+import rewards as reward_file
 import rollout
 import run
 from checkpoints import Checkpoints
 from data import prompts as prompt_data
-from data.prompts import PromptError
-from data.tokenizer import Tokenizer, TokenizerError
 from kernels import linear_logprob
 from lib import options
-from lib.files import DiskError, locate
-from lib.options import ConfigError
-from rollout import RewardError
-
-
-class Diverged(Exception):
-    """Too many updates in a row had to be skipped."""
+from lib.files import locate
+from lib.options import UserError
+from lib.scoring import RewardError, choose_rewards
 
 
 @dataclass
@@ -120,7 +113,7 @@ class Config:
 
 def parse(arguments: list[str], about: str = __doc__, others: tuple[str, ...] = ()) -> Config:
     """What is not given is as the run in run_dir has it, if there is one; else, without --model and --config,
-    as configs/tiny.json has it; else Config's. Raises ConfigError."""
+    as configs/tiny.json has it; else Config's. Raises UserError."""
     given, files = options.read(Config, arguments, about, others)
     folder = given.get("run_dir")
     if folder and (record := Path(folder, "config.json")).exists():
@@ -136,7 +129,7 @@ def parse(arguments: list[str], about: str = __doc__, others: tuple[str, ...] = 
 
 
 def check(config: Config, world: parallel.World):
-    """Checks everything that can be known without reading a file. Raises ConfigError."""
+    """Checks everything that can be known without reading a file. Raises UserError."""
     options.check_numbers(
         config,
         "steps prompts_per_step max_new_tokens temperature clip_grad updates_per_batch micro_batch_tokens "
@@ -169,46 +162,8 @@ def check(config: Config, world: parallel.World):
                                      "used: set beta too"),
     ):
         if invalid:
-            raise ConfigError(message)
-    rollout.choose_rewards(config.reward)
-
-
-@dataclass(frozen=True)
-class Inputs:
-    """What a run reads besides weights."""
-
-    model: str  # checkpoint folders
-    reference: str
-    tokenizer: Tokenizer
-    prompts: list
-    eval_prompts: list
-    dropped: dict[str, int]  # training prompts, by reason
-    eval_dropped: dict[str, int]
-    rewards: list[rollout.Reward]
-
-
-def read_inputs(config: Config, world: parallel.World) -> Inputs:
-    """Reads and checks everything that can be known before weights load: options, checkpoints' headers,
-    prompts, rewards. Raises an error of one sentence."""
-    check(config, world)
-    rewards = rollout.choose_rewards(config.reward)
-    model, reference = locate(config.model), locate(config.reference or config.model)
-    shapes, tokenizer = {path: qwen.read_config(path) for path in (model, reference)}, Tokenizer(model)
-    for path, shape in shapes.items():
-        if shape.scalar_head:
-            raise ConfigError(f"{path} is a reward model, which writes nothing: give it as reward_model")
-        qwen.check_tensors(shape, path)
-        replica.check_tp(shape, config.tp)
-        tokenizer.check_rows(shape.vocab_size, path)
-    context = min(shape.max_position_embeddings for shape in shapes.values())
-    eval_prompts, eval_dropped = [], {}
-    prompts, dropped = prompt_data.load(config, "prompts", config.prompts_per_step, "a step", tokenizer,
-                                        context)
-    if config.eval_prompts:
-        eval_prompts, eval_dropped = prompt_data.load(config, "eval_prompts", world.size, "every rank",
-                                                      tokenizer, context)
-    rollout.check_rewards(rewards, config, prompts, tokenizer)
-    return Inputs(model, reference, tokenizer, prompts, eval_prompts, dropped, eval_dropped, rewards)
+            raise UserError(message)
+    choose_rewards(config.reward, reward_file)
 
 
 # ---------------------------------------------------------------------- update
@@ -338,8 +293,11 @@ def update(model, reference, optimizer, samples: list[grpo.Sample], parts: list[
 def train(config: Config, clock: run.Clock | None = None, watch: Watch | None = None):
     clock = clock or run.Clock()
     world = parallel.setup(config.device, config.timeout, watch, config.replicate)
-    inputs = read_inputs(config, world)
-    rewards, names = inputs.rewards, [reward.name for reward in inputs.rewards]
+    with parallel.raise_on_all_ranks(world):
+        check(config, world)
+        rewards, inputs = choose_rewards(config.reward, reward_file), run.read_inputs(config, world)
+        rollout.check_rewards(rewards, config, inputs.prompts, inputs.tokenizer)
+    names = [reward.name for reward in rewards]
     folder, newest = run.open_run(config, world)
     log = run.Log(folder, config, names, clock, world)
     saved = newest[1]["step"] if newest else 0  # step of the newest checkpoint
@@ -397,7 +355,7 @@ def train(config: Config, clock: run.Clock | None = None, watch: Watch | None = 
             if updated.skipped:
                 log.bad_batch(step, updated.skipped)
             if skipped >= config.max_skipped:
-                raise Diverged(f"{skipped} updates in a row were skipped, the last with a gradient of norm "
+                raise UserError(f"{skipped} updates in a row were skipped, the last with a gradient of norm "
                                f"{stats['grad_norm']:.3g}: look at their samples in {folder}/bad_batches, at "
                                f"the rewards and at lr; the same command goes on after step "
                                f"{saver.saved}")
@@ -414,20 +372,14 @@ def train(config: Config, clock: run.Clock | None = None, watch: Watch | None = 
     log.finish()
 
 
+@options.command
 def main():
-    clock, watch, rank = run.Clock(), Watch(), int(os.environ.get("RANK", 0))
+    clock, watch, rank = run.Clock(), Watch(), os.environ.get("RANK", "0")
     faulthandler.enable(sys.__stderr__)  # where NCCL's watchdog ends a process, it says in which line
     try:
         train(parse(sys.argv[1:]), clock, watch)
     except Stopped:
         pass
-    except (ConfigError, parallel.SetupError, parallel.HandoffError, qwen.CheckpointError,
-            checkpoints.BadCheckpoint, DiskError, PromptError, TokenizerError, RewardError, Diverged) as e:
-        if rank == 0:
-            print(f"error: {e}", file=sys.stderr, flush=True)
-        else:  # torchrun ends all with the first that exits: not before rank 0 has spoken
-            time.sleep(5)
-        raise SystemExit(2) from None
     except RuntimeError as e:
         if not (reason := parallel.peer_failure(e)):
             raise

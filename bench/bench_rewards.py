@@ -16,8 +16,9 @@ from types import SimpleNamespace
 
 import numpy as np
 
-import rollout
+import rewards
 from bench import attacks, hardware
+from lib import scoring
 from rewards import REWARDS
 from scripts import plan
 from text import count_words
@@ -27,7 +28,7 @@ PLANS = {"7B, 8 GPUs": ["--config", "configs/qwen2.5-7b.json", "--gpus", "8"],
          "32B, 64 GPUs": ["--config", "configs/qwen2.5-32b.json", "--gpus", "8", "--nodes", "8"]}
 
 
-def milliseconds(reward: rollout.Reward, text: str, query: str, repeats: int = 9) -> float:
+def milliseconds(reward: scoring.Reward, text: str, query: str, repeats: int = 9) -> float:
     """Of one reward of one sample, processor time, the best of several."""
     completion = SimpleNamespace(text=f"<think>A plan.</think><answer>{text}</answer>", finish_reason="stop",
                                  token_ids=[0], max_new_tokens=14_000)
@@ -35,7 +36,7 @@ def milliseconds(reward: rollout.Reward, text: str, query: str, repeats: int = 9
     times = []
     for _ in range(repeats):
         start = time.thread_time()
-        rollout.score(reward, [completion], [prompt])
+        scoring.score(reward, [completion], [prompt])
         times.append(time.thread_time() - start)
     return 1e3 * min(times)
 
@@ -56,7 +57,8 @@ def cost(ms: float) -> dict[str, dict[str, float]]:
 
 def main():
     result = {"bench": "rewards", **hardware(), "words": WORDS, "samples": SAMPLES, "ms": {}}
-    rules = [reward for reward in rollout.choose_rewards(",".join(REWARDS)) if not reward.needs_model]
+    chosen = scoring.choose_rewards(",".join(REWARDS), rewards)
+    rules = [reward for reward in chosen if not reward.needs_model]
     for language, query in (("en", "Write a chronicle of a harbour town."), ("zh", "写一部海港小镇的编年史")):
         text = attacks.honest(random.Random(0), language, "long essay", attacks.LONG[language]).text
         result["ms"][language] = {r.name: round(milliseconds(r, text, query), 2) for r in rules}

@@ -14,16 +14,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from data.prompts import QUERY_FIELDS, objects, present
+from lib.options import UserError
 
 SIDES = (("chosen", "rejected"), ("chosen_response", "rejected_response"), ("preferred", "dispreferred"),
          ("win", "lose"))
 RESPONSES = ("responses", "completions", "answers", "outputs")
 TEXTS = ("response", "text", "content", "answer", "output", "completion")
 SCORES = ("score", "overall_score", "rating", "reward", "scores", "ratings")
-
-
-class PreferenceError(ValueError):
-    """A preference file that cannot be used; the message names file, line and what to do."""
 
 
 @dataclass(frozen=True)
@@ -77,13 +74,13 @@ def pairs_of(record: dict) -> list[Pair]:
 
 def read(path: str | Path) -> tuple[list[Pair], Counter]:
     """All pairs of a JSONL file, in its order, and how many were dropped: `empty` sides, `equal` ones. Raises
-    PreferenceError for a missing file or a malformed line."""
+    UserError for a missing file or a malformed line."""
     pairs, dropped = [], Counter()
-    for number, record in objects(path, "preference", PreferenceError):
+    for number, record in objects(path, "preference"):
         try:
             found = pairs_of(record)
         except ValueError as e:
-            raise PreferenceError(f"{path}, line {number}: {e}") from None
+            raise UserError(f"{path}, line {number}: {e}") from None
         for pair in found:
             why = ("empty" if not (pair.chosen and pair.rejected) else
                    "equal" if pair.chosen == pair.rejected else "")

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lib.files import locate
+from lib.options import UserError
 
 QUERY_FIELDS = ("prompt", "query", "question", "instruction")
 RANGE_FIELDS = ("length_range", "range")
@@ -45,10 +46,6 @@ STYLES = tuple(dict.fromkeys(style for style, _ in TEMPLATES))
 STOP = "</answer>,<|user|>,<|用户|>"  # strings that end a text in these templates, comma-separated
 TOKENS_PER_WORD = {"en": 1.3, "zh": 0.7}  # of Qwen2.5's tokenizer; Chinese counts characters
 THINK_SHARE = 0.15  # of the token budget is left for thinking (2,100 of 14,000; the paper's models use 2-3k)
-
-
-class PromptError(ValueError):
-    """A prompt file that cannot be used; the message names file, line and what to do."""
 
 
 @dataclass(frozen=True)
@@ -104,14 +101,14 @@ def present(record: dict, names, default=None):
     return next((record[name] for name in names if record.get(name) is not None), default)
 
 
-def objects(path: str | Path, what: str = "prompts", error: type = PromptError,
+def objects(path: str | Path, what: str = "prompts",
             broken: list[str] | None = None) -> Iterator[tuple[int, dict]]:
-    """Number and object of each line of a JSONL file that is not empty. Raises `error`; for a broken line
+    """Number and object of each line of a JSONL file that is not empty. Raises UserError; for a broken line
     only without a list `broken`, which gets its message otherwise."""
     try:
         with open(path, "rb") as f:
             if f.read(4) == b"PAR1":
-                raise error(f"{path} is a Parquet file, which needs a package that this program does "
+                raise UserError(f"{path} is a Parquet file, which needs a package that this program does "
                             "without: make JSONL of it, as by pandas.read_parquet(FILE).to_json(OUT, "
                             "orient='records', lines=True)")
         with open(path, "rb") as lines:  # of bytes, because JSON allows other line separators
@@ -123,12 +120,12 @@ def objects(path: str | Path, what: str = "prompts", error: type = PromptError,
                             raise ValueError("a line must be a JSON object")
                     except (ValueError, RecursionError) as e:
                         if broken is None:
-                            raise error(f"{path}, line {number}: {e}") from None
+                            raise UserError(f"{path}, line {number}: {e}") from None
                         broken.append(f"{path}, line {number}: {e}")
                         continue
                     yield number, record
     except OSError as e:
-        raise error(f"{what} file {path} cannot be read ({e}): give a JSONL file, one object a line"
+        raise UserError(f"{what} file {path} cannot be read ({e}): give a JSONL file, one object a line"
                     ) from None
 
 
@@ -142,7 +139,7 @@ def query_of(record: dict) -> str:
 
 
 def queries(path: str | Path) -> Iterator[tuple[int, str, str, dict]]:
-    """(line, id, query, record) of each. Raises PromptError."""
+    """(line, id, query, record) of each. Raises UserError."""
     seen = {}
     for number, record in objects(path):
         ident = str(present(record, ID_FIELDS, number))
@@ -152,7 +149,7 @@ def queries(path: str | Path) -> Iterator[tuple[int, str, str, dict]]:
                 raise ValueError(f"id {ident!r} stands already on line {seen[ident]}; ids seed the sampling "
                                  "and must differ")
         except ValueError as e:
-            raise PromptError(f"{path}, line {number}: {e}") from None
+            raise UserError(f"{path}, line {number}: {e}") from None
         seen[ident] = number
         yield number, ident, query, record
 
@@ -162,14 +159,14 @@ def read(path: str | Path, style: str, max_new_tokens: int,
     """All usable prompts of a JSONL file, in its order, and how many were dropped for what.
 
     Dropped: `rejected` (`keep` is false), `unanswerable` (range [0, 0]) and `unreachable` (unless kept).
-    Raises PromptError for a missing file or a malformed line.
+    Raises UserError for a missing file or a malformed line.
     """
     prompts, dropped = [], Counter()
     for number, ident, query, record in queries(path):
         try:
             length_range = parse_range(record)
         except ValueError as e:
-            raise PromptError(f"{path}, line {number}: {e}") from None
+            raise UserError(f"{path}, line {number}: {e}") from None
         prompt = Prompt(ident, render(query, style), query, length_range, language(query), style)
         if record.get("keep") is False:
             dropped["rejected"] += 1
@@ -209,18 +206,18 @@ def load(config, option: str, need: int, why: str, tokenizer,
          context: int) -> tuple[list[Prompt], dict[str, int]]:
     """The usable prompts of the file that an option names, and how many were dropped for what.
 
-    config: prompt_style, max_new_tokens, unreachable. Raises PromptError if fewer than `need` are left, or if
+    config: prompt_style, max_new_tokens, unreachable. Raises UserError if fewer than `need` are left, or if
     one does not fit into the model's context with its answer.
     """
     path = getattr(config, option)
     prompts, dropped = read(locate(path), config.prompt_style, config.max_new_tokens,
                             config.unreachable == "keep")
     if len(prompts) < need:
-        raise PromptError(f"{option} {path} has {len(prompts)} usable prompts (dropped: "
-                          f"{dict(dropped) or 'none'}), but {why} needs {need}")
+        raise UserError(f"{option} {path} has {len(prompts)} usable prompts (dropped: "
+                        f"{dict(dropped) or 'none'}), but {why} needs {need}")
     for prompt in prompts:
         if (tokens := len(tokenizer.encode(prompt.text))) + config.max_new_tokens > context:
-            raise PromptError(f"{option} {path}: prompt {prompt.id!r} has {tokens} tokens, and with "
-                              f"max_new_tokens {config.max_new_tokens} it exceeds the model's context of "
-                              f"{context}: shorten it, or lower max_new_tokens")
+            raise UserError(f"{option} {path}: prompt {prompt.id!r} has {tokens} tokens, and with "
+                            f"max_new_tokens {config.max_new_tokens} it exceeds the model's context of "
+                            f"{context}: shorten it, or lower max_new_tokens")
     return prompts, dict(dropped)

@@ -8,12 +8,10 @@ from pathlib import Path
 
 import tokenizers
 
+from lib.options import UserError
+
 FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "vocab.json", "merges.txt",
          "added_tokens.json", "special_tokens_map.json", "generation_config.json")
-
-
-class TokenizerError(ValueError):
-    """A tokenizer that cannot be used; the message names the file and what to do."""
 
 
 def byte_alphabet() -> dict[str, int]:
@@ -47,22 +45,22 @@ class Tokenizer:
         self.path = path = Path(path)
         file = path / "tokenizer.json"
         if not file.exists():
-            raise TokenizerError(
+            raise UserError(
                 f"{file} does not exist: a checkpoint folder needs the tokenizer.json of its model")
         try:
             self.inner = tokenizers.Tokenizer.from_file(str(file))
         except Exception as e:  # tokenizers raises bare Exception
-            raise TokenizerError(f"{file} cannot be read ({e}): copy it again") from None
+            raise UserError(f"{file} cannot be read ({e}): copy it again") from None
         vocabulary = self.inner.get_vocab(with_added_tokens=True)
         self.n_valid = max(vocabulary.values()) + 1
         self.eos_ids = self.find_eos(path, vocabulary)
         self.token_bytes = self.bytes_of(vocabulary)
 
     def check_rows(self, rows: int, model):
-        """Whether a model whose embedding has so many rows knows every id. Raises TokenizerError."""
+        """Whether a model whose embedding has so many rows knows every id. Raises UserError."""
         if self.n_valid > rows:
-            raise TokenizerError(f"{self.path}/tokenizer.json has {self.n_valid} ids, but the model in "
-                                 f"{model} has only {rows} rows: they do not belong together")
+            raise UserError(f"{self.path}/tokenizer.json has {self.n_valid} ids, but the model in "
+                            f"{model} has only {rows} rows: they do not belong together")
 
     def encode(self, text: str) -> list[int]:
         return self.inner.encode(text, add_special_tokens=False).ids
@@ -94,7 +92,7 @@ class Tokenizer:
             token = json.loads(config.read_text()).get("eos_token")
             ids = vocabulary.get(token["content"] if isinstance(token, dict) else token)
         if ids is None:
-            raise TokenizerError(
+            raise UserError(
                 f"{path} names no end-of-text token: it needs generation_config.json with eos_token_id, "
                 "or tokenizer_config.json with eos_token")
         return ids if isinstance(ids, list) else [ids]

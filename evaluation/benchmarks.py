@@ -9,17 +9,14 @@ import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from data.prompts import PromptError, language, objects, queries
+from data.prompts import language, objects, queries
+from lib.options import UserError
 from text import count_words, split
 
 BENCHMARKS = ("longbench_write", "ruler", "writingbench", "arena")
 DIMENSIONS = ("Relevance", "Accuracy", "Coherence", "Clarity", "Breadth and Depth", "Reading Experience")
 RANGES = ("1-2", "3-4", "5-6", "7-8", "9-10")  # of scores: a criterion of WritingBench describes each
 REQUIREMENTS = ("style", "format", "length")  # of which WritingBench has subsets
-
-
-class BenchmarkError(ValueError):
-    """A benchmark that cannot be used; the message names file, line and what to do."""
 
 
 @dataclass(frozen=True)
@@ -49,23 +46,23 @@ class Question:
 
 def read(benchmark: str, path: str | Path, others: bool = False) -> list[Record]:
     """The records of a file in its order. others: opponents in arena come from elsewhere, so that a record
-    needs no baselines and no type. Raises BenchmarkError.
+    needs no baselines and no type. Raises UserError.
 
     Beside a file of WritingBench the folder `requirement` is read, where there is one:
     {dim}/{dim}_subset.jsonl (R: which records) and {dim}/{dim}_subset_C.jsonl (C: which criteria).
     """
     if benchmark not in BENCHMARKS:
-        raise BenchmarkError(f"{benchmark!r} is no benchmark: choose one of {', '.join(BENCHMARKS)}")
+        raise UserError(f"{benchmark!r} is no benchmark: choose one of {', '.join(BENCHMARKS)}")
     records, line = [], 0
     try:
         for line, *found in queries(path):  # noqa: B007 (the message names it)
             records.append(read_record(benchmark, *found, others))
-    except PromptError as e:
-        raise BenchmarkError(str(e)) from None
+    except UserError as e:
+        raise UserError(str(e)) from None
     except ValueError as e:
-        raise BenchmarkError(f"{path}, line {line}: {e}; is this a file of {benchmark}?") from None
+        raise UserError(f"{path}, line {line}: {e}; is this a file of {benchmark}?") from None
     if not records:
-        raise BenchmarkError(f"{path} has no record: give the JSONL file of {benchmark}")
+        raise UserError(f"{path} has no record: give the JSONL file of {benchmark}")
     if benchmark == "writingbench":
         for name in REQUIREMENTS:
             folder = Path(path).parent / "requirement" / name
@@ -102,17 +99,17 @@ def read_record(benchmark: str, ident: str, query: str, fields: dict, others: bo
 
 def mark_(records: list[Record], file: Path, name: str):
     """Notes in `requirements` which records, and which of their criteria, a file names, if it exists.
-    Records that only the file has are passed over. Raises BenchmarkError."""
+    Records that only the file has are passed over. Raises UserError."""
     by_id = {record.id: record for record in records}
-    for line, fields in objects(file, error=BenchmarkError) if file.exists() else ():
+    for line, fields in objects(file) if file.exists() else ():
         if (record := by_id.get(str(fields.get("index")))) is None:
             continue
         named, places = fields.get("checklist"), range(len(record.criteria))
         if name.endswith("_C"):
             places = [i for i in places if isinstance(named, list) and record.criteria[i] in named]
         if record.query != fields.get("query") or not places:
-            raise BenchmarkError(f"{file}, line {line}: record {record.id} has another query or other "
-                                 "criteria in the benchmark: take both files from one commit")
+            raise UserError(f"{file}, line {line}: record {record.id} has another query or other "
+                            "criteria in the benchmark: take both files from one commit")
         record.requirements[name] = tuple(places)
 
 

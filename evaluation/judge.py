@@ -20,7 +20,7 @@ from evaluation import benchmarks
 from evaluation.benchmarks import Record
 from evaluation.source import Source, find, fingerprint, open_sampler
 from lib import endpoint
-from lib.options import ConfigError
+from lib.options import UserError
 from scheduler import Request, Stats
 
 SCORED = 8192  # tokens of a reward model's micro-batch
@@ -58,11 +58,11 @@ def find_judge(config) -> Judge | None:
             endpoint.Endpoint(config.judge)
             return Judge(endpoint.model_names(config.judge), settings, None)
     except (ValueError, TypeError) as e:
-        raise ConfigError(f"judge {config.judge} with settings {config.judge_settings}: {e}") from None
+        raise UserError(f"judge {config.judge} with settings {config.judge_settings}: {e}") from None
     source = find(config.judge)
     name, about = Path(source.path).name, {"fingerprint": source.fingerprint}
     if source.scalar and config.benchmark != "arena":
-        raise ConfigError(f"judge {config.judge} is a reward model, which compares texts: it is for arena")
+        raise UserError(f"judge {config.judge} is a reward model, which compares texts: it is for arena")
     if source.scalar:
         return Judge(name, about, source)
     known = {"max_tokens": (1, math.inf), "temperature": (0, 100), "top_p": (1e-6, 1)}
@@ -70,22 +70,22 @@ def find_judge(config) -> Judge | None:
     for key, value in settings.items():
         low, high = known.get(key, (math.inf, 0))
         if type(value) not in (int, float) or not low <= value <= high:
-            raise ConfigError(f"judge_settings has {key} {value!r}: a checkpoint knows max_tokens (1 or "
-                              "more), temperature (0 or more) and top_p (at most 1)")
+            raise UserError(f"judge_settings has {key} {value!r}: a checkpoint knows max_tokens (1 or "
+                            "more), temperature (0 or more) and top_p (at most 1)")
     return Judge(name, settings | {"template": source.template, "seed": config.seed} | about, source)
 
 
 def greet(config, judge: Judge):
-    """Raises ConfigError where no server of the judge answers, or one refuses what it will be asked."""
+    """Raises UserError where no server of the judge answers, or one refuses what it will be asked."""
     try:
         endpoint.Endpoint(config.judge, config.timeout, say=None, rate=config.rate).chat(
             [{"role": "user", "content": endpoint.HELLO}], **judge.settings)
     except (endpoint.Refused, endpoint.Unavailable) as e:
-        raise ConfigError(f"judge {config.judge} cannot be asked: {e}") from None
+        raise UserError(f"judge {config.judge} cannot be asked: {e}") from None
 
 
 class Cache:
-    """A judge's answers, of all evaluations. Raises ConfigError."""
+    """A judge's answers, of all evaluations. Raises UserError."""
 
     def __init__(self, config, judge: Judge):
         self.config, self.judge, self.lock = config, judge, threading.Lock()
@@ -95,7 +95,7 @@ class Cache:
             self.db.execute("CREATE TABLE IF NOT EXISTS answers (key TEXT PRIMARY KEY, judge TEXT, "
                             "raw TEXT, tokens_read INTEGER, tokens_written INTEGER, made TEXT)")
         except (sqlite3.Error, OSError) as e:
-            raise ConfigError(f"cache {config.cache} cannot be used ({e}): choose another") from None
+            raise UserError(f"cache {config.cache} cannot be used ({e}): choose another") from None
 
     def key(self, text: str, attempt: int) -> str:
         return fingerprint([self.judge.name, self.judge.settings, text, attempt])

@@ -20,6 +20,8 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterable, Iterator
 
+from lib.options import UserError
+
 ADDRESS = re.compile(r"https?://([^\s/?#@:\[\]]+|\[[0-9a-fA-F:]+\])(:\d{1,5})?(/[^\s#@]*)?(#\S+)?")
 BUSY = (408, 425, 429)
 BACK_OFF = 0.5  # seconds after a call's first failure, doubled by each
@@ -29,7 +31,7 @@ PAUSE = 1.0  # between attempts to find a server again
 HELLO = "Hello"  # what finds out whether a server is back
 
 
-class Refused(ValueError):
+class Refused(UserError):
     """A server understood a request and refused it, with `status` (4xx): asking again would not help."""
     status = 0
 

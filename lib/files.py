@@ -4,11 +4,9 @@ import json
 import os
 from pathlib import Path
 
+from lib.options import UserError
+
 ROOT = Path(__file__).parent.parent
-
-
-class DiskError(Exception):
-    """A file that cannot be written; the message names it and what to do."""
 
 
 def locate(path: str) -> str:
@@ -32,13 +30,13 @@ def write_durably(file: Path, text: str):
 
 
 def write_jsonl(file: Path, records: list[dict], mode: str = "w"):
-    """Writes a JSON object a line; mode "a" appends. Raises DiskError."""
+    """Writes a JSON object a line; mode "a" appends. Raises UserError."""
     try:
         file.parent.mkdir(exist_ok=True)
         with file.open(mode, encoding="utf-8") as f:
             f.writelines(json.dumps(r, ensure_ascii=False) + "\n" for r in records)
     except OSError as e:
-        raise DiskError(f"{file} cannot be written ({e.strerror}): make room, or mend it, and the same "
+        raise UserError(f"{file} cannot be written ({e.strerror}): make room, or mend it, and the same "
                         "command goes on") from None
 
 

@@ -5,9 +5,12 @@ import difflib
 import inspect
 import json
 import math
+import os
 import re
 import signal
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 if {"-h", "--help"} & set(sys.argv):  # a pipe that closes, as of `--help | head`, ends it without a traceback
@@ -16,8 +19,27 @@ if {"-h", "--help"} & set(sys.argv):  # a pipe that closes, as of `--help | head
 DEVICES, DTYPES = ("auto", "cpu", "cuda"), ("auto", "float32", "bfloat16")
 
 
-class ConfigError(ValueError):
-    """An invalid option; the message names it, its value and what to do."""
+class UserError(Exception):
+    """What ends a command with one line on the screen and exit code 2: the message names a value, where it
+    stands and what to do."""
+
+
+def command(main: Callable[[], None]) -> Callable[[], None]:
+    """A decorator for a command's `main`: a UserError or OSError ends the process with one line and exit
+    code 2, Ctrl-C with 130."""
+    def run():
+        rank = int(os.environ.get("RANK", 0))
+        try:
+            main()
+        except KeyboardInterrupt:
+            print("stopped: the same command goes on from what is written", file=sys.stderr)
+            raise SystemExit(130) from None
+        except (UserError, OSError) as e:
+            if rank:  # rank 0 says the same at once, and torchrun ends all with the first that exits
+                time.sleep(5)
+            print(f"error{f' on rank {rank}' * bool(rank)}: {e}", file=sys.stderr, flush=True)
+            raise SystemExit(2) from None
+    return run
 
 
 def help_text(kind: type, about: str) -> str:
@@ -28,12 +50,12 @@ def help_text(kind: type, about: str) -> str:
 
 
 def convert(config: type, name: str, value, source: str, others: tuple[str, ...] = ()):
-    """A string or JSON value as the type of the field `name`; raises ConfigError."""
+    """A string or JSON value as the type of the field `name`; raises UserError."""
     fields = {f.name: f for f in dataclasses.fields(config)}
     if name not in fields:
         near = difflib.get_close_matches(name, [*fields, *others], 1)
-        raise ConfigError(f"{source}: there is no option {name!r}" +
-                          (f"; did you mean {near[0]!r}?" if near else "; see --help"))
+        raise UserError(f"{source}: there is no option {name!r}" +
+                        (f"; did you mean {near[0]!r}?" if near else "; see --help"))
     kind = fields[name].type
     try:
         if kind is bool and not isinstance(value, bool):
@@ -47,7 +69,7 @@ def convert(config: type, name: str, value, source: str, others: tuple[str, ...]
         return value
     except (KeyError, ValueError, OverflowError):
         expected = {bool: "true or false", int: "a whole number", float: "a number", str: "a string"}[kind]
-        raise ConfigError(f"{source}: {name} must be {expected}, not {value!r}") from None
+        raise UserError(f"{source}: {name} must be {expected}, not {value!r}") from None
 
 
 def parse(config: type, arguments: list[str], about: str):
@@ -60,7 +82,7 @@ def read(config: type, arguments: list[str], about: str,
     """The values from `--config FILE.json` and `--NAME VALUE` (or --NAME=VALUE), by name, later ones win; and
     the files.
 
-    about: what --help says above the options. others: of another class, to suggest. Raises ConfigError.
+    about: what --help says above the options. others: of another class, to suggest. Raises UserError.
     """
     values, files, rest = {}, [], []
     for argument in arguments:
@@ -71,18 +93,18 @@ def read(config: type, arguments: list[str], about: str,
             print(help_text(config, about))
             raise SystemExit(0)
         if not name.startswith("--"):
-            raise ConfigError(f"command line: {name!r} is no option; options are written --NAME VALUE")
+            raise UserError(f"command line: {name!r} is no option; options are written --NAME VALUE")
         if not rest:
-            raise ConfigError(f"command line: {name} lacks its value")
+            raise UserError(f"command line: {name} lacks its value")
         name, value = name[2:].replace("-", "_"), rest.pop(0)
         if name == "config":
             files.append(value)
             try:
                 loaded = json.loads(Path(value).read_text())
             except (OSError, ValueError) as e:
-                raise ConfigError(f"{value} cannot be read ({e}): give a JSON object of options") from None
+                raise UserError(f"{value} cannot be read ({e}): give a JSON object of options") from None
             if not isinstance(loaded, dict):
-                raise ConfigError(f"{value} is not a JSON object of options")
+                raise UserError(f"{value} is not a JSON object of options")
             loaded = {k: v for k, v in loaded.items() if not k.startswith("//")}  # a comment
             values |= {k: convert(config, k, v, value) for k, v in loaded.items()}
         else:
@@ -92,17 +114,17 @@ def read(config: type, arguments: list[str], about: str,
 
 def check_numbers(config, positive: str = "", not_negative: str = ""):
     """Whether the named fields, separated by spaces, are above 0, or finite and not below it. Raises
-    ConfigError."""
+    UserError."""
     for name in positive.split():
         if not getattr(config, name) > 0:
-            raise ConfigError(f"{name} must be positive, not {getattr(config, name)}")
+            raise UserError(f"{name} must be positive, not {getattr(config, name)}")
     for name in not_negative.split():
         if not 0 <= getattr(config, name) < math.inf:
-            raise ConfigError(f"{name} must not be negative or infinite, is {getattr(config, name)}")
+            raise UserError(f"{name} must not be negative or infinite, is {getattr(config, name)}")
 
 
 def check_choices(config, **choices: tuple[str, ...]):
-    """Whether each named field has one of its values. Raises ConfigError."""
+    """Whether each named field has one of its values. Raises UserError."""
     for name, values in choices.items():
         if getattr(config, name) not in values:
-            raise ConfigError(f"{name} must be one of {', '.join(values)}, not {getattr(config, name)!r}")
+            raise UserError(f"{name} must be one of {', '.join(values)}, not {getattr(config, name)!r}")

@@ -25,11 +25,11 @@ import torch
 
 import model as qwen
 from data import prompts as prompt_data
-from data.prompts import RANGE_FIELDS, PromptError, language, parse_range, present, query_of
-from data.tokenizer import Tokenizer, TokenizerError
+from data.prompts import RANGE_FIELDS, language, parse_range, present, query_of
+from data.tokenizer import Tokenizer
 from lib import endpoint, options
 from lib.files import locate, replace
-from lib.options import ConfigError
+from lib.options import UserError
 from rollout import request_seed
 from sampler import Sampler
 from scheduler import Request
@@ -129,7 +129,7 @@ def by_sampler(config: Config, queries: list[Query], keep: Callable) -> Iterator
     path = locate(config.model)
     tokenizer, shape = Tokenizer(path), qwen.read_config(path)
     if shape.scalar_head:
-        raise ConfigError(f"model {path} is a reward model, which writes nothing")
+        raise UserError(f"model {path} is a reward model, which writes nothing")
     tokenizer.check_rows(shape.vocab_size, path)
     context = shape.max_position_embeddings
     chat = tokenizer.chats  # else a base model, which completes
@@ -213,7 +213,7 @@ def is_json(line: bytes) -> bool:
 
 def resume(config: Config, name: str, kept: dict[tuple[str, str], dict]) -> dict[tuple[str, str], dict]:
     """The records that --out holds already, by id and text, beside those that are `kept` as they are; a torn
-    last line is cut off. Raises ConfigError for a file that is not of this command."""
+    last line is cut off. Raises UserError for a file that is not of this command."""
     out, done = Path(config.out), dict(kept)
     if out.exists():
         *lines, torn = out.read_bytes().split(b"\n")
@@ -226,8 +226,8 @@ def resume(config: Config, name: str, kept: dict[tuple[str, str], dict]) -> dict
             except (ValueError, LookupError, TypeError, AttributeError):
                 other, key, record = None, None, {}
             if other != name and record != kept.get(key):
-                raise ConfigError(f"{out}, line {number}, is no {config.task} by {name}, but by {other}: "
-                                  "choose another --out")
+                raise UserError(f"{out}, line {number}, is no {config.task} by {name}, but by {other}: "
+                                "choose another --out")
             done[key] = record
         os.truncate(out, out.stat().st_size - len(torn))
     return done
@@ -285,35 +285,29 @@ def kind(record: dict, task: str) -> str:
 
 
 def check(config: Config):
-    """Raises ConfigError."""
+    """Raises UserError."""
     options.check_choices(config, task=("range", "filter"), device=options.DEVICES)
     for name in ("queries", "out", "model"):
         if not getattr(config, name):
-            raise ConfigError(f"--{name} is missing")
+            raise UserError(f"--{name} is missing")
     options.check_numbers(config, "max_new_tokens top_p tries threads timeout max_sequences")
     if not 0 <= config.temperature < math.inf or config.top_p > 1:
-        raise ConfigError(f"temperature {config.temperature} must not be negative or infinite, nor top_p "
-                          f"{config.top_p} above 1")
+        raise UserError(f"temperature {config.temperature} must not be negative or infinite, nor top_p "
+                        f"{config.top_p} above 1")
     if config.device == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("device is cuda, but torch sees no GPU: say --device cpu")
+        raise UserError("device is cuda, but torch sees no GPU: say --device cpu")
     if "://" in config.model:
         try:
             endpoint.Endpoint(config.model)
         except ValueError as e:
-            raise ConfigError(f"model: {e}") from None
+            raise UserError(f"model: {e}") from None
 
 
+@options.command
 def main():
-    try:
-        config = options.parse(Config, sys.argv[1:], __doc__)
-        check(config)
-        annotate(config)
-    except KeyboardInterrupt:
-        print("stopped: what was answered is kept, and the same command goes on", file=sys.stderr)
-        raise SystemExit(130) from None
-    except (ConfigError, PromptError, TokenizerError, qwen.CheckpointError, endpoint.Refused, OSError) as e:
-        print(f"error: {e}", file=sys.stderr)
-        raise SystemExit(2) from None
+    config = options.parse(Config, sys.argv[1:], __doc__)
+    check(config)
+    annotate(config)
 
 
 if __name__ == "__main__":

@@ -17,9 +17,9 @@ from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
 
-from data.prompts import ID_FIELDS, RANGE_FIELDS, PromptError, objects, parse_range, present, query_of
+from data.prompts import ID_FIELDS, RANGE_FIELDS, objects, parse_range, present, query_of
 from lib import options
-from lib.options import ConfigError
+from lib.options import UserError
 from text import fold
 
 FRAME = re.compile(r"<\|(?:user|用户)\|>:(.*)<\|(?:assistant|助手)\|>:", re.S)
@@ -66,7 +66,7 @@ def convert(config: Config) -> Counter:
     counts, seen, broken, languages = Counter(), set(), [], listed(config.languages.lower())
     files, beside = listed(config.files), Path(f"{config.out}.writing")
     if Path(config.out).resolve() in [Path(path).resolve() for path in files]:
-        raise ConfigError(f"out {config.out} is one of the files: choose another")
+        raise UserError(f"out {config.out} is one of the files: choose another")
     with beside.open("w", encoding="utf-8", errors="replace") as out:  # `source` may be any text
         for path in files:
             for number, record in objects(path, broken=broken):
@@ -97,22 +97,19 @@ def convert(config: Config) -> Counter:
         counts[f"broken (the first: {broken[0]})"] = len(broken)
     if not counts["taken"]:
         beside.unlink()
-        raise PromptError(f"{config.files}: no record could be taken ({dict(counts)}): is it of one of the "
-                          "forms that --help describes?")
+        raise UserError(f"{config.files}: no record could be taken ({dict(counts)}): is it of one of the "
+                        "forms that --help describes?")
     beside.replace(config.out)
     return counts
 
 
+@options.command
 def main():
-    try:
-        config = options.parse(Config, sys.argv[1:], __doc__)
-        for name in ("files", "out"):
-            if not getattr(config, name):
-                raise ConfigError(f"--{name} is missing")
-        print(f"{config.out}: {', '.join(f'{n} {fate}' for fate, n in convert(config).items())}")
-    except (ConfigError, PromptError, OSError) as e:
-        print(f"error: {e}", file=sys.stderr)
-        raise SystemExit(2) from None
+    config = options.parse(Config, sys.argv[1:], __doc__)
+    for name in ("files", "out"):
+        if not getattr(config, name):
+            raise UserError(f"--{name} is missing")
+    print(f"{config.out}: {', '.join(f'{n} {fate}' for fate, n in convert(config).items())}")
 
 
 if __name__ == "__main__":

@@ -7,12 +7,12 @@ training. A run that is still going on is drawn as far as it is. The SVG needs n
 """
 
 import argparse
-import sys
 from fnmatch import fnmatch
 from pathlib import Path
 
+from lib import options
 from lib.files import read_jsonl, replace
-from lib.options import ConfigError
+from lib.options import UserError
 from viewer.plots import Curve, coloured, picture
 
 
@@ -24,7 +24,7 @@ def read_metrics(run: Path) -> list[dict]:
             raise ValueError("a line is no object with `step`")
         return found
     except (OSError, ValueError) as e:
-        raise ConfigError(f"{file} cannot be read ({e}): give the folder of a run, as runs/NAME") from None
+        raise UserError(f"{file} cannot be read ({e}): give the folder of a run, as runs/NAME") from None
 
 
 def curves(runs: list[Path], patterns: list[str]) -> dict[str, dict[str, Curve]]:
@@ -36,11 +36,12 @@ def curves(runs: list[Path], patterns: list[str]) -> dict[str, dict[str, Curve]]
                     if (points := [(m["step"], m[name]) for m in metrics if m.get(name) is not None])}
              for name in chosen}
     if not any(found.values()):
-        raise ConfigError(f"--metrics {','.join(patterns)} is in no metrics.jsonl of {', '.join(lines)}: "
-                          f"they have {', '.join(seen) or 'no line yet'}")
+        raise UserError(f"--metrics {','.join(patterns)} is in no metrics.jsonl of {', '.join(lines)}: "
+                        f"they have {', '.join(seen) or 'no line yet'}")
     return {name: by_run for name, by_run in found.items() if by_run}
 
 
+@options.command
 def main():
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -48,12 +49,8 @@ def main():
     parser.add_argument("--metrics", default="eval/reward/*,reward/*")
     parser.add_argument("--out", type=Path, default=Path("curves.svg"))
     args = parser.parse_args()
-    try:
-        panels = curves(args.runs, args.metrics.split(","))
-        replace(args.out, picture(panels, coloured([str(run) for run in args.runs]), "against GRPO steps"))
-    except (ConfigError, OSError) as e:
-        print(f"error: {e}", file=sys.stderr)
-        raise SystemExit(2) from None
+    panels = curves(args.runs, args.metrics.split(","))
+    replace(args.out, picture(panels, coloured([str(run) for run in args.runs]), "against GRPO steps"))
     print(f"{args.out}: {', '.join(panels)}")
 
 

@@ -16,7 +16,6 @@ import os
 import sqlite3
 import subprocess
 import sys
-import time
 from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
@@ -30,14 +29,13 @@ import replica
 import rollout
 import run
 from data.prompts import STYLES, TOKENS_PER_WORD, render
-from data.tokenizer import TokenizerError
 from evaluation import benchmarks, scores
 from evaluation.judge import Cache, Judge, ask, find_judge, greet
 from evaluation.source import Source, find, fingerprint, open_sampler
-from lib import endpoint, options
+from lib import options
 from lib.files import locate, read_jsonl
 from lib.files import replace as rewrite
-from lib.options import ConfigError
+from lib.options import UserError
 from scheduler import Request, assign
 
 
@@ -99,17 +97,17 @@ class Job:
 
 
 def add_baselines(config: Config, records: list, data: dict) -> list:
-    """The records with the answers of other evaluations beside their own baselines. Raises ConfigError."""
+    """The records with the answers of other evaluations beside their own baselines. Raises UserError."""
     for folder in map(Path, filter(None, config.baselines.split(","))):
         try:
             recorded = json.loads((folder / "settings.json").read_text())["answers"]["data"]
             answers = {a["id"]: a["answer"] for a in read_jsonl(folder / "answers.jsonl")}
         except (OSError, ValueError, LookupError) as e:
-            raise ConfigError(f"baseline {folder} holds no answers ({e}): evaluate it first") from None
+            raise UserError(f"baseline {folder} holds no answers ({e}): evaluate it first") from None
         if recorded != data["sha256"]:
-            raise ConfigError(f"baseline {folder} has answers to other data than {config.data}")
+            raise UserError(f"baseline {folder} has answers to other data than {config.data}")
         if folder.name == Path(config.out).name or any(folder.name in r.baselines for r in records):
-            raise ConfigError(f"baseline {folder}: another player has its name; rename the folder")
+            raise UserError(f"baseline {folder}: another player has its name; rename the folder")
         records = [replace(r, baselines=r.baselines | {folder.name: answers[r.id]}) for r in records]
     return records
 
@@ -132,9 +130,9 @@ def prepare(config: Config, device: torch.device) -> Job:
     whole = all(r.id in answers for r in records)
     model, judge = find(config.model, config.template) if config.model else None, find_judge(config)
     if model and model.scalar:
-        raise ConfigError(f"model {config.model} is a reward model, which writes nothing: it can be a judge")
+        raise UserError(f"model {config.model} is a reward model, which writes nothing: it can be a judge")
     if not model and not (recorded and whole):
-        raise ConfigError(f"--model is missing, and {out} does not hold all answers to {path}")
+        raise UserError(f"--model is missing, and {out} does not hold all answers to {path}")
     if model:
         replica.check_tp(qwen.read_config(model.folder), config.tp)
     settings = {"path": model.path if model else recorded["path"],
@@ -150,7 +148,7 @@ def prepare(config: Config, device: torch.device) -> Job:
         out.mkdir(parents=True, exist_ok=True)
         rewrite(out / "settings.json", json.dumps(settings, indent=1, ensure_ascii=False) + "\n")
     except OSError as e:
-        raise ConfigError(f"--out {out} cannot be written ({e}): choose another") from None
+        raise UserError(f"--out {out} cannot be written ({e}): choose another") from None
     if judge and not judge.scalar:
         Cache(config, judge)
     return Job(records, data, settings, model, judge, answers)
@@ -166,7 +164,7 @@ def sampling(config: Config, model: Source, device: torch.device) -> dict:
 
 def read_folder(out: Path) -> tuple[dict, dict[str, dict]]:
     """(settings.json, answers by id) of what was begun there. A line that was being written is cut off.
-    Raises ConfigError."""
+    Raises UserError."""
     answers, file = {}, out / "settings.json"
     try:
         recorded = json.loads(file.read_text()) if file.exists() else {}
@@ -176,19 +174,19 @@ def read_folder(out: Path) -> tuple[dict, dict[str, dict]]:
             os.truncate(file, file.read_bytes().rfind(b"\n") + 1)
             answers |= {a["id"]: a for a in read_jsonl(file)}
     except (OSError, ValueError, LookupError, TypeError) as e:
-        raise ConfigError(f"{file} is of no evaluation that can go on ({e}): choose another --out") from None
+        raise UserError(f"{file} is of no evaluation that can go on ({e}): choose another --out") from None
     return recorded, answers
 
 
 def refuse_others(out: Path, recorded: dict, settings: dict):
-    """Raises ConfigError where the folder holds answers or verdicts by other settings than these."""
+    """Raises UserError where the folder holds answers or verdicts by other settings than these."""
     for kind, instead in (("answers", "choose another --out"),
                           ("verdicts", "choose another --out, or remove verdicts.jsonl to have the same "
                                        "answers judged anew")):
         theirs = recorded.get(kind, {}) if kind == "answers" or (out / "verdicts.jsonl").exists() else {}
         if changed := [f"{name} ({value!r} there, {settings[kind].get(name)!r} now)"
                        for name, value in theirs.items() if value != settings[kind].get(name)]:
-            raise ConfigError(f"{out} holds {kind} by other settings: {'; '.join(changed)}; {instead}")
+            raise UserError(f"{out} holds {kind} by other settings: {'; '.join(changed)}; {instead}")
 
 
 # ---------------------------------------------------------------------- answers
@@ -212,7 +210,7 @@ def generate(config: Config, job: Job, world) -> list[dict]:
                                     rollout.request_seed(s["seed"], config.benchmark, r.id)))
         fitting = [i for i, request in enumerate(requests) if request.max_new_tokens > 0]
         progress = run.Progress(f"{out}: answers", len(fitting), world.main, "answers")
-        with parallel.raise_on_all_ranks(OSError, world):
+        with parallel.raise_on_all_ranks(world):
             with (out / f"answers.part-{world.rank}.jsonl").open("a", encoding="utf-8") as f:
 
                 def keep(record, text: str, reason: str, tokens: int):
@@ -226,7 +224,7 @@ def generate(config: Config, job: Job, world) -> list[dict]:
                     keep(mine[fitting[c.prompt_index]], c.text, c.finish_reason, len(c.token_ids))
                     progress.update(sampler.stats)
             progress.close()
-    with parallel.raise_on_all_ranks(OSError, world):
+    with parallel.raise_on_all_ranks(world):
         for theirs in parallel.gather(answers, world):
             answers |= theirs
         lines = [answers[r.id] for r in job.records]
@@ -248,7 +246,7 @@ def jsonl(lines: list[dict]) -> str:
 
 
 def evaluate(config: Config, world):
-    with parallel.raise_on_all_ranks(ValueError, world):
+    with parallel.raise_on_all_ranks(world):
         job = prepare(config, world.device) if world.main else None
     job = parallel.broadcast(job, world)
     answers, out, verdicts, judged = generate(config, job, world), Path(config.out), None, None
@@ -287,45 +285,36 @@ def score(out: Path, job: Job, records: list, answers: list[dict], verdicts: lis
 
 
 def check(config: Config):
-    """Raises ConfigError."""
+    """Raises UserError."""
     options.check_choices(config, benchmark=benchmarks.BENCHMARKS, template=("auto", "chat", *STYLES),
                           device=options.DEVICES, sampler_dtype=options.DTYPES)
     for name in ("data", "out"):
         if not getattr(config, name):
-            raise ConfigError(f"--{name} is missing")
+            raise UserError(f"--{name} is missing")
     options.check_numbers(config, "tries threads timeout tp max_sequences page_size")
     if not config.temperature < math.inf or config.top_p > 1 or not 0 <= config.rate < math.inf:
-        raise ConfigError(f"temperature {config.temperature} and rate {config.rate} must be finite, rate not "
-                          f"negative, and top_p {config.top_p} at most 1")
+        raise UserError(f"temperature {config.temperature} and rate {config.rate} must be finite, rate not "
+                        f"negative, and top_p {config.top_p} at most 1")
     try:
         if len(config.prices) not in (0, 2) or not all(0 <= x < math.inf for x in config.prices):
             raise ValueError
     except ValueError:
-        raise ConfigError(f"price {config.price!r} must be two numbers, dollars for a million tokens read, "
-                          "and written: 2,8") from None
+        raise UserError(f"price {config.price!r} must be two numbers, dollars for a million tokens read, "
+                        "and written: 2,8") from None
     if config.baselines and config.benchmark != "arena":
-        raise ConfigError(f"baselines are opponents in arena, not in {config.benchmark}: leave them out")
+        raise UserError(f"baselines are opponents in arena, not in {config.benchmark}: leave them out")
     if (here := int(os.environ.get("LOCAL_WORLD_SIZE", 1))) % config.tp:
-        raise ConfigError(f"tp {config.tp} does not divide the {here} processes of a node")
+        raise UserError(f"tp {config.tp} does not divide the {here} processes of a node")
 
 
+@options.command
 def main():
-    rank = int(os.environ.get("RANK", 0))
     try:
         config = options.parse(Config, sys.argv[1:], __doc__)
         check(config)
         evaluate(config, parallel.setup(config.device, WAIT))
-    except KeyboardInterrupt:
-        print("stopped: what was answered and judged is kept, and the same command goes on", file=sys.stderr)
-        raise SystemExit(130) from None
-    except (ConfigError, benchmarks.BenchmarkError, TokenizerError, qwen.CheckpointError,
-            checkpoints.BadCheckpoint, parallel.SetupError, parallel.HandoffError, endpoint.Refused, OSError,
-            sqlite3.Error) as e:
-        if rank == 0:
-            print(f"error: {e}", file=sys.stderr, flush=True)
-        else:  # torchrun ends all with the first that exits: not before rank 0 has spoken
-            time.sleep(5)
-        raise SystemExit(2) from None
+    except sqlite3.Error as e:
+        raise UserError(f"cache {config.cache} cannot be used ({e}): choose another") from None
     finally:
         parallel.close()
 

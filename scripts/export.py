@@ -10,7 +10,6 @@ checkpoint, or to --dtype.
 
 import argparse
 import json
-import sys
 import warnings
 from pathlib import Path
 
@@ -19,9 +18,10 @@ import torch.distributed.checkpoint as dcp
 
 import checkpoints
 import model as qwen
-from data.tokenizer import Tokenizer, TokenizerError, copy_files
+from data.tokenizer import Tokenizer, copy_files
+from lib import options, weights
 from lib.files import locate
-from lib.options import ConfigError
+from lib.options import UserError
 
 
 def export(source: Path, out: Path, dtype: str = "", model_path: str = "") -> Path:
@@ -30,20 +30,21 @@ def export(source: Path, out: Path, dtype: str = "", model_path: str = "") -> Pa
     start = Path(locate(model_path or json.loads((run / "config.json").read_text())["model"]))
     config, tokenizer = qwen.read_config(start), Tokenizer(start)
     if out.exists() and any(out.iterdir()):
-        raise ConfigError(f"{out} is not empty: choose another folder")
+        raise UserError(f"{out} is not empty: choose another folder")
     original = json.loads((start / "config.json").read_text())
     dtype = getattr(torch, dtype or original.get("torch_dtype") or original.get("dtype") or "float32")
     with torch.device("meta"):
         model = qwen.Qwen2(config)
     shapes = {name: p.shape for name, p in model.named_parameters()}
-    files = qwen.plan_files(model, dtype.itemsize)
+    files = weights.plan_files(model, dtype.itemsize)
     reader = dcp.HuggingFaceStorageReader(str(checkpoint / "weights"))
     for file, names in files.items():  # read as they are cast: no more than a file is ever in memory
         tensors = {name: torch.empty(shapes[name], dtype=dtype) for name in names}
         with warnings.catch_warnings(action="ignore"):  # that it reads without a process group, as it should
             dcp.load(tensors, storage_reader=reader, no_dist=True)
-        qwen.write_file(tensors, out / file)
-    qwen.write_index(model, out, dtype, files)
+        weights.write_file(tensors, out / file)
+    weights.write_index(model, out, dtype, files)
+    qwen.write_config(config, out, dtype)
     copy_files(start, out)
     generation = {"eos_token_id": tokenizer.eos_ids, "pad_token_id": tokenizer.eos_ids[0]}
     if (start / "generation_config.json").exists():
@@ -52,6 +53,7 @@ def export(source: Path, out: Path, dtype: str = "", model_path: str = "") -> Pa
     return checkpoint
 
 
+@options.command
 def main():
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -60,12 +62,7 @@ def main():
     parser.add_argument("--dtype", default="", choices=("", "bfloat16", "float16", "float32"))
     parser.add_argument("--model", default="", help="folder with config.json and tokenizer")
     args = parser.parse_args()
-    try:
-        checkpoint = export(args.source, args.out, args.dtype, args.model)
-    except (ConfigError, checkpoints.BadCheckpoint, qwen.CheckpointError, TokenizerError) as e:
-        print(f"error: {e}", file=sys.stderr)
-        raise SystemExit(2) from None
-    print(f"{args.out}: the weights of {checkpoint}")
+    print(f"{args.out}: the weights of {export(args.source, args.out, args.dtype, args.model)}")
 
 
 if __name__ == "__main__":

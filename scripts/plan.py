@@ -22,13 +22,14 @@ from pathlib import Path
 import torch
 
 import parallel
+import rewards
 import rollout
 import train
 from kernels.logprob import CHUNK_BYTES
-from lib import options
+from lib import options, scoring
 from lib.files import ROOT, locate
-from lib.options import ConfigError
-from model import CheckpointError, ModelConfig, Qwen2, read_config
+from lib.options import UserError
+from model import ModelConfig, Qwen2, read_config
 from replica import check_tp, tp_slice
 from sampler import Sampler, most_pages, workspace
 from scheduler import Request, Scheduler
@@ -414,19 +415,19 @@ def describe(plan: Plan) -> Iterator[str]:
 
 
 def find_shape(path: str) -> tuple[ModelConfig, str]:
-    """The shape of a checkpoint, and what to say of its source. Raises ConfigError, CheckpointError."""
+    """The shape of a checkpoint, and what to say of its source. Raises UserError."""
     for folder in (Path(path), ROOT / path):
         if folder.exists():
             return read_config(folder), ""
     for name, shape in SHAPES.items():
         if f"{Path(path).name}-".lower().startswith(f"{name}-".lower()):
             return shape, f" (there is no folder {path}: the shape is that of {name})"
-    raise ConfigError(f"model {path} does not exist, and its name begins with none of {', '.join(SHAPES)}: "
-                      "give the folder that has its config.json")
+    raise UserError(f"model {path} does not exist, and its name begins with none of {', '.join(SHAPES)}: "
+                    "give the folder that has its config.json")
 
 
 def read(arguments: list[str]) -> tuple[Plan, str]:
-    """The plan for a command line, and what to say of the shape. Raises ConfigError, CheckpointError."""
+    """The plan for a command line, and what to say of the shape. Raises UserError."""
     words = [w for a in arguments for w in (a.split("=", 1) if a.startswith("--") else [a])]
     pairs = [words[i:i + 2] for i in range(0, len(words), 2)]
     own = [p for p in pairs if p[0].strip("-").replace("-", "_") in Machine.__dataclass_fields__]
@@ -435,8 +436,8 @@ def read(arguments: list[str]) -> tuple[Plan, str]:
     machine = options.parse(Machine, sum(own, []), "")
     for name in (p[0].strip("-").replace("-", "_") for p in own):
         if not 0 < getattr(machine, name) < math.inf:
-            raise ConfigError(f"{name} must be positive and finite, not {getattr(machine, name)}: give what "
-                              "the machine has, or leave it out")
+            raise UserError(f"{name} must be positive and finite, not {getattr(machine, name)}: give what "
+                            "the machine has, or leave it out")
     cuda = config.device == "cuda" or config.device == "auto" and (bool(own) or torch.cuda.is_available())
     here = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / GIB
     machine = replace(machine, gpus=machine.gpus or (8 if cuda else 1),
@@ -444,7 +445,7 @@ def read(arguments: list[str]) -> tuple[Plan, str]:
     shape, note = find_shape(config.model)
     check_tp(shape, config.tp)
     scorer = None
-    if any(reward.name == "writing" for reward in rollout.choose_rewards(config.reward)):
+    if any(reward.name == "writing" for reward in scoring.choose_rewards(config.reward, rewards)):
         if config.reward_model and Path(folder := locate(config.reward_model)).exists():
             scorer = read_config(folder)
         elif "://" not in config.reward_model:  # servers are elsewhere
@@ -474,12 +475,9 @@ def show(arguments: list[str]):
     print("\nIt fits." + " The reward model comes on top." * note.endswith("not counted"))
 
 
+@options.command
 def main():
-    try:
-        show(sys.argv[1:])
-    except (ConfigError, CheckpointError) as e:
-        print(f"error: {e}", file=sys.stderr)
-        raise SystemExit(2) from None
+    show(sys.argv[1:])
 
 
 if __name__ == "__main__":

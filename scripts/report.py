@@ -12,12 +12,12 @@ a browser, and the same numbers as JSON beside it.
 import argparse
 import dataclasses
 import json
-import sys
 from pathlib import Path
 
 from evaluation import elo
+from lib import options
 from lib.files import read_jsonl, replace
-from lib.options import ConfigError
+from lib.options import UserError
 from viewer import page
 
 BENCHMARKS = {"longbench_write": ("LongBench-Write", 100),  # title, scale of its scores
@@ -29,7 +29,7 @@ KEPT = ("label", "folder", "benchmark", "data", "model", "sampling", "judge", "m
 
 
 def read(folder: Path) -> dict:
-    """A result with its `answers` and `verdicts`. Raises ConfigError."""
+    """A result with its `answers` and `verdicts`. Raises UserError."""
     try:
         result = json.loads((folder / "result.json").read_text(encoding="utf-8"))
         result |= {"folder": str(folder)}
@@ -40,22 +40,22 @@ def read(folder: Path) -> dict:
         BENCHMARKS[result["benchmark"]], data_of(result), judge_of(result), result["name"]
         return result
     except (OSError, ValueError, KeyError, TypeError) as e:
-        raise ConfigError(f"{folder} is no result ({type(e).__name__}: {e}): give folders that "
-                          "scripts.evaluate has finished") from None
+        raise UserError(f"{folder} is no result ({type(e).__name__}: {e}): give folders that "
+                        "scripts.evaluate has finished") from None
 
 
 def grouped(results: list[dict]) -> dict[str, list[dict]]:
-    """By benchmark, each with a `label` that is its own. Raises ConfigError."""
+    """By benchmark, each with a `label` that is its own. Raises UserError."""
     groups = {name: [r for r in results if r["benchmark"] == name] for name in BENCHMARKS}
     for group in groups.values():
         names = [r["name"] for r in group]
         for r in group:
             r["label"] = r["name"] if names.count(r["name"]) == 1 else f"{r['name']} ({r['folder']})"
             if r["data"]["sha256"] != group[0]["data"]["sha256"]:
-                raise ConfigError(f"{group[0]['folder']} and {r['folder']} are of different data "
-                                  f"({data_of(group[0])}; {data_of(r)}): give results of one file")
+                raise UserError(f"{group[0]['folder']} and {r['folder']} are of different data "
+                                f"({data_of(group[0])}; {data_of(r)}): give results of one file")
         if len({r["label"] for r in group}) < len(group):
-            raise ConfigError(f"a folder is given twice: {', '.join(r['folder'] for r in group)}")
+            raise UserError(f"a folder is given twice: {', '.join(r['folder'] for r in group)}")
     return {name: group for name, group in groups.items() if group}
 
 
@@ -139,7 +139,7 @@ def differences(first: dict, second: dict, without: set[str], seed: int) -> dict
 
 
 def section(results: list[dict], pinned: dict[str, float], rounds: int, seed: int) -> dict:
-    """All that is said of one benchmark. Raises ConfigError."""
+    """All that is said of one benchmark. Raises UserError."""
     scores, texts = (rows(results, kind) for kind in ("scores", "texts"))
     notes = []
     judges = split([r for r in results if r["judge"]], judge_of)
@@ -162,7 +162,7 @@ def section(results: list[dict], pinned: dict[str, float], rounds: int, seed: in
         fits = [ratings(group, pinned, rounds, seed) for group in played]
         compared = differences(*results, judged, seed) if len(results) == 2 else {}
     except ValueError as e:
-        raise ConfigError(f"{', '.join(r['folder'] for r in results)}: {e}") from None
+        raise UserError(f"{', '.join(r['folder'] for r in results)}: {e}") from None
     if any(p["virtual"] for fit in fits for p in fit["players"].values()):
         notes.append("Somebody won or lost every game: only virtual ties keep these ratings finite.")
     title, scale = BENCHMARKS[results[0]["benchmark"]]
@@ -232,7 +232,7 @@ def show(part: dict) -> str:
 
 
 def pins(text: str, groups: dict[str, list[dict]]) -> dict[str, float]:
-    """Raises ConfigError."""
+    """Raises UserError."""
     arena = groups.get("arena", [])
     players = sorted({name for r in arena for game in r["games"] for name in (r["label"], game[1])})
     found = {}
@@ -241,12 +241,13 @@ def pins(text: str, groups: dict[str, list[dict]]) -> dict[str, float]:
         try:
             found[name] = float(rating)
         except ValueError:
-            raise ConfigError(f"--pin must be NAME=RATING,..., not {part!r}") from None
+            raise UserError(f"--pin must be NAME=RATING,..., not {part!r}") from None
         if name not in players:
-            raise ConfigError(f"--pin: {name!r} plays no game; those who do: {', '.join(players)}")
+            raise UserError(f"--pin: {name!r} plays no game; those who do: {', '.join(players)}")
     return found
 
 
+@options.command
 def main():
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -256,18 +257,14 @@ def main():
     parser.add_argument("--rounds", type=int, default=1000)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    try:
-        if args.out.suffix != ".html":
-            raise ConfigError(f"--out must end in .html, not be {args.out}: the JSON stands beside it")
-        groups = grouped([read(folder) for folder in args.results])
-        pinned = pins(args.pin, groups)
-        sections = [section(group, pinned, args.rounds, args.seed) for group in groups.values()]
-        readers = [reader(group, part["judged_apart"]) for group, part in zip(groups.values(), sections)]
-        replace(args.out, page.render(sections, readers))
-        replace(args.out.with_suffix(".json"), json.dumps(sections, ensure_ascii=False, indent=1) + "\n")
-    except (ConfigError, OSError) as e:
-        print(f"error: {e}", file=sys.stderr)
-        raise SystemExit(2) from None
+    if args.out.suffix != ".html":
+        raise UserError(f"--out must end in .html, not be {args.out}: the JSON stands beside it")
+    groups = grouped([read(folder) for folder in args.results])
+    pinned = pins(args.pin, groups)
+    sections = [section(group, pinned, args.rounds, args.seed) for group in groups.values()]
+    readers = [reader(group, part["judged_apart"]) for group, part in zip(groups.values(), sections)]
+    replace(args.out, page.render(sections, readers))
+    replace(args.out.with_suffix(".json"), json.dumps(sections, ensure_ascii=False, indent=1) + "\n")
     print("\n\n".join([*map(show, sections), f"{args.out}, {args.out.with_suffix('.json')}"]))
 
 

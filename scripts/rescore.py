@@ -31,10 +31,9 @@ import parallel
 import rewards
 import rollout
 from data import prompts as prompt_data
-from data.tokenizer import TokenizerError
+from lib import options, scoring
 from lib.files import ROOT, locate, read_jsonl, replace
-from lib.options import ConfigError
-from model import CheckpointError
+from lib.options import UserError
 from sampler import Completion
 from text import structure
 from train import Config, parse
@@ -69,7 +68,7 @@ class Untold:
 
 @functools.cache
 def load_tables(file: Path):
-    """A file such as rewards.py as a module. Raises ConfigError."""
+    """A file such as rewards.py as a module. Raises UserError."""
     if file.resolve() == ROOT / "rewards.py":
         return rewards
     try:
@@ -80,15 +79,15 @@ def load_tables(file: Path):
             raise ValueError("it lacks REWARDS, TRANSFORMS or REQUIRED")
         return tables
     except Exception as e:  # whatever the file does
-        raise ConfigError(f"--rewards {file} cannot be used ({type(e).__name__}: {e}): give an edited copy "
-                          "of rewards.py") from None
+        raise UserError(f"--rewards {file} cannot be used ({type(e).__name__}: {e}): give an edited copy "
+                        "of rewards.py") from None
 
 
 @functools.cache
 def read_run(folder: Path) -> tuple[Config, dict[str, prompt_data.Prompt]]:
-    """Its options and its prompts by id. Raises ConfigError or PromptError."""
+    """Its options and its prompts by id. Raises UserError."""
     if not (folder / "config.json").is_file():
-        raise ConfigError(f"{folder} is no run: it has no config.json")
+        raise UserError(f"{folder} is no run: it has no config.json")
     config = parse(["--config", str(folder / "config.json")])
     prompts, _ = prompt_data.read(locate(config.prompts), config.prompt_style, config.max_new_tokens, True)
     return config, {prompt.id: prompt for prompt in prompts}
@@ -100,15 +99,15 @@ def choose_steps(folder: Path, steps: str) -> list[Path]:
     try:
         low, high = int(first or 0), int((last or sys.maxsize) if colon else first)
     except ValueError:
-        raise ConfigError(f"--steps must be A:B, A:, :B or A, not {steps!r}") from None
+        raise UserError(f"--steps must be A:B, A:, :B or A, not {steps!r}") from None
     files = [f for f in sorted((folder / "rollouts").glob("step_*.jsonl")) if low <= int(f.stem[5:]) <= high]
     if not files:
-        raise ConfigError(f"{folder}/rollouts has no step_*.jsonl" + f" of steps {steps}" * (steps != ":"))
+        raise UserError(f"{folder}/rollouts has no step_*.jsonl" + f" of steps {steps}" * (steps != ":"))
     return files
 
 
 def read_samples(file: Path, config: Config, prompts: dict) -> tuple[list[dict], list, list]:
-    """(records, completions, prompts) of a step, empty if it is still being written. Raises ConfigError."""
+    """(records, completions, prompts) of a step, empty if it is still being written. Raises UserError."""
     try:
         records = read_jsonl(file)
         if len(records) < config.prompts_per_step * config.group_size:
@@ -116,28 +115,28 @@ def read_samples(file: Path, config: Config, prompts: dict) -> tuple[list[dict],
         asked = [prompts.get(r["prompt_id"]) for r in records]
         for record, prompt in zip(records, asked):
             if prompt is None or prompt.query not in record["prompt"]:
-                raise ConfigError(f"{file}: prompt {record['prompt_id']!r} is not, or not like this, in "
-                                  f"{config.prompts}: put back the file that the run had")
+                raise UserError(f"{file}: prompt {record['prompt_id']!r} is not, or not like this, in "
+                                f"{config.prompts}: put back the file that the run had")
         completions = [Completion(0, r["sample"], Untold(r["tokens"]), Untold(r["tokens"]), r["text"],
                                   r["finish_reason"], config.max_new_tokens) for r in records]
         return records, completions, asked
-    except ConfigError:
+    except UserError:
         raise
     except (OSError, KeyError, TypeError, AttributeError, ValueError) as e:
-        raise ConfigError(f"{file} cannot be read ({type(e).__name__}: {e}): leave it out with --steps"
-                          ) from None
+        raise UserError(f"{file} cannot be read ({type(e).__name__}: {e}): leave it out with --steps"
+                        ) from None
 
 
 # ---------------------------------------------------------------------- scoring
 
 
-def values(reward: rollout.Reward, completions: list, prompts: list) -> list[float]:
+def values(reward: scoring.Reward, completions: list, prompts: list) -> list[float]:
     """The reward of each sample, NaN where it is missing or, if remote, failed. Raises RewardError."""
     if reward.batched:
-        return rollout.score(reward, completions, prompts)
+        return scoring.score(reward, completions, prompts)
     if not reward.remote:
-        return [rollout.score(reward, [c], [p])[0] for c, p in zip(completions, prompts)]
-    with rollout.Remote(reward) as pool:
+        return [scoring.score(reward, [c], [p])[0] for c, p in zip(completions, prompts)]
+    with scoring.Remote(reward) as pool:
         for i, sample in enumerate(zip(completions, prompts)):
             pool.submit(i, *sample)
         since, left, told = time.monotonic(), pool.waiting, ""
@@ -158,8 +157,8 @@ def values(reward: rollout.Reward, completions: list, prompts: list) -> list[flo
 
 def rescore(folder: Path, rewards_file: Path, option: str, kept: list[str], file: Path) -> Scored | None:
     """One step with other rewards; those that are `kept` have the run's values. None if it is not whole yet.
-    Raises ConfigError or RewardError."""
-    (config, prompts), chosen = read_run(folder), rollout.choose_rewards(option, load_tables(rewards_file))
+    Raises UserError or RewardError."""
+    (config, prompts), chosen = read_run(folder), scoring.choose_rewards(option, load_tables(rewards_file))
     names = [reward.name for reward in chosen]
     records, completions, asked = read_samples(file, config, prompts)
     if not records:
@@ -170,8 +169,8 @@ def rescore(folder: Path, rewards_file: Path, option: str, kept: list[str], file
 
     for name in kept:
         if name not in records[0]["rewards"]:
-            raise ConfigError(f"reward {name!r} asks a model or a server, and {file} has no values of it: "
-                              f"pass --reward {','.join(names)} to ask now")
+            raise UserError(f"reward {name!r} asks a model or a server, and {file} has no values of it: "
+                            f"pass --reward {','.join(names)} to ask now")
     old_SR = np.array([stored(name) for name in names]).T
     new_SR = np.array([stored(r.name) if r.name in kept else values(r, completions, asked) for r in chosen]).T
     raw_BGR = grpo.place_lowest(torch.tensor(new_SR.reshape(-1, config.group_size, len(chosen))))
@@ -207,7 +206,7 @@ def spearman(a: np.ndarray, b: np.ndarray) -> float | None:
     return float((a * b).sum() / norm) if norm else None
 
 
-def compare(steps: list[Scored], chosen: list[rollout.Reward], config: Config) -> dict:
+def compare(steps: list[Scored], chosen: list[scoring.Reward], config: Config) -> dict:
     """What all steps together say."""
     old_SR, new_SR = (np.concatenate([getattr(s, k) for s in steps]) for k in ("old_SR", "new_SR"))
     old_S, new_S = (np.concatenate([getattr(s, k) for s in steps]) for k in ("old_S", "new_S"))
@@ -268,6 +267,7 @@ def alone():
     torch.set_num_threads(1)
 
 
+@options.command
 def main():
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -281,7 +281,7 @@ def main():
         config, _ = read_run(args.run)
         files = choose_steps(args.run, args.steps)
         option = args.reward or config.reward
-        chosen = rollout.choose_rewards(option, load_tables(args.rewards))
+        chosen = scoring.choose_rewards(option, load_tables(args.rewards))
         asking = [reward for reward in chosen if reward.needs_model]
         kept = [] if args.reward else [reward.name for reward in asking]
         step = functools.partial(rescore, args.run, args.rewards, option, kept)
@@ -298,15 +298,11 @@ def main():
                 steps = pool.map(step, files, chunksize=1)
         whole = [s for s in steps if s]
         if not whole:
-            raise ConfigError(f"{args.run} has no step yet with all of its samples")
+            raise UserError(f"{args.run} has no step yet with all of its samples")
         result = {"run": str(args.run), "rewards_file": str(args.rewards), "names": [r.name for r in chosen],
                   "steps": len(whole)} | compare(whole, chosen, config)
         result["seconds"] = round(time.perf_counter() - start, 2)
         replace(args.run / "rescore.json", json.dumps(result, ensure_ascii=False, indent=1) + "\n")
-    except (ConfigError, prompt_data.PromptError, rollout.RewardError, CheckpointError, TokenizerError,
-            parallel.SetupError, OSError) as e:
-        print(f"error: {e}", file=sys.stderr)
-        raise SystemExit(2) from None
     finally:
         parallel.close()
     unfinished = f"; {len(steps) - len(whole)} still being written" * (len(steps) > len(whole))

@@ -26,10 +26,10 @@ import torch.nn.functional as F
 import model as qwen
 import parallel
 import reward_model
-from data.preferences import Pair, PreferenceError, read
-from data.tokenizer import Tokenizer, TokenizerError, copy_files
+from data.preferences import Pair, read
+from data.tokenizer import Tokenizer, copy_files
 from lib import options
-from lib.options import ConfigError
+from lib.options import UserError
 from text import count_words
 
 BINS = 10  # of predicted probability, in the reliability table
@@ -58,14 +58,14 @@ class Config:
 
 
 def check(config: Config):
-    """Raises ConfigError."""
+    """Raises UserError."""
     options.check_numbers(config, "pairs_per_step micro_batch_tokens timeout",
                           "epochs max_tokens lr warmup weight_decay centre")
     options.check_choices(config, dtype=("bfloat16", "float32"), device=options.DEVICES)
     if config.epochs and not config.out:
-        raise ConfigError("--out is missing: give a folder for the checkpoint, or --epochs 0 for a report")
+        raise UserError("--out is missing: give a folder for the checkpoint, or --epochs 0 for a report")
     if config.out and Path(config.out).resolve() == Path(config.model).resolve():
-        raise ConfigError(f"out {config.out} is the folder of `model`: choose another")
+        raise UserError(f"out {config.out} is the folder of `model`: choose another")
 
 
 def split(config: Config) -> tuple[list[Pair], list[Pair], dict[str, int]]:
@@ -79,10 +79,10 @@ def split(config: Config) -> tuple[list[Pair], list[Pair], dict[str, int]]:
         held_out = [pair for i, pair in zip(place, training) if i == 0]
         training = [pair for i, pair in zip(place, training) if i]
     if config.epochs and len(training) < config.pairs_per_step:
-        raise ConfigError(f"pairs {config.pairs} has {len(training)} usable pairs, but a step needs "
-                          f"pairs_per_step {config.pairs_per_step}")
+        raise UserError(f"pairs {config.pairs} has {len(training)} usable pairs, but a step needs "
+                        f"pairs_per_step {config.pairs_per_step}")
     if not held_out:
-        raise ConfigError(f"no held-out pair is left of {config.eval_pairs or config.pairs}: give more")
+        raise UserError(f"no held-out pair is left of {config.eval_pairs or config.pairs}: give more")
     return training, held_out, dropped
 
 
@@ -128,7 +128,7 @@ def fit(model: qwen.RewardModel, pairs: list[Pair], encode, config: Config, worl
             seen["pairs"] += len(part)
         norm = parallel.clip_grad_(model, 1.0)
         if not math.isfinite(norm):
-            raise ConfigError(f"the gradient of step {step + 1} is not finite: lower lr {config.lr}")
+            raise UserError(f"the gradient of step {step + 1} is not finite: lower lr {config.lr}")
         for group in optimizer.param_groups:
             group["lr"] = parallel.warmup_cosine(step, len(steps), config.warmup, config.lr)
         optimizer.step()
@@ -211,16 +211,16 @@ def run(config: Config) -> dict:
     shape, tokenizer = qwen.read_config(config.model), Tokenizer(config.model)
     tokenizer.check_rows(shape.vocab_size, config.model)
     if config.max_tokens > shape.max_position_embeddings:
-        raise ConfigError(f"max_tokens {config.max_tokens} exceeds the model's context of "
-                          f"{shape.max_position_embeddings}")
+        raise UserError(f"max_tokens {config.max_tokens} exceeds the model's context of "
+                        f"{shape.max_position_embeddings}")
     training, held_out, dropped = split(config)
     saved = config.out if config.epochs else ""
-    with parallel.raise_on_all_ranks(ConfigError, world):  # before the training, not after it
+    with parallel.raise_on_all_ranks(world):  # before the training, not after it
         try:
             if saved and world.main:
                 Path(saved).mkdir(parents=True, exist_ok=True)
         except OSError as e:
-            raise ConfigError(f"out {saved} cannot be written ({e}): choose another") from None
+            raise UserError(f"out {saved} cannot be written ({e}): choose another") from None
     model = parallel.load_sharded(config.model, world, scalar_head=True)
     model.recompute = config.recompute
     most, cut = config.max_tokens or shape.max_position_embeddings, set()
@@ -248,12 +248,10 @@ def run(config: Config) -> dict:
     return found
 
 
+@options.command
 def main():
     try:
         run(options.parse(Config, sys.argv[1:], __doc__))
-    except (ConfigError, PreferenceError, parallel.SetupError, qwen.CheckpointError, TokenizerError) as e:
-        print(f"error: {e}", file=sys.stderr, flush=True)
-        raise SystemExit(2) from None
     finally:
         parallel.close()
 

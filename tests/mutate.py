@@ -124,7 +124,7 @@ def try_mutant(work: tuple[dict | None, list[str], float]) -> tuple[dict | None,
     """The mutant and what found it: the first test that fails. Of None, the tree as it is, all that fail.
     work: the mutant, what pytest is given, and after how many seconds it counts as found."""
     mutant, arguments, limit = work
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         tree = Path(folder)
         listed = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
         for name in subprocess.check_output(listed, cwd=ROOT, text=True).split("\0"):

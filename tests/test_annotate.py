@@ -17,7 +17,7 @@ import pytest
 from data import prompts
 from data.tokenizer import Tokenizer
 from lib import endpoint
-from lib.options import ConfigError
+from lib.options import UserError
 from scripts import annotate, convert
 from tests.fake_endpoint import FakeEndpoint
 from tests.launch import ROOT
@@ -318,7 +318,7 @@ def test_bad_input_gets_one_sentence(tmp_path, monkeypatch, capsys):
     assert theirs.read_text() == text, "nobody's file is touched"
     for text in ('{"lr": 1e-6}', "a note", "[1]"):  # nor is one of a line without an end
         theirs.write_text(text)
-        with pytest.raises(ConfigError, match="line 1, is no range by judge"):
+        with pytest.raises(UserError, match="line 1, is no range by judge"):
             annotate.resume(annotate.Config(out=str(theirs)), "judge", {})
         assert theirs.read_text() == text
 

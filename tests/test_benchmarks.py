@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 from evaluation import benchmarks
-from evaluation.benchmarks import DIMENSIONS, RANGES, BenchmarkError, Record, parse, questions, read
+from evaluation.benchmarks import DIMENSIONS, RANGES, Record, parse, questions, read
 from evaluation.scores import aggregate, game, text_means
+from lib.options import UserError
 from tests.launch import ROOT
 from text import length_score, statistics
 
@@ -110,21 +111,21 @@ LONG = {"prompt": "Write.", "type": "News", "length": 100}
 ])
 def test_bad_records_are_refused_by_file_and_line(tmp_path, benchmark, record, why):
     first = {"writingbench": writing(1), "arena": ARENA}.get(benchmark, LONG)
-    with pytest.raises(BenchmarkError, match=f"^({tmp_path}/x.jsonl, )?{why}"):
+    with pytest.raises(UserError, match=f"^({tmp_path}/x.jsonl, )?{why}"):
         read(benchmark, jsonl(tmp_path / "x.jsonl", [first, record]))
 
 
 def test_files_that_hold_nothing_or_belong_to_another_benchmark_are_refused(tmp_path):
-    with pytest.raises(BenchmarkError, match="has no record: give the JSONL file of ruler"):
+    with pytest.raises(UserError, match="has no record: give the JSONL file of ruler"):
         read("ruler", jsonl(tmp_path / "x.jsonl", []))
-    with pytest.raises(BenchmarkError, match="gone.jsonl cannot be read"):
+    with pytest.raises(UserError, match="gone.jsonl cannot be read"):
         read("ruler", tmp_path / "gone.jsonl")
     file = jsonl(tmp_path / "b.jsonl", [writing(1, names="ab")])
     subset = tmp_path / "requirement/style/style_subset_C.jsonl"
     other_query, other_criteria = writing(1, "Other.", names="ab"), writing(1, names="c")
     for changed in (other_query, other_criteria, writing(1) | {"checklist": "a"}):
         jsonl(subset, [writing(7), changed])
-        with pytest.raises(BenchmarkError, match="C.jsonl, line 2: record 1 has another query or"):
+        with pytest.raises(UserError, match="C.jsonl, line 2: record 1 has another query or"):
             read("writingbench", file)
 
 

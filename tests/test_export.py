@@ -12,6 +12,7 @@ import transformers
 
 import model as qwen
 from data.tokenizer import FILES, Tokenizer
+from lib import weights
 from sampler import Request, Sampler
 from scripts import export
 from tests.test_run import ROOT, in_process, obeys_umask, tensors
@@ -64,7 +65,7 @@ def test_the_tokenizers_files_go_along_alone_and_all_files_obey_the_umask(run, t
 
 def test_a_file_at_a_time_is_the_same_checkpoint(run, tmp_path, monkeypatch):
     export.export(run, tmp_path / "one", "bfloat16")
-    monkeypatch.setattr(qwen, "plan_files", partial(qwen.plan_files, max_shard_bytes=300_000))
+    monkeypatch.setattr(weights, "plan_files", partial(weights.plan_files, max_shard_bytes=300_000))
     export.export(run, tmp_path / "many", "bfloat16")
     one, many = (qwen.load(tmp_path / name, torch.bfloat16).state_dict() for name in ("one", "many"))
     assert len(list((tmp_path / "many").glob("*.safetensors"))) > 3

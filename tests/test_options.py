@@ -11,12 +11,15 @@ from pathlib import Path
 import pytest
 import torch
 
+import rewards
 import rollout
 import train
 from data.prompts import TEMPLATES, Prompt, language
+from lib.options import UserError
+from lib.scoring import choose_rewards
 from parallel import World
 from rewards import REQUIRED, REWARDS, TRANSFORMS
-from train import Config, ConfigError, check, parse
+from train import Config, check, parse
 
 ROOT = Path(__file__).parent.parent
 TINY = dataclasses.replace(Config(), **{
@@ -136,7 +139,7 @@ def test_booleans_are_written_true_and_false(text, value):
 def test_an_unknown_option_is_an_error_that_names_the_nearest_one(name, near, tmp_path):
     file = config_file(tmp_path, {name.replace("-", "_"): 1})
     for arguments in (["--" + name, "1"], [f"--{name}=1"], ["--config", file]):
-        with pytest.raises(ConfigError) as e:
+        with pytest.raises(UserError) as e:
             parse(arguments)
         assert repr(name.replace("-", "_")) in str(e.value)
         if near:
@@ -150,7 +153,7 @@ def test_an_unknown_option_is_an_error_that_names_the_nearest_one(name, near, tm
     ("recompute", "yes", "true or false"), ("wandb", "", "true or false"),
     ("wandb", "--lr", "true or false")])
 def test_a_value_of_the_wrong_type_is_an_error_that_names_option_and_value(name, text, expected):
-    with pytest.raises(ConfigError, match=f"{name} must be {expected}") as e:
+    with pytest.raises(UserError, match=f"{name} must be {expected}") as e:
         parse([f"--{name}", text])
     assert repr(text) in str(e.value) and "command line" in str(e.value)
 
@@ -162,7 +165,7 @@ def test_a_value_of_the_wrong_type_is_an_error_that_names_option_and_value(name,
 def test_a_wrong_type_in_a_config_file_is_an_error_that_names_file_option_and_value(name, value, tmp_path):
     """JSON's true is not 1, and a list is not a comma-separated text."""
     file = config_file(tmp_path, {name: value})
-    with pytest.raises(ConfigError) as e:
+    with pytest.raises(UserError) as e:
         parse(["--config", file])
     assert file in str(e.value) and f"{name} must be" in str(e.value) and repr(value) in str(e.value)
 
@@ -171,7 +174,7 @@ def test_a_wrong_type_in_a_config_file_is_an_error_that_names_file_option_and_va
     (["lr", "1"], "'lr'"), (["--lr", "1", "2"], "'2'"), (["-lr", "1"], "'-lr'"), (["--lr"], "--lr"),
     (["--config"], "--config"), (["--steps", "3", "--wandb"], "--wandb"), (["--", "3"], "no option")])
 def test_a_command_line_that_is_not_names_and_values_is_an_error(arguments, part):
-    with pytest.raises(ConfigError) as e:
+    with pytest.raises(UserError) as e:
         parse(arguments)
     assert part in str(e.value)
 
@@ -179,14 +182,14 @@ def test_a_command_line_that_is_not_names_and_values_is_an_error(arguments, part
 @pytest.mark.parametrize("content", ["", "{", "[1, 2]", '"steps"', "null", "3", "{'steps': 3}"])
 def test_a_config_file_that_is_no_json_object_is_an_error_that_names_it(content, tmp_path):
     file = config_file(tmp_path, content)
-    with pytest.raises(ConfigError) as e:
+    with pytest.raises(UserError) as e:
         parse(["--config", file])
     assert file in str(e.value) and "JSON object" in str(e.value)
 
 
 def test_a_config_file_that_is_absent_is_an_error_that_names_it(tmp_path):
     for file in (tmp_path / "absent.json", tmp_path):
-        with pytest.raises(ConfigError, match="cannot be read") as e:
+        with pytest.raises(UserError, match="cannot be read") as e:
             parse(["--config", str(file)])
         assert str(file) in str(e.value)
 
@@ -194,7 +197,7 @@ def test_a_config_file_that_is_absent_is_an_error_that_names_it(tmp_path):
 def test_a_config_file_that_is_not_text_is_an_error_that_names_it(tmp_path):
     file = tmp_path / "model.safetensors"
     file.write_bytes(b"\xff\xfe\x00\x81")
-    with pytest.raises(ConfigError, match="model.safetensors"):
+    with pytest.raises(UserError, match="model.safetensors"):
         parse(["--config", str(file)])
 
 
@@ -242,7 +245,7 @@ def test_a_wrong_option_ends_the_program_with_one_line_and_no_traceback(capsys, 
 
 def refused(ranks=2, **changes):
     """The message with which check refuses the default config with some changes."""
-    with pytest.raises(ConfigError) as e:
+    with pytest.raises(UserError) as e:
         check(dataclasses.replace(Config(), **changes), World(rank=0, size=ranks, device=torch.device("cpu")))
     return str(e.value)
 
@@ -318,9 +321,9 @@ def test_some_reward_needs_a_weight(monkeypatch):
     monkeypatch.setitem(REWARDS, "length", (REWARDS["length"][0], 0.0))
     assert "length" in refused(reward="length") and "weight 0" in refused(reward="length")
     allowed(reward="length,format")
-    names = [r.name for r in rollout.choose_rewards("")]
+    names = [r.name for r in choose_rewards("", rewards)]
     assert "length" not in names and "format" in names
-    named = [r.name for r in rollout.choose_rewards("length, format")]
+    named = [r.name for r in choose_rewards("length, format", rewards)]
     assert named == ["length", "format"], "if named, it is logged"
 
 
@@ -335,7 +338,7 @@ def test_transforms_and_requirements_are_of_rewards_that_are_trained(table, entr
 
 def test_a_required_reward_is_computed_though_it_has_no_weight(monkeypatch):
     monkeypatch.setitem(REQUIRED, "overlong", -0.5)
-    assert [r.name for r in rollout.choose_rewards("")] == ["length", "format", "writing", "overlong"]
+    assert [r.name for r in choose_rewards("", rewards)] == ["length", "format", "writing", "overlong"]
     allowed()
     allowed(reward="length,overlong")
 

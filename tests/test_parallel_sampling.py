@@ -9,6 +9,7 @@ import model as qwen
 from bench.exactness import compare, split
 from data import prompts as prompt_data
 from data.tokenizer import Tokenizer
+from lib.options import UserError
 from replica import check_tp, tp_slice
 from sampler import Sampler
 from scheduler import Request, assign
@@ -82,7 +83,7 @@ def test_slices_of_a_checkpoint_put_together_are_the_checkpoint(tp):
 
 @pytest.mark.parametrize("tp, named", [(3, "num_attention_heads"), (4, "num_key_value_heads")])
 def test_a_split_that_does_not_divide_the_model_is_refused(tp, named):
-    with pytest.raises(qwen.CheckpointError, match=f"tp {tp} does not divide the model's {named}"):
+    with pytest.raises(UserError, match=f"tp {tp} does not divide the model's {named}"):
         check_tp(qwen.ModelConfig(64, 32, 48, 1, 4, 2), tp)
 
 

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from data.prompts import QUERY_FIELDS, STYLES, TEMPLATES, PromptError, language, order, read, render
+from data.prompts import QUERY_FIELDS, STYLES, TEMPLATES, language, order, read, render
+from lib.options import UserError
 from scripts.pretrain import pack_documents
 
 LONGBENCH = Path(__file__).parents[2] / "shared" / "data" / "longbench_write"
@@ -174,7 +175,7 @@ def test_a_query_stands_in_its_prompt_exactly_as_it_was_written(style, query):
     ('{"query": "a", "length": Infinity}', "inf"), ('{"query": "a", "id": "first"}', "first")])
 def test_a_malformed_line_is_an_error_that_names_file_line_and_value(line, part, tmp_path):
     file = written(tmp_path, {"query": "fine", "id": "first"}, line, {"query": "fine too"})
-    with pytest.raises(PromptError) as e:
+    with pytest.raises(UserError) as e:
         read(file, "think", 100)
     assert str(file) in str(e.value) and "line 2" in str(e.value) and part in str(e.value)
 
@@ -183,7 +184,7 @@ def test_two_prompts_with_one_id_are_an_error_that_names_both_lines(tmp_path):
     """Also where the number 7 meets the text "7", and where the first of the two was dropped."""
     for twins in (({"id": 7}, {"index": "7"}), ({"id": "x", "range": [0, 0]}, {"id": "x"})):
         first, second = ({"query": "a", **twin} for twin in twins)
-        with pytest.raises(PromptError, match=r"line 3: .*line 1"):
+        with pytest.raises(UserError, match=r"line 3: .*line 1"):
             read(written(tmp_path, first, "", second), "think", 100)
 
 
@@ -191,7 +192,7 @@ def test_a_file_that_cannot_be_read_is_an_error_that_names_it(tmp_path):
     (tmp_path / "binary.jsonl").write_bytes(b"\xff\xfe\x00\x81")
     for name, why in (("absent.jsonl", "cannot be read"), ("binary.jsonl", "line 1: 'utf-8'"),
                       (".", "cannot be read")):
-        with pytest.raises(PromptError, match=why) as e:
+        with pytest.raises(UserError, match=why) as e:
             read(tmp_path / name, "think", 100)
         assert str(tmp_path / name) in str(e.value)
 

@@ -13,8 +13,8 @@ import torch
 import rewards
 import rollout
 import train
+from lib.scoring import Remote, Reward, RewardError
 from rewards import batched, remote
-from rollout import Remote, Reward, RewardError
 from tests.test_run import launch, metrics
 
 LONG = 20  # seconds that a test waits for what must happen

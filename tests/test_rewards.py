@@ -11,8 +11,8 @@ import pytest
 import rewards
 import rollout
 import text as text_module
+from lib.scoring import Reward, choose_rewards, score
 from rewards import REWARDS, count_words, format_reward, length, length_reward, repetition, structure
-from rollout import Reward, score
 
 ESSAY = """
 Chapter 1: The harbour. My grandfather kept two boats, one for the herring and one that he never explained
@@ -384,7 +384,7 @@ def test_overlong_is_missing_without_a_budget():
 
 def test_a_transform_makes_what_the_advantage_sees_and_leaves_the_missing_missing(monkeypatch):
     monkeypatch.setattr(rewards, "TRANSFORMS", {"length": lambda r: 100 * r})
-    with_transform, without = rollout.choose_rewards("length,format")
+    with_transform, without = choose_rewards("length,format", rewards)
     assert with_transform.transformed(0.25) == 25.0 and without.transformed(0.25) == 0.25
     assert math.isnan(with_transform.transformed(math.nan))
 

@@ -270,9 +270,9 @@ def test_a_finished_run_stays_as_it_is_and_another_config_is_refused(undisturbed
     before = {f: f.read_bytes() for f in undisturbed.rglob("*") if f.is_file()}
     in_process(undisturbed, "--steps", "6")
     assert "has finished its 6 steps" in capfd.readouterr().out
-    with pytest.raises(train.ConfigError, match=r"another config: lr \(0.000175 there, 0.001 now\)"):
+    with pytest.raises(train.UserError, match=r"another config: lr \(0.000175 there, 0.001 now\)"):
         in_process(undisturbed, "--steps", "8", "--lr", "1e-3")
-    with pytest.raises(train.ConfigError, match="resume is false"):
+    with pytest.raises(train.UserError, match="resume is false"):
         in_process(undisturbed, "--steps", "8", "--resume", "false")
     assert {f: f.read_bytes() for f in undisturbed.rglob("*") if f.is_file()} == before
 

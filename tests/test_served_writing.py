@@ -16,7 +16,7 @@ import pytest
 import rewards
 import train
 from lib import endpoint
-from lib.options import ConfigError
+from lib.options import UserError
 from scripts import plan
 from tests.fake_endpoint import FakeEndpoint
 from tests.launch import ROOT
@@ -128,7 +128,7 @@ def test_while_no_server_answers_all_ranks_wait_and_can_be_stopped(tmp_path):
 
 @pytest.mark.parametrize("urls, words", [("gpu1://x", "'gpu1://x' is no address"), ("", "answered 404")])
 def test_servers_that_cannot_be_are_named_before_weights_load(tmp_path, urls, words):
-    with FakeEndpoint(lambda *_: "404") as fake, pytest.raises(ConfigError, match=f"reward_model: .*{words}"):
+    with FakeEndpoint(lambda *_: "404") as fake, pytest.raises(UserError, match=f"reward_model: .*{words}"):
         in_process(tmp_path / "run", urls or fake.url, steps=1)
     assert not (tmp_path / "run").exists()
 

@@ -16,6 +16,7 @@ import model as qwen
 import parallel
 import train
 from bench import bench_load
+from lib.options import UserError
 from replica import tp_slice
 from run import Clock
 from tests.launch import ROOT, torchrun
@@ -94,7 +95,7 @@ def staged_errors(model, sampler, world):
         parallel.tp_slice = lambda name, whole, *_: whole + (name == "model.layers.1.mlp.up_proj.weight")
     try:
         parallel.publish(model, sampler)
-    except parallel.HandoffError as e:
+    except UserError as e:
         yield str(e)
     parallel.tp_slice = real
     if world.rank == world.size - 1:
@@ -102,7 +103,7 @@ def staged_errors(model, sampler, world):
     try:
         parallel.publish(model, sampler)
         yield ""
-    except parallel.HandoffError as e:
+    except UserError as e:
         yield str(e)
     dist.barrier()
 

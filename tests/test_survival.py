@@ -26,6 +26,7 @@ import parallel
 import rewards
 import train
 from bench.chaos import children, differences
+from lib.options import UserError
 from tests.test_run import ROOT, SMALL, equal, in_process, metrics, rollouts, tensors
 
 BASE = ROOT / "data" / "tiny" / "base"
@@ -130,7 +131,7 @@ def cut(run: Path, to: Path, step: int) -> Path:
 
 RESAVE = """
 world = parallel.setup("cpu")
-model = parallel.shard(train.qwen.load("{base}"), world)
+model = parallel.shard(train.run.qwen.load("{base}"), world)
 optimizer = torch.optim.AdamW(model.parameters())
 state = checkpoints.load(parallel.Path("{source}"), model, optimizer)
 checkpoints.save(parallel.Path("{target}"), model, optimizer, state, world, 9)
@@ -367,7 +368,7 @@ def test_restarts_on_several_nodes_need_a_store_of_their_own(monkeypatch):
         monkeypatch.setenv(name, value)
     assert parallel.restart_prefix() == "2"
     monkeypatch.setenv("GROUP_WORLD_SIZE", "2")
-    with pytest.raises(parallel.SetupError, match="TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1"):
+    with pytest.raises(UserError, match="TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1"):
         parallel.restart_prefix()
     monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "False")
     assert parallel.restart_prefix() == "", "how often each node has restarted may differ"
@@ -444,7 +445,7 @@ def test_a_full_disk_ends_the_run_and_nothing_saved_is_lost(alone, tmp_path, mon
         assert differences(disk / "run", alone) == []
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)
-        subprocess.run(["umount", str(disk)], capture_output=True)
+        subprocess.run(["umount", "-l", str(disk)], capture_output=True)
 
 
 def test_where_the_log_cannot_be_written_the_run_goes_on_from_the_last_checkpoint(alone, tmp_path,

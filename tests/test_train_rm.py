@@ -15,11 +15,12 @@ import pytest
 import torch
 
 import model as qwen
-from data.preferences import Pair, PreferenceError, read
+from data.preferences import Pair, read
 from data.tiny import make
 from data.tiny import pairs as tiny
 from data.tiny.pairs import KINDS, pairs
-from data.tokenizer import Tokenizer, TokenizerError
+from data.tokenizer import Tokenizer
+from lib.options import UserError
 from scripts import pretrain, train_rm
 from tests.launch import ROOT
 from tests.test_run import obeys_umask
@@ -73,10 +74,10 @@ def test_a_record_gives_its_pairs(case, tmp_path):
 ])  # fmt: skip
 def test_a_record_that_is_none_is_named_by_file_and_line(record, said, tmp_path):
     path = write(tmp_path / "pairs.jsonl", [RECORDS["plain"][0], record])
-    with pytest.raises(PreferenceError, match="pairs.jsonl, line 2: ") as e:
+    with pytest.raises(UserError, match="pairs.jsonl, line 2: ") as e:
         read(path)
     assert said in str(e.value) and len(str(e.value).splitlines()) == 1
-    with pytest.raises(PreferenceError, match="nowhere.*cannot be read"):
+    with pytest.raises(UserError, match="nowhere.*cannot be read"):
         read("nowhere")
 
 
@@ -180,7 +181,7 @@ def test_a_tokenizer_of_another_model_is_refused(tmp_path):
     raw = json.loads((BASE / "tokenizer.json").read_text())
     raw["added_tokens"] += [raw["added_tokens"][0] | {"id": 5000, "content": "<|other|>"}]
     (tmp_path / "base" / "tokenizer.json").write_text(json.dumps(raw))
-    with pytest.raises(TokenizerError, match="1025 ids, but the model in .*base has only 1024 rows"):
+    with pytest.raises(UserError, match="1025 ids, but the model in .*base has only 1024 rows"):
         train_rm.run(train_rm.Config(model=str(tmp_path / "base"), out=str(tmp_path / "rm")))
 
 

@@ -15,6 +15,7 @@ import pytest
 import torch
 
 import checkpoints
+import model as qwen
 import parallel
 import replica
 import rewards
@@ -48,7 +49,7 @@ TABLE = [
 
 
 class Bigrams(torch.nn.Module):
-    config, layers = train.qwen.ModelConfig(ROWS, C, 1, 1, 1, 1), []
+    config, layers = qwen.ModelConfig(ROWS, C, 1, 1, 1, 1), []
 
     def __init__(self, seed: int):
         super().__init__()

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 
+import model as qwen
 import rewards
 import train
 from tests.test_run import ROOT, launch, metrics, tensors
@@ -83,7 +84,7 @@ def test_a_batch_that_is_masked_whole_is_skipped_and_counted(tmp_path):
     train.train(train.parse([*SMALL, *options, "--run_dir", str(tmp_path / "run")]))
     for m in metrics(tmp_path / "run"):
         assert m["skipped_updates"] == 2 and m["truncated"] == 1 and m["grad_norm"] == 0 == m["entropy"]
-    saved, base = tensors(tmp_path / "run", 2), train.qwen.load(ROOT / "data/tiny/base").state_dict()
+    saved, base = tensors(tmp_path / "run", 2), qwen.load(ROOT / "data/tiny/base").state_dict()
     found = {k.split("/")[-1]: v for k, v in saved.items() if "exp_avg" not in k}
     assert len(found) == len(base) and all(torch.equal(found[k], base[k]) for k in base)
 
@@ -151,7 +152,7 @@ def test_an_update_is_the_same_on_two_ranks_and_in_any_micro_batches(loss, advan
                "--overlong", "mask", "--updates_per_batch", str(updates), "--beta", "0.1", "--tis_cap", "2",
                "--reward", "length,format,patchy"]
     monkeypatch.setitem(rewards.REWARDS, "patchy", (patchy, 1.0))
-    base, seen = train.qwen.load(ROOT / "data/tiny/base").state_dict(), []
+    base, seen = qwen.load(ROOT / "data/tiny/base").state_dict(), []
     for ranks, budget in ((1, 4096), (1, 200), (2, 4096)):
         folder, given = tmp_path / f"{ranks}_{budget}", [*options, "--micro_batch_tokens", str(budget)]
         if ranks == 1:

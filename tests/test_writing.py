@@ -19,7 +19,8 @@ import train
 from data import prompts
 from data.preferences import Pair
 from data.tiny.pairs import pairs
-from data.tokenizer import Tokenizer, TokenizerError
+from data.tokenizer import Tokenizer
+from lib.options import UserError
 from sampler import Completion
 from scripts import train_rm
 from tests.launch import ROOT, torchrun
@@ -174,7 +175,7 @@ def test_a_folder_whose_tokenizer_is_anothers_is_refused(tmp_path):
     raw = json.loads((tmp_path / "rm" / "tokenizer.json").read_text())
     raw["added_tokens"] += [raw["added_tokens"][0] | {"id": 5000, "content": "<|other|>"}]
     (tmp_path / "rm" / "tokenizer.json").write_text(json.dumps(raw))
-    with pytest.raises(TokenizerError, match="has only 1024 rows"):
+    with pytest.raises(UserError, match="has only 1024 rows"):
         reward_model.check(str(tmp_path / "rm"))
 
 
