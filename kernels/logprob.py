@@ -14,7 +14,6 @@ result is the same, bit for bit, every time.
 from __future__ import annotations
 
 import torch
-import torch.distributed as dist
 
 from kernels import backend
 from kernels.backend import tl, triton
@@ -66,32 +65,17 @@ class RowStats:
         self.target_T = torch.where(here, z.gather(-1, at[:, None])[:, 0], self.target_T)
         z.sub_(peak[:, None])
         e = z.exp()
-        self.rebase_(peak)
-        self.total_T += e.sum(-1)
+        drop = torch.where(self.total_T > 0, self.peak_T - peak, 0)
+        self.weighted_T = drop.exp() * (self.weighted_T + drop * self.total_T)
         self.weighted_T += torch.bmm(e[:, None], z[..., None]).view(-1)  # a dot product a row
+        self.total_T = drop.exp() * self.total_T + e.sum(-1)
+        self.peak_T = peak
 
     def add_fused_(self, logits_TN, targets_T, temperature):
         size = backend.blocks("row_stats", logits_TN.dtype, logits_TN.shape[1])
         row_stats[(len(logits_TN), )](logits_TN, logits_TN.stride(0), logits_TN.shape[1], targets_T,
                                       self.peak_T, self.total_T, self.weighted_T, self.target_T, temperature,
                                       **size)
-
-    def rebase_(self, peak_T: torch.Tensor):
-        """Expresses the sums relative to a peak that is not below the own one."""
-        drop = torch.where(self.total_T > 0, self.peak_T - peak_T, 0)
-        self.weighted_T = drop.exp() * (self.weighted_T + drop * self.total_T)
-        self.total_T = drop.exp() * self.total_T
-        self.peak_T = peak_T
-
-    def merge_(self, group):
-        """Over ranks that hold different parts of the vocabulary."""
-        peak_T = self.peak_T.clone()
-        dist.all_reduce(peak_T, dist.ReduceOp.MAX, group=group)
-        self.rebase_(peak_T)
-        sums = torch.stack((self.total_T, self.weighted_T))
-        dist.all_reduce(sums, group=group)
-        self.total_T, self.weighted_T = sums
-        dist.all_reduce(self.target_T, dist.ReduceOp.MAX, group=group)
 
 
 def logit_gradient(logits_TN: torch.Tensor, targets_T: torch.Tensor, peak_T: torch.Tensor,
@@ -174,15 +158,13 @@ def row_gradient(logits, out, columns, targets, peak, log_total, mean, grad_logp
 
 class LinearLogprob(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden_TC, weight_VC, targets_T, temperature, group, n_valid):
+    def forward(ctx, hidden_TC, weight_VC, targets_T, temperature, n_valid):
         stats = RowStats(len(hidden_TC), hidden_TC.device)
         for part in chunks(len(hidden_TC), n_valid, hidden_TC.device):
             stats.add_(matmul_fp32(hidden_TC, weight_VC[part]), targets_T - part.start, temperature)
-        if group is not None:
-            stats.merge_(group)
         log_total_T, mean_T = stats.total_T.log(), stats.weighted_T / stats.total_T
         ctx.save_for_backward(hidden_TC, weight_VC, targets_T, stats.peak_T, log_total_T, mean_T)
-        ctx.temperature, ctx.group, ctx.n_valid = temperature, group, n_valid
+        ctx.temperature, ctx.n_valid = temperature, n_valid
         ctx.set_materialize_grads(False)
         return stats.target_T - stats.peak_T - log_total_T, log_total_T - mean_T
 
@@ -214,14 +196,12 @@ class LinearLogprob(torch.autograd.Function):
                 grad_weight[part] = matmul_fp32(g_TN.T, hidden_TC.T)
             del g_TN  # before the next chunk's is made
         if need_hidden:
-            if ctx.group is not None:
-                dist.all_reduce(sums_TC, group=ctx.group)
             grad_hidden[kept] = sums_TC.to(grad_hidden.dtype)
-        return grad_hidden, grad_weight, None, None, None, None
+        return grad_hidden, grad_weight, None, None, None
 
 
 def linear_logprob(hidden_TC: torch.Tensor, weight_VC: torch.Tensor, targets_T: torch.Tensor,
-                   temperature: float = 1.0, group=None, first_id: int = 0,
+                   temperature: float = 1.0,
                    n_valid: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
     """log softmax(hidden @ weight.T / temperature)[target] and the entropy of that distribution.
 
@@ -230,18 +210,14 @@ def linear_logprob(hidden_TC: torch.Tensor, weight_VC: torch.Tensor, targets_T: 
 
     n_valid: rows of the weight that are ids, where the checkpoint pads its vocabulary beyond the tokenizer's
     last; as weight_VC[:n_valid], whose gradient autograd would copy once more into one of V rows.
-
-    group: ranks that share a vocabulary-parallel head; weight_VC is then this rank's slice, whose first row
-    is id `first_id`, and every rank passes the same rows and gets the same results.
     """
     if not temperature > 0:
         raise ValueError(f"linear_logprob: temperature must be positive, got {temperature}")
     n_valid = len(weight_VC) if n_valid is None else n_valid
-    if group is None and len(targets_T) and (largest := int(targets_T.max())) >= n_valid:
+    if len(targets_T) and (largest := int(targets_T.max())) >= n_valid:
         raise ValueError(f"linear_logprob: target {largest} is beyond the last id, {n_valid - 1}")
     kept = (targets_T >= 0).nonzero()[:, 0]
     if len(kept) == len(targets_T):
-        return LinearLogprob.apply(hidden_TC, weight_VC, targets_T - first_id, temperature, group, n_valid)
-    values = LinearLogprob.apply(hidden_TC[kept], weight_VC, targets_T[kept] - first_id, temperature, group,
-                                 n_valid)
+        return LinearLogprob.apply(hidden_TC, weight_VC, targets_T, temperature, n_valid)
+    values = LinearLogprob.apply(hidden_TC[kept], weight_VC, targets_T[kept], temperature, n_valid)
     return tuple(x.new_zeros(len(targets_T)).index_put((kept, ), x) for x in values)

@@ -463,27 +463,16 @@ import sys
 import bench.interpreter
 import torch
 import torch.distributed as dist
-from kernels import backend, linear_logprob
+from kernels import backend
 from kernels.sample import head_draw
 
 dist.init_process_group("gloo")
 rank, size = dist.get_rank(), dist.get_world_size()
 generator = torch.Generator().manual_seed(0)
 hidden, weight = torch.randn(9, 24, generator=generator), torch.randn(201, 24, generator=generator) / 3
-targets, n_valid, own = torch.arange(0, 180, 20), 185, 201 // size
+n_valid, own = 185, 201 // size
 for fused in (False, True):
     backend.fused = lambda x: fused
-    # logprob: each rank has a slice of the valid rows, the last one fewer
-    h, whole = hidden.clone().requires_grad_(), weight[:n_valid].clone().requires_grad_()
-    right = linear_logprob(h, whole, targets, 0.8)
-    right += torch.autograd.grad(right[0].sum() + (right[1] * torch.arange(9)).sum(), (h, whole))
-    mine = slice(rank * own, min((rank + 1) * own, n_valid))
-    h, part = hidden.clone().requires_grad_(), weight[mine].clone().requires_grad_()
-    found = linear_logprob(h, part, targets, 0.8, group=dist.group.WORLD, first_id=rank * own)
-    found += torch.autograd.grad(found[0].sum() + (found[1] * torch.arange(9)).sum(), (h, part))
-    for x, y in zip(found, (*right[:3], right[3][mine]), strict=True):
-        torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-5)
-    # draws: greedy, sampled and filtered rows
     u = (torch.arange(9, dtype=torch.float64) + 0.5) / 9
     temperature = torch.tensor([0.0, 0.5, 1.0] * 3)
     for filters in ((), (torch.full((9,), 0.8), torch.full((9,), 30))):
@@ -497,7 +486,7 @@ dist.destroy_process_group()
 """
 
 
-def test_a_head_split_over_ranks_gives_the_same_logprobs_gradients_and_draws(tmp_path):
+def test_a_head_split_over_ranks_gives_the_same_draws(tmp_path):
     """Reference and kernels; 185 valid ids of 201, so that the last slice is cut; a slice of 67 ids is a tile
     and a bit of the next."""
     script = tmp_path / "split_head.py"
