@@ -11,7 +11,7 @@ import resource
 import socket
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
@@ -27,6 +27,7 @@ from data import prompts as prompt_data
 from data.tokenizer import Tokenizer
 from lib.files import ROOT, locate, read_jsonl, replace, write_jsonl
 from lib.options import UserError
+from lib.wandb_log import Wandb, open_wandb
 from parallel import World, broadcast, raise_on_all_ranks
 
 # What a run may change when it goes on: nothing that its steps depend on.
@@ -393,41 +394,3 @@ class Log:
     def finish(self):
         self.wandb.send("finish")
         self.say(f"done: {self.folder} holds metrics.jsonl, rollouts/ and checkpoints/")
-
-
-class Wandb:
-    """A run at Weights & Biases, or none: what fails there is warned of once, and training goes on."""
-    def __init__(self, run, warn: Callable[[str], None]):
-        self.run, self.warn = run, warn
-
-    def send(self, method: str, *arguments, **options):
-        try:
-            if self.run:
-                getattr(self.run, method)(*arguments, **options)
-        except Exception as e:
-            self.run = None
-            self.failed(e, "goes on without it, and metrics.jsonl holds every step")
-
-    def failed(self, error: Exception, consequence: str):
-        self.warn(f"warning: wandb failed ({' '.join(str(error).split())[:200]}): this run {consequence}")
-
-
-def open_wandb(config, folder: Path, warn: Callable[[str], None]) -> Wandb:
-    """Online if there is a key and the server answers in time, else offline, else none."""
-    has_key = bool(os.environ.get("WANDB_API_KEY")) or (Path.home() / ".netrc").exists()
-    mode = os.environ.get("WANDB_MODE") or ("online" if has_key else "offline")
-    options = {"project": "longwriter-zero", "name": folder.name, "resume": "allow", "dir": str(folder),
-               "id": hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16],
-               "config": dataclasses.asdict(config)}
-    limits, log = {"login_timeout": 5, "init_timeout": 10, "finish_timeout": 60}, Wandb(None, warn)  # seconds
-    try:
-        import wandb
-        try:
-            log.run = wandb.init(mode=mode, settings=limits, **options)
-        except Exception as e:
-            wandb.teardown()  # its service holds on to the id
-            log.run = wandb.init(mode="offline", **options)
-            log.failed(e, f"logs offline; later: wandb sync {folder}/wandb/offline-run-*")
-    except Exception as e:
-        log.failed(e, "goes on without it; pip install wandb if it is missing, or leave --wandb out")
-    return log
