@@ -8,6 +8,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import re
 import shutil
 import sys
 from contextlib import nullcontext
@@ -64,7 +65,7 @@ def save(folder: Path, model: Qwen2, optimizer: torch.optim.Optimizer, state: di
             if world.main:
                 for broken_off in folder.glob("writing_*"):
                     shutil.rmtree(broken_off)
-                beside.mkdir(parents=True)
+                beside.mkdir()
         for part in tensors:
             writer = HuggingFaceStorageWriter(str(beside / part), save_distributed=True)
             dcp.save(tensors[part], storage_writer=writer)
@@ -94,17 +95,17 @@ def save(folder: Path, model: Qwen2, optimizer: torch.optim.Optimizer, state: di
                         f"needs {needed:,} bytes, and {shutil.disk_usage(there).free:,} are free; those "
                         "before it stay: make room, and the same command goes on from them") from None
     for old in complete(folder)[keep:] if world.main else []:
-        if not keep_every or int(old.name.removeprefix("step_")) % keep_every:
+        if not keep_every or step_of(old) % keep_every:
             shutil.rmtree(old, ignore_errors=True)
 
 
 class Checkpoints:
     """The checkpoints of a run. saved: the step of the newest; 0 without one."""
 
-    def __init__(self, folder: Path, model: Qwen2, optimizer, saved: int, config, code: str, clock,
-                 world: World):
+    def __init__(self, folder: Path, model: Qwen2, optimizer, saved: int, config, inputs: dict, code: str,
+                 clock, world: World):
         self.folder, self.model, self.optimizer, self.saved = folder / "checkpoints", model, optimizer, saved
-        self.config, self.code, self.clock, self.world = config, code, clock, world
+        self.config, self.inputs, self.code, self.clock, self.world = config, inputs, code, clock, world
 
     def due(self, step: int) -> bool:
         """Whether a multiple of save_every has passed since the newest."""
@@ -112,7 +113,8 @@ class Checkpoints:
         return step // every > self.saved // every or step == self.config.steps
 
     def save(self, step: int):
-        state = {"step": step, "code": self.code, "config": dataclasses.asdict(self.config)}
+        state = {"step": step, "code": self.code, "inputs": self.inputs,
+                 "config": dataclasses.asdict(self.config)}
         self.clock.seconds["save"] = 0.0
         with self.clock("save"):
             save(self.folder, self.model, self.optimizer, state, self.world, self.config.keep_checkpoints,
@@ -120,9 +122,19 @@ class Checkpoints:
         self.saved = step
 
 
+def step_of(path: Path) -> int:
+    return int(path.name.removeprefix("step_"))
+
+
+def named(folder: Path) -> list[Path]:
+    """Whatever has a checkpoint's name, newest first."""
+    return sorted((p for p in folder.glob("step_*") if re.fullmatch(r"step_\d{6,}", p.name)), key=step_of,
+                  reverse=True)
+
+
 def complete(folder: Path) -> list[Path]:
-    """Complete checkpoints, newest first."""
-    return sorted(folder.glob("step_*"), reverse=True)
+    """Checkpoints that were written to their end, newest first."""
+    return [path for path in named(folder) if (path / "manifest.json").is_file()]
 
 
 def verify(path: Path, world: World | None = None) -> dict:
@@ -131,6 +143,10 @@ def verify(path: Path, world: World | None = None) -> dict:
     with raise_on_all_ranks(world) if world else nullcontext():
         try:
             files = sorted(json.loads((path / "manifest.json").read_text()).items())
+            there = {str(f.relative_to(path)) for f in path.rglob("*") if f.is_file()} - {"manifest.json"}
+            if not files or there - dict(files).keys():
+                raise BadCheckpoint(f"{path / 'manifest.json'} does not list "
+                                    f"{min(there - dict(files).keys(), default='a file')}")
             for name, expected in files[world.rank::world.size] if world else files:
                 if digest(path / name) != expected:
                     raise BadCheckpoint(f"{path / name} does not match its checksum")
@@ -142,7 +158,7 @@ def verify(path: Path, world: World | None = None) -> dict:
 def newest(folder: Path, world: World | None = None) -> tuple[Path, dict] | None:
     """The newest checkpoint that is whole, and its state; warns of each newer one that is not. None where
     there is none yet; BadCheckpoint where none is whole."""
-    paths = broadcast(complete(folder), world) if world else complete(folder)
+    paths = broadcast(named(folder), world) if world else named(folder)
     for path in paths:
         try:
             return path, verify(path, world)

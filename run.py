@@ -7,6 +7,7 @@ import itertools
 import json
 import math
 import os
+import re
 import resource
 import socket
 import sys
@@ -15,6 +16,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -25,6 +27,7 @@ import parallel
 import replica
 from data import prompts as prompt_data
 from data.tokenizer import Tokenizer
+from lib.endpoint import model_names
 from lib.files import ROOT, locate, read_jsonl, replace, write_jsonl
 from lib.options import UserError
 from lib.wandb_log import Wandb, open_wandb
@@ -44,11 +47,19 @@ class Inputs:
 
     model: str  # checkpoint folders
     reference: str
+    shape: qwen.ModelConfig
     tokenizer: Tokenizer
     prompts: list
     eval_prompts: list
     dropped: dict[str, int]  # training prompts, by reason
     eval_dropped: dict[str, int]
+
+    @cached_property
+    def record(self) -> dict:
+        """What a checkpoint notes of it, so that a resumed run is known to read the same."""
+        texts = json.dumps([dataclasses.astuple(prompt) for prompt in self.prompts])
+        return {"prompts": hashlib.sha256(texts.encode()).hexdigest(),
+                "model": dataclasses.asdict(self.shape)}
 
 
 def read_inputs(config, world: World) -> Inputs:
@@ -69,19 +80,20 @@ def read_inputs(config, world: World) -> Inputs:
     if config.eval_prompts:
         eval_prompts, eval_dropped = prompt_data.load(config, "eval_prompts", world.size, "every rank",
                                                       tokenizer, context)
-    return Inputs(model, reference, tokenizer, prompts, eval_prompts, dropped, eval_dropped)
+    return Inputs(model, reference, shapes[model], tokenizer, prompts, eval_prompts, dropped, eval_dropped)
 
 
 # ---------------------------------------------------------------------- folder of the run
 
 
 def differences(config, recorded: dict) -> list[str]:
-    mine = dataclasses.asdict(config)
-    return [
-        f"{k} ({recorded.get(k)!r} there, {v!r} now)" for k, v in mine.items()
-        if k not in MAY_DIFFER and recorded.get(k) != v
-        and not ("://" in str(v) and "://" in str(recorded.get(k)))  # servers may move
-    ]
+    """Options that a run may not change, with both values. Servers may move, the model that they serve may
+    not change."""
+    def name(value):
+        return model_names(value) if "://" in str(value) else value
+
+    return [f"{k} ({recorded.get(k)!r} there, {v!r} now)" for k, v in dataclasses.asdict(config).items()
+            if k not in MAY_DIFFER and name(recorded.get(k)) != name(v)]
 
 
 def lock(folder: Path):
@@ -141,15 +153,19 @@ def choose_folder(config, restarted: bool) -> Path:
     return folder
 
 
-def open_run(config, world: World) -> tuple[Path, tuple[Path, dict] | None]:
-    """The run's folder, and its newest whole checkpoint with its state. Raises UserError or BadCheckpoint
-    on all ranks."""
+def open_run(config, inputs: Inputs, world: World) -> tuple[Path, tuple[Path, dict] | None]:
+    """The run's folder, and its newest whole checkpoint with its state. Raises UserError on all ranks."""
     restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))  # 0 on a node that has just come back
     restarted, folder = parallel.largest({"restarts": restarts}, world)["restarts"] > 0, None
     with raise_on_all_ranks(world):
         folder = choose_folder(config, restarted) if world.main else None
     folder = broadcast(folder, world)
     newest = checkpoints.newest(folder / "checkpoints", world)
+    for name, value in (newest[1].get("inputs", {}) if newest else {}).items():
+        if inputs.record[name] != value:
+            where = {"prompts": config.prompts, "model": f"{inputs.model}/config.json"}[name]
+            raise UserError(f"{where} is not what {newest[0]} was made with: put it back, or choose another "
+                            "run_dir")
     with raise_on_all_ranks(world):
         if world.main and not (newest and newest[1]["step"] > config.steps):
             open_folder(config, folder, newest)
@@ -161,7 +177,8 @@ def open_folder(config, folder: Path, newest: tuple[Path, dict] | None):
     UserError."""
     path, state = newest or (None, {"step": -1})
     try:
-        (folder / "rollouts").mkdir(parents=True, exist_ok=True)
+        for part in ("rollouts", "checkpoints"):
+            (folder / part).mkdir(parents=True, exist_ok=True)
         replace(folder / "config.json", json.dumps(dataclasses.asdict(config), indent=2) + "\n")
         cut_back(folder, state["step"])
         if state["step"] >= config.steps:  # at most an evaluation is missing
@@ -200,14 +217,22 @@ def keep_source(folder: Path, step: int) -> Path:
 
 
 def cut_back(folder: Path, step: int):
-    """Removes metrics and rollouts of steps after `step`: they will be made again."""
-    metrics = folder / "metrics.jsonl"
+    """Removes metrics and rollouts of steps after `step`: they will be made again. Warns of those before it
+    that are missing."""
+    metrics, records, steps = folder / "metrics.jsonl", [], set(range(1, step + 1))
     if metrics.exists():
-        lines = [line for line in metrics.read_text().splitlines(keepends=True) if line.endswith("\n")]
-        replace(metrics, "".join(line for line in lines if json.loads(line)["step"] <= step))
-    for file in (folder / "rollouts").glob("*_*.jsonl"):
-        if int(file.stem.split("_")[1]) > step:
-            file.unlink()
+        records = [record for record in read_jsonl(metrics) if record["step"] <= step]
+        replace(metrics, "".join(json.dumps(record) + "\n" for record in records))
+    files = {(m[1], int(m[2])): file for file in (folder / "rollouts").iterdir()
+             if (m := re.fullmatch(r"(step|eval)_(\d{6,})\.jsonl", file.name))}
+    for file in (file for (_, of), file in files.items() if of > step):
+        file.unlink()
+    there = {"metrics.jsonl": {record["step"] for record in records if "loss" in record},
+             "rollouts": {of for kind, of in files if kind == "step"}}
+    for name, found in there.items():
+        if lost := sorted(steps - found):
+            print(f"warning: {folder / name} lacks {len(lost)} steps before the checkpoint, the first is "
+                  f"{lost[0]}: the run goes on without them", file=sys.stderr, flush=True)
 
 
 # ---------------------------------------------------------------------- clock
@@ -378,9 +403,16 @@ class Log:
         """Writes the samples of skipped updates, each line the fields of a grpo.Sample."""
         with raise_on_all_ranks(self.world):
             if self.world.main:
+                (self.folder / "bad_batches").mkdir(exist_ok=True)
                 write_jsonl(self.folder / "bad_batches" / f"step_{step:06d}.jsonl",
                             [{name: x.tolist() if isinstance(x, torch.Tensor) else x
                               for name, x in vars(s).items()} for s in samples])
+
+    def reward_error(self, details: str):
+        """Writes the traceback of a reward to reward_error.txt."""
+        if details and self.world.main:
+            (self.folder / "reward_error.txt").write_text(details, encoding="utf-8")
+            self.warn(f"{self.folder}/reward_error.txt has the whole traceback")
 
     def write(self, file: str, metrics: dict, records: list[dict]):
         """Numbers that are not finite become null, which every reader of JSON knows."""

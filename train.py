@@ -298,7 +298,7 @@ def train(config: Config, clock: run.Clock | None = None, watch: Watch | None = 
         rewards, inputs = choose_rewards(config.reward, reward_file), run.read_inputs(config, world)
         rollout.check_rewards(rewards, config, inputs.prompts, inputs.tokenizer)
     names = [reward.name for reward in rewards]
-    folder, newest = run.open_run(config, world)
+    folder, newest = run.open_run(config, inputs, world)
     log = run.Log(folder, config, names, clock, world)
     saved = newest[1]["step"] if newest else 0  # step of the newest checkpoint
     if saved >= config.steps and not log.evaluation_due(saved):
@@ -316,7 +316,8 @@ def train(config: Config, clock: run.Clock | None = None, watch: Watch | None = 
     rollout.prepare_rewards(rewards, config, world)
     sampler = rollout.make_sampler(model.config, inputs.tokenizer, config, world)
     parallel.publish(model, sampler.model)
-    saver = Checkpoints(folder, model, optimizer, saved, config, run.code_hash(), clock, world)
+    saver = Checkpoints(folder, model, optimizer, saved, config, inputs.record, run.code_hash(), clock,
+                        world)
     log.start(model, inputs, saved)
 
     def evaluate(step: int):
@@ -365,6 +366,7 @@ def train(config: Config, clock: run.Clock | None = None, watch: Watch | None = 
     except (Stopped, RewardError) as e:  # weights are those of the last step in the log
         if done > saver.saved and not skipped:
             saver.save(done)
+        log.reward_error(getattr(e, "details", ""))
         if isinstance(e, Stopped):
             log.say(f"stopped by {signal.Signals(*e.args).name}: step {saver.saved} is kept, and the "
                     "same command goes on from there")

@@ -32,7 +32,6 @@ def write_durably(file: Path, text: str):
 def write_jsonl(file: Path, records: list[dict], mode: str = "w"):
     """Writes a JSON object a line; mode "a" appends. Raises UserError."""
     try:
-        file.parent.mkdir(exist_ok=True)
         with file.open(mode, encoding="utf-8") as f:
             f.writelines(json.dumps(r, ensure_ascii=False) + "\n" for r in records)
     except OSError as e:

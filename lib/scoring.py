@@ -25,6 +25,7 @@ MISTAKES_OF_ALL = (AttributeError, TypeError)  # perhaps from an odd answer, unl
 
 class RewardError(UserError):
     """A reward that raised or returned an invalid value; the message names it, the prompt and the line."""
+    details = ""  # the traceback
 
 
 @dataclass(frozen=True)
@@ -113,12 +114,17 @@ def score(reward: Reward, completions: list, prompts: list) -> list[float]:
 
 
 def raised(reward: Reward, e: BaseException, prompt) -> RewardError:
-    return RewardError(f"reward {reward.name!r} raised {describe(e)}, on an answer to prompt {prompt.id!r}: "
-                       "repair it, or leave it out with --reward")
+    error = RewardError(f"reward {reward.name!r} raised {describe(e)}, on an answer to prompt {prompt.id!r}: "
+                        "repair it, or leave it out with --reward")
+    error.details = "".join(traceback.format_exception(e))
+    return error
 
 
 def describe(e: BaseException) -> str:
-    at, message = traceback.extract_tb(e.__traceback__)[-1], " ".join(str(e).split())
+    """The exception, and where in the user's file: the one that the first frame outside of lib is in."""
+    frames, message = traceback.extract_tb(e.__traceback__), " ".join(str(e).split())
+    users = [f for f in frames if Path(f.filename).parent != Path(__file__).parent] or frames
+    at = [f for f in users if f.filename == users[0].filename][-1]
     return f"{type(e).__name__} ({message[:200]}) in {Path(at.filename).name}, line {at.lineno}"
 
 

@@ -74,3 +74,27 @@ def test_state_and_manifest_are_on_the_disk_before_the_checkpoint_has_its_name(t
     assert events[-3:] == ["state.json", "manifest.json", "step_000002"]
     named = json.loads((tmp_path / "step_000002" / "manifest.json").read_text())
     assert {Path(name).name for name in named} <= set(events), "the weights too"
+
+
+@pytest.mark.parametrize("manifest, named", [("{}", "does not list"), (None, "does not list optimizer/odd")])
+def test_what_its_manifest_does_not_list_makes_a_checkpoint_unusable(tmp_path, world, manifest, named):
+    """The reader of shards takes every file of a folder."""
+    model, optimizer = trained(1)
+    checkpoints.save(tmp_path, model, optimizer, {"step": 2}, world, 9)
+    if manifest:
+        (tmp_path / "step_000002" / "manifest.json").write_text(manifest)
+    else:
+        (tmp_path / "step_000002" / "optimizer" / "odd").touch()
+    with pytest.raises(checkpoints.BadCheckpoint, match=named):
+        checkpoints.verify(tmp_path / "step_000002")
+
+
+def test_rotation_counts_checkpoints_alone_and_removes_nothing_else(tmp_path, world):
+    model, optimizer = trained(1)
+    others = ["step_best", "step_000001_copy", "step_000003"]  # the last has no manifest
+    for name in others:
+        (tmp_path / name).mkdir()
+    for step in (2, 999_999, 1_000_000):
+        checkpoints.save(tmp_path, model, optimizer, {"step": step}, world, 2)
+    assert {p.name for p in tmp_path.iterdir()} == {*others, "step_999999", "step_1000000"}
+    assert checkpoints.newest(tmp_path)[1]["step"] == 1_000_000

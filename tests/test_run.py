@@ -3,6 +3,7 @@
 import json
 import os
 import runpy
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,6 +19,7 @@ import rewards
 import run
 import train
 from data.tokenizer import Tokenizer
+from lib import scoring
 from text import length_score
 
 ROOT = Path(__file__).parent.parent
@@ -275,6 +277,60 @@ def test_a_finished_run_stays_as_it_is_and_another_config_is_refused(undisturbed
     with pytest.raises(train.UserError, match="resume is false"):
         in_process(undisturbed, "--steps", "8", "--resume", "false")
     assert {f: f.read_bytes() for f in undisturbed.rglob("*") if f.is_file()} == before
+
+
+def test_other_prompts_or_another_model_under_the_same_name_are_refused(tmp_path, monkeypatch):
+    shutil.copytree(ROOT / "data" / "tiny" / "base", tmp_path / "base")
+    shutil.copy(ROOT / "data" / "tiny" / "prompts.jsonl", tmp_path / "prompts.jsonl")
+    options = ["--config", str(ROOT / "configs" / "tiny.json"), *SMALL, "--model", str(tmp_path / "base"),
+               "--prompts", str(tmp_path / "prompts.jsonl"), "--eval_prompts", "",
+               "--reward", "length,format", "--run_dir", str(tmp_path / "run")]
+    train.train(train.parse([*options, "--steps", "2"]))
+    for file, old, new in (("prompts.jsonl", "Please", "Now"), ("base/config.json", "1e-06", "1e-05")):
+        text = (tmp_path / file).read_text()
+        assert old in text
+        (tmp_path / file).write_text(text.replace(old, new, 1))
+        with pytest.raises(train.UserError, match=f"{file} is not what .*step_000002 was made with"):
+            train.train(train.parse([*options, "--steps", "4"]))
+        (tmp_path / file).write_text(text)
+
+
+def test_steps_that_metrics_or_rollouts_lack_are_named_on_resume(tmp_path, capfd):
+    options = ["--eval_prompts", "", "--max_new_tokens", "8", "--reward", "length,format"]
+    in_process(tmp_path / "run", "--steps", "2", *options)
+    (tmp_path / "run" / "metrics.jsonl").write_text("")
+    (tmp_path / "run" / "rollouts" / "step_000002.jsonl").unlink()
+    in_process(tmp_path / "run", "--steps", "3", *options)
+    said = capfd.readouterr().err
+    assert "metrics.jsonl lacks 2 steps before the checkpoint, the first is 1" in said
+    assert "rollouts lacks 1 steps before the checkpoint, the first is 2" in said
+
+
+def test_a_run_folder_that_vanishes_ends_the_run_and_is_not_made_again(tmp_path, monkeypatch):
+    def remove(completion, prompt):
+        shutil.rmtree(tmp_path / "run", ignore_errors=True)
+        return 0.5
+
+    monkeypatch.setitem(rewards.REWARDS, "remove", (remove, 1.0))
+    with pytest.raises(train.UserError, match="run/rollouts/step_000001.jsonl cannot be written"):
+        in_process(tmp_path / "run", "--steps", "1", "--eval_prompts", "", "--reward", "remove",
+                   "--max_new_tokens", "8")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_reward_that_raises_names_the_line_of_the_user_and_keeps_the_traceback(tmp_path, monkeypatch):
+    def broken(completion, prompt):
+        if completion.token_ids:
+            return json.loads("{")  # raises in the library
+
+    check, line = [], broken.__code__.co_firstlineno + 2
+    monkeypatch.setitem(rewards.REWARDS, "broken", (broken, 1.0))
+    monkeypatch.setattr(train.rollout, "check_rewards", lambda *_: check.append(1))
+    with pytest.raises(scoring.RewardError, match=rf"JSONDecodeError .* in test_run.py, line {line}, on an"):
+        in_process(tmp_path / "run", "--steps", "1", "--eval_prompts", "", "--reward", "broken",
+                   "--max_new_tokens", "8")
+    kept = (tmp_path / "run" / "reward_error.txt").read_text()
+    assert "decoder.py" in kept and "in broken" in kept and check
 
 
 def test_constant_rewards_leave_the_weights_bit_identical(tmp_path, monkeypatch):
