@@ -3,7 +3,7 @@
     python -m bench.bench_rewards
 
 Processor time of every reward that is a rule on a text of 12,000 words, English and Chinese; what that adds
-to a step of 1,024 such samples, by the planner's step times; the attack set of bench/attacks.py with the
+to a step of 1,024 such samples, by the planner's step times; the attack set of tests/attacks.py with the
 measures of repetition beside plain shares of n-grams. Writes bench/results/rewards.json and ends with the
 same as one JSON line.
 """
@@ -17,10 +17,11 @@ from types import SimpleNamespace
 import numpy as np
 
 import rewards
-from bench import attacks, hardware
+from bench import hardware
 from lib import scoring
 from rewards import REWARDS
 from scripts import plan
+from tests import attacks
 from text import count_words
 
 SAMPLES, WORDS = 1024, 12_000

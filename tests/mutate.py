@@ -32,16 +32,17 @@ import pytest  # noqa: E402
 
 ROOT = Path(__file__).parent.parent
 TESTS = {  # of each file, fastest first
-    "train.py": "update options variants run survival",
-    "rollout.py": "update rewards options remote variants run",
+    "train.py": "update options variants sharding run survival",
+    "rollout.py": "update rewards options remote variants parallel_sampling run",
     "grpo.py": "grpo update",
     "rewards.py": "rewards options writing remote served_writing",
     "checkpoints.py": "checkpoints survival",
-    "run.py": "update run survival",
+    "run.py": "update checkpoints errors run survival",
     "sampler.py": "sampler",
     "scheduler.py": "scheduler sampler parallel_sampling",
     "lib/files.py": "checkpoints",
-    "data/prompts.py": "prompts",
+    "lib/scoring.py": "rewards remote options",
+    "data/prompts.py": "prompts options",
 }
 COMPARED = {ast.Lt: (ast.LtE, ast.GtE), ast.LtE: (ast.Lt, ast.Gt), ast.Gt: (ast.GtE, ast.LtE),
             ast.GtE: (ast.Gt, ast.Lt), ast.Eq: (ast.NotEq,), ast.NotEq: (ast.Eq,), ast.In: (ast.NotIn,),

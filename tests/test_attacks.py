@@ -1,14 +1,14 @@
 """What the measures of repetition make of texts whose share of copies is known by construction.
 
-The texts are in bench/attacks.py. Their sentences come from grammars: they show what separates copies from
+The texts are in tests/attacks.py. Their sentences come from grammars: they show what separates copies from
 honest forms, not how a judge would rank real prose.
 """
 
 import numpy as np
 import pytest
 
-from bench import attacks
 from rewards import count_words, format_reward, format_words
+from tests import attacks
 from tests.test_rewards import asked, said
 
 

@@ -1,15 +1,29 @@
 """Ratings and comparisons against games of known strengths, another algorithm and numbers by hand."""
 
-import json
 import math
-import sys
 
 import numpy as np
 import pytest
 
-from bench import bench_elo
-from bench.bench_elo import tournament
 from evaluation import elo
+
+
+def tournament(seed: int, models: int, baselines: int, prompts: int,
+               ties: float = 0.0) -> tuple[dict[str, float], list]:
+    """(true ratings, the baselines' mean being 1000; games), that share of the weaker's wins tied."""
+    random = np.random.default_rng(seed)
+    names = [f"model {i}" for i in range(models)], [f"baseline {i}" for i in range(baselines)]
+    ratings = dict(zip(names[0] + names[1], random.normal(1000, 150, models + baselines).tolist()))
+    offset = elo.MEAN - np.mean([ratings[name] for name in names[1]])
+    ratings = {name: rating + offset for name, rating in ratings.items()}
+    games = []
+    for model in names[0]:
+        for baseline in names[1]:
+            chance = 1 / (1 + 10**((ratings[baseline] - ratings[model]) / 400))
+            tie = ties * min(chance, 1 - chance)  # half to each: the expected points stay
+            drawn = random.choice([1.0, 0.5, 0.0], prompts, p=[chance - tie, 2 * tie, 1 - chance - tie])
+            games += [[model, baseline, f"p{i}", points] for i, points in enumerate(drawn.tolist())]
+    return ratings, games
 
 
 def by_minorisation(games: list, rounds: int = 20_000) -> dict[str, float]:
@@ -146,18 +160,6 @@ def test_groups_that_never_met_have_a_scale_by_pinned_players():
     games = [[m, b, str(i), i % 2] for m, b in (("m", "b"), ("n", "c")) for i in range(4)]
     fitted = elo.fit(games, {"b": 900, "c": 1300})
     assert (fitted["m"].rating, fitted["n"].rating) == pytest.approx((900, 1300))
-
-
-def test_the_bench_of_ratings_runs(monkeypatch, capsys, tmp_path):
-    for name, value in {"MODELS": 3, "BASELINES": 2, "PROMPTS": 10, "ROUNDS": 50, "TOURNAMENTS": 2,
-                        "__file__": str(tmp_path / "bench_elo.py")}.items():
-        monkeypatch.setattr(bench_elo, name, value)
-    monkeypatch.setattr(sys, "argv", ["bench_elo"])
-    (tmp_path / "results").mkdir()
-    bench_elo.main()
-    line = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert line["ratings"] == 10 and 0 < line["seconds_median"] <= line["seconds_max"]
-    assert json.loads((tmp_path / "results" / "elo.json").read_text()) == line
 
 
 # ---------------------------------------------------------------------- two results

@@ -28,7 +28,7 @@ def honest():
 @pytest.mark.parametrize("check", [guards.stuffing, guards.praise, guards.drift, guards.loops],
                          ids=lambda check: check.__name__)
 def test_honest_texts_of_every_form_are_clean(check, honest):
-    """Essays, refrains, lists, dialogues, poems and references of bench/attacks.py, and these two."""
+    """Essays, refrains, lists, dialogues, poems and references of tests/attacks.py, and these two."""
     for query, text in honest + [(TIDES_EN, EN), (TIDES_ZH, ZH)]:
         assert check(text, query) >= 0.95, text[-200:]
 

@@ -96,6 +96,11 @@ def test_how_many_words_fit_into_1000_tokens(style, query, most, tmp_path):
     assert [p.length_range[0] for p in prompts] == [most] and dropped == {"unreachable": 1}
 
 
+def test_an_answer_that_fills_the_budget_to_the_last_token_is_reachable(tmp_path):
+    file = written(tmp_path, {"query": "写。", "range": [1000, 9000]})  # 700 tokens
+    assert [len(read(file, "direct", budget)[0]) for budget in (699, 700)] == [0, 1]
+
+
 def test_what_was_rejected_is_dropped_and_what_nobody_judged_is_not(tmp_path):
     """`keep` of scripts.annotate: false rejects, null or none at all says nothing."""
     judged = [{"range": [i, 9], "keep": keep} for i, keep in enumerate((True, None, False))]

@@ -433,6 +433,14 @@ def test_threads_that_wait_leave_their_core_to_others_unless_told_otherwise(chos
     assert os.environ == {"OMP_WAIT_POLICY": policy}
 
 
+def test_the_time_left_is_that_of_the_samples_left_at_the_rate_so_far(monkeypatch, capsys):
+    monkeypatch.setattr(run.time, "perf_counter", lambda: 1000.0)
+    progress = run.Progress("step 1", 8, True)
+    progress.start, progress.last = 940.0, 0.0
+    progress.update(SimpleNamespace(new_tokens=1200, finished=2))
+    assert "20 tok/s on this rank, about 0:03:00 left" in capsys.readouterr().err
+
+
 def test_progress_is_shown_and_not_logged(tmp_path, capsys):
     stats = SimpleNamespace(new_tokens=9, finished=1)
     log = run.Log(tmp_path, train.Config(), [], run.Clock(), parallel.setup("cpu"))

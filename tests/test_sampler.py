@@ -1,6 +1,7 @@
 """The engine against plain forwards: what is sampled depends on the request's key and on nothing else."""
 
 import gc
+import os
 import random
 import weakref
 from pathlib import Path
@@ -270,6 +271,16 @@ def test_every_request_finishes_in_the_smallest_pool_that_can_hold_it():
     out, sampler = run(perturbed(), reqs, page_size=4, num_pages=need)
     assert len(out) == 24 and all(len(c.token_ids) == 30 for c in out.values())
     assert sum(sampler.stats.__dict__.values()) > 0
+
+
+def test_the_memory_must_hold_the_longest_request_a_copied_page_and_the_one_of_padding():
+    sampler = Sampler(model := perturbed(), page_size=4)
+    page = 4 * model.config.kv_bytes_per_token(torch.float32)
+    half = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2
+    sampler.memory = 12.5 * page / half
+    assert sampler.affordable(rows=8, columns=10) == 12
+    with pytest.raises(ValueError, match="can have 12 pages of 4 tokens, .* needs 13"):
+        sampler.affordable(rows=8, columns=11)
 
 
 def test_a_request_that_can_never_fit_is_refused_before_any_work():

@@ -15,10 +15,10 @@ import grpo
 import model as qwen
 import parallel
 import train
-from bench import bench_load
 from lib.options import UserError
 from replica import tp_slice
 from run import Clock
+from tests import resident
 from tests.launch import ROOT, torchrun
 from tests.test_run import equal, in_process, metrics, rollouts, tensors
 
@@ -66,7 +66,7 @@ def worker(folder: Path):
     """What each rank does: `folder` holds the checkpoint `odd`, and then what the tests compare."""
     world, found = parallel.setup("cpu"), {}
     if world.size == 2:  # of `odd` only so that all of torch is there that is loaded at first use
-        found["memory"] = [bench_load.measure(folder / name, world) for name in ("odd", "deep", "wide")][1:]
+        found["memory"] = [resident.measure(folder / name, world) for name in ("odd", "deep", "wide")][1:]
     for copies in sorted({1, world.size // 2}):
         world, name = replace(world, replicate=copies), f"{world.size // copies}x{copies}"
         model = parallel.load_sharded(folder / "odd", world)
@@ -114,8 +114,8 @@ def folder(tmp_path_factory) -> Path:
     qwen.save(qwen.Qwen2(ODD).init_weights_(0), folder / "odd")
     script = folder / "ranks.py"
     script.write_text("import pathlib, sys, tests.test_sharding as t; t.worker(pathlib.Path(sys.argv[1]))")
-    bench_load.write(folder / "deep", 30, vocabulary=1000, hidden=512)
-    bench_load.write(folder / "wide", 30, vocabulary=20000, hidden=256)
+    resident.write(folder / "deep", 30, vocabulary=1000, hidden=512)
+    resident.write(folder / "wide", 30, vocabulary=20000, hidden=256)
     for ranks in (2, 4):  # what is freed is not resident any more
         torchrun(ranks, script, folder, MALLOC_MMAP_THRESHOLD_="65536")
     return folder

@@ -10,8 +10,12 @@ import hashlib
 import json
 import math
 from html import escape
+from pathlib import Path
 
 from viewer.plots import COLOURS, label, line
+
+STYLE, SCRIPT = (Path(__file__).with_name(name).read_text(encoding="utf-8")
+                 for name in ("page.css", "page.js"))
 
 BARS = {"S_l": "Length score by words asked for", "S_q": "Quality by dimension", "domain1": "By domain",
         "domain2": "By sub-domain", "win_rate": "Win rate over each baseline"}
@@ -196,153 +200,4 @@ def render(sections: list[dict], readers: list[dict]) -> str:
 <script type=application/json id=data>{data}</script>
 <script>{SCRIPT}</script>
 </html>
-"""
-
-
-STYLE = """
-:root{color-scheme:light dark;--ink:#222;--soft:#666;--rule:#ddd;--paper:#fff;--shade:#f5f5f3;
---c:var(--soft)}@media(prefers-color-scheme:dark){:root{--ink:#ddd;--soft:#999;--rule:#3a3a3a;
---paper:#171717;--shade:#222}}
-*{box-sizing:border-box}
-body{margin:0;color:var(--ink);background:var(--paper);font:15px/1.5 system-ui,"Noto Sans","PingFang SC",
-"Hiragino Sans GB","Microsoft YaHei","Noto Sans CJK SC","Source Han Sans SC",sans-serif;
-overflow-wrap:anywhere}
-main{max-width:1180px;margin:0 auto;padding:0 20px}
-section+section{border-top:1px solid var(--rule);margin-top:36px}
-h1,h2,h3{font-weight:600;line-height:1.25;margin:28px 0 6px}
-h1{font-size:24px}h2{font-size:20px}h3{font-size:16px}
-p,ul{margin:4px 0}.muted{color:var(--soft)}
-.note{border-left:3px solid var(--c1);padding-left:10px;margin:8px 0}
-.about{list-style:none;padding:0;font-size:13px;color:var(--soft)}.about .chip{color:var(--ink)}
-.dot{display:inline-block;width:9px;height:9px;border-radius:50%;background:var(--c);margin-right:5px}
-.wide{overflow-x:auto;margin:12px 0}table{border-collapse:collapse;font-size:14px}
-th,td{padding:2px 14px 2px 0;text-align:right;border-bottom:1px solid var(--rule);white-space:nowrap;
-font-weight:400;font-variant-numeric:tabular-nums}
-th{text-align:left;position:sticky;left:0;background:var(--paper);z-index:1}
-.track{position:relative;width:220px;height:16px}
-.track *{position:absolute;top:7px;height:3px;background:var(--c)}
-.track b{width:9px;height:9px;border-radius:50%;margin:-3px 0 0 -4px;background:var(--ink)}
-figure,.figure{margin:24px 0}figcaption,summary{margin-bottom:8px}summary{cursor:pointer}
-.figures{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,420px),1fr));gap:0 40px}
-.panels{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,320px),1fr));gap:12px 28px}
-svg{width:100%;height:auto;display:block;font-size:11px}text{fill:var(--soft)}
-polyline{stroke:var(--rule)}polyline[stroke-dasharray]{stroke:var(--soft)}
-path{stroke:var(--c);fill:var(--c);fill-opacity:.6;stroke-width:1.3}
-path.zh{fill:var(--paper)}path.on{stroke:var(--ink);stroke-width:2.5}
-.key{display:inline-block;width:12px;height:12px;vertical-align:-1px}
-.bars{display:grid;grid-template-columns:minmax(90px,30%) 1fr;gap:7px 12px;align-items:center;
-font-size:13px;line-height:1.25}.bars>span{text-align:right}
-.bar{display:flex;align-items:center;gap:6px;height:15px;padding-right:44px;white-space:nowrap;
-color:var(--soft);font-size:12px}
-.bar i{background:var(--c);height:9px;flex:none;min-width:1px}
-#tip{position:absolute;max-width:280px;background:var(--paper);border:1px solid var(--soft);
-border-radius:4px;padding:8px 10px;font-size:13px;z-index:2}
-#reader{min-height:100vh}nav{display:flex;gap:8px;align-items:center}nav select{flex:1;max-width:560px}
-select,button{font:inherit;font-size:14px;color:inherit;background:var(--shade);padding:4px 8px;
-min-width:0;border:1px solid var(--rule);border-radius:4px}button{cursor:pointer}
-.text,dd{white-space:pre-wrap;margin:0 0 8px}
-.text{font:16px/1.65 Georgia,"Noto Serif","Songti SC","Noto Serif CJK SC","Source Han Serif SC",SimSun,
-serif;max-width:40em}.text:lang(zh){line-height:1.85}
-#query{background:var(--shade);padding:10px 14px;margin:8px 0 16px;max-height:11em;overflow-y:auto;
-max-width:none}
-#panes{display:flex;gap:36px}article{flex:1;min-width:0}article select{max-width:92%}
-article details{font-size:14px;margin:6px 0;color:var(--soft)}dt{color:var(--ink)}
-.body{border-top:1px solid var(--rule);margin:8px 0;padding-top:8px;max-height:75vh;overflow:auto}
-@media(max-width:700px){main{padding:0 14px}nav .muted{display:none}.track{width:120px}
-#panes{gap:14px;overflow-x:auto;scroll-snap-type:x mandatory}
-article{flex:0 0 92%;scroll-snap-align:start}article:only-child{flex-basis:100%}}
-"""
-
-SCRIPT = r"""
-'use strict';
-const $ = id => document.getElementById(id), count = n => n.toLocaleString('en'), picked = [0, 1];
-const all = JSON.parse($('data').textContent).flatMap((section, s) =>
-  section.records.map((record, r) => ({...section, ...record, s, r})));
-let now = 0, lit = null;
-
-function make(tag, text, more) {
-  return Object.assign(document.createElement(tag), {textContent: text, ...more});
-}
-function fold(title, ...inside) {
-  const details = make('details', '');
-  details.append(make('summary', title), ...inside);
-  return details;
-}
-function pane(side) {
-  const {labels, judges, answers, language} = all[now], a = answers[picked[side]];
-  const text = content => make('div', content, {className: 'text', lang: language});
-  const article = make('article', ''), body = make('div', '', {className: 'body'});
-  const dot = make('i', '', {className: 'dot', style: `--c:var(--c${picked[side] % 8})`});
-  const select = make('select', '', {ariaLabel: 'result'});
-  labels.forEach((name, value) => select.append(make('option', name, {value})));
-  select.value = picked[side];
-  select.onchange = () => { picked[side] = +select.value; show(now); };
-  article.append(dot, select, make('p', a ? a.facts : 'has no such record', {className: 'muted'}), body);
-  if (!a) return article;
-  const verdicts = a.verdicts.flatMap(([head, why]) => [make('dt', head), make('dd', why)]);
-  if (a.think) body.append(fold('thinking', text(a.think)));
-  if (verdicts.length) body.append(fold(`verdicts of ${judges[picked[side]]}`, ...verdicts));
-  if (a.answer) body.append(text(a.answer));
-  else body.append(make('p', 'no answer'), fold('what there is', text(a.response)));
-  return article;
-}
-function show(i) {
-  now = (i + all.length) % all.length;
-  const {title, labels, query, language, facts} = all[now], sides = [0, 1].slice(0, labels.length);
-  for (const side of sides) if (picked[side] >= labels.length) picked[side] = side;
-  $('record').value = now;
-  $('facts').textContent = `${title} · ${facts}`;
-  Object.assign($('query'), {textContent: query, lang: language});
-  $('panes').replaceChildren(...sides.map(pane));
-}
-function light(path) {
-  lit?.classList.remove('on');
-  lit = path;
-  $('tip').hidden = !path;
-  if (!path) return;
-  path.classList.add('on');
-  const [s, r, column] = path.dataset.at.split(' ').map(Number), box = path.getBoundingClientRect();
-  const i = all.findIndex(x => x.s === s && x.r === r), x = all[i], [told, button] = $('tip').children;
-  told.lang = x.language;
-  told.textContent = `asked for ${count(x.required)}, wrote ${count(x.answers[column].words)}: `
-    + x.query.slice(0, 110);
-  button.onclick = () => {
-    if (picked[1] === column) picked[1] = picked[0];
-    picked[0] = column;
-    show(i);
-    light(null);
-    $('reader').scrollIntoView();
-  };
-  const room = document.documentElement.clientWidth - $('tip').offsetWidth - 8;
-  $('tip').style.left = `${scrollX + Math.max(8, Math.min(box.left, room))}px`;
-  $('tip').style.top = `${scrollY + box.bottom + 5}px`;
-}
-function near(event) {  // what a finger means
-  let least = 16, path = null;
-  for (const other of event.currentTarget.querySelectorAll('[data-at]')) {
-    const {x, y, width, height} = other.getBoundingClientRect();
-    const far = Math.hypot(x + width / 2 - event.clientX, y + height / 2 - event.clientY);
-    if (far < least) [least, path] = [far, other];
-  }
-  if (path && path !== lit) light(path);
-}
-
-all.forEach(({title, id, query, language, r}, i) => {
-  if (!r) $('record').append(make('optgroup', '', {label: title}));
-  const option = make('option', `${id}  ${query.slice(0, 90)}`, {value: i, lang: language});
-  $('record').lastChild.append(option);
-});
-$('record').onchange = () => show(+$('record').value);
-$('back').onclick = () => show(now - 1);
-$('next').onclick = () => show(now + 1);
-document.onkeydown = event => {
-  const step = {ArrowLeft: -1, ArrowRight: 1}[event.key], {altKey, ctrlKey, metaKey, target} = event;
-  if (event.key === 'Escape') light(null);
-  if (!step || altKey || ctrlKey || metaKey || target.tagName === 'SELECT') return;
-  event.preventDefault();
-  show(now + step);
-};
-document.onclick = event => { if (!event.target.closest('#tip, .panels svg')) light(null); };
-for (const svg of document.querySelectorAll('.panels svg')) svg.onpointermove = svg.onpointerdown = near;
-if (all.length) show(0);
 """
