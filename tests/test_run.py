@@ -20,6 +20,7 @@ import run
 import train
 from data.tokenizer import Tokenizer
 from lib import scoring
+from tests.test_docs import undocumented_metrics
 from text import length_score
 
 ROOT = Path(__file__).parent.parent
@@ -126,12 +127,14 @@ def test_lengths_are_logged_with_and_without_cut_samples_and_thinking_apart(tmp_
     assert m["length/think_tokens"] == pytest.approx(tokens / len(texts))
 
 
-def test_the_folder_of_a_run_holds_what_the_readme_says(undisturbed):
+def test_the_folder_of_a_run_holds_what_docs_running_says(undisturbed):
     lines = [json.loads(line) for line in (undisturbed / "metrics.jsonl").read_text().splitlines()]
     assert [m["step"] for m in lines] == [0, 1, 2, 2, 3, 4, 4, 5, 6, 6]
     evaluated = [m for m in lines if "eval/reward/length" in m]
     assert [m["step"] for m in evaluated] == [0, 2, 4, 6], "lines of their own, after the step's"
     assert all(name == "step" or name.startswith("eval/") for m in evaluated for name in m)
+    page = (ROOT / "docs" / "running.md").read_text(encoding="utf-8")
+    assert undocumented_metrics(page, {name for m in lines for name in m}) == []
     for m in (m for m in lines if m not in evaluated):
         expected = {
             "step", "loss", "grad_norm", "skipped_updates", "entropy", "clip_share", "gap/mean", "gap/max",
