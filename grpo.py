@@ -4,8 +4,8 @@ Shapes: B prompts, G samples of each (a group), R rewards, T packed tokens, N tr
 tokens of a micro-batch).
 
 With one update per batch of rollouts the policy that is trained is the one that sampled: the ratio is exactly
-1, the clip never acts, and the loss is minus the mean advantage, whose value says nothing (0 is normal) while
-its gradient says everything.
+1 and the clip never acts. The loss is then minus the mean advantage: its value carries no information (about
+0 is normal), only its gradient does.
 """
 
 import itertools
@@ -25,9 +25,9 @@ FORMS = {  # is_ratio: the loss, eps_low and eps_high that it is published with
     "cispo": ("token", 1.0, 4.0),  # no lower clip; its paper names no upper: a weight up to 5 is our choice
 }
 IS_RATIOS = tuple(FORMS)
-DEAD = 1e-6  # a group whose rewards spread no more than this has no signal, only rounding
+DEAD = 1e-6  # a group whose rewards differ by no more than this carries no signal
 STD_FLOOR = 0.1  # default of `advantages` and of the option of this name
-VIOLATION = 0.1  # the least that a sample's advantage lies below 0 where it violates what is required
+VIOLATION = 0.1  # a sample that violates a requirement has at most minus this advantage
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Sample:
     token_ids: torch.Tensor | list[int]
     rollout_logp: torch.Tensor | list[float]  # the sampler's, one per token
     advantage: float
-    trained: bool = True  # False: masked, out of numerator and denominator
+    trained: bool = True  # False: masked out of numerator and denominator
 
 
 @dataclass(frozen=True)
@@ -73,18 +73,19 @@ def group_spread(rewards_BGR: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor,
 
 
 def place_lowest(rewards_BGR: torch.Tensor) -> torch.Tensor:
-    """The rewards with a number in place of each -inf, which says that a sample has nothing to judge. Pass
-    those of all ranks.
+    """Replaces each -inf, the mark of a sample with nothing to judge, by a number. Pass the rewards of all
+    ranks.
 
-    The number lies below the lowest of its group by the group's std or, where that is more, by the rms of the
-    batch's: the sample is worse than any that can be judged, at every scale and offset, and widens its group
-    no more than an ordinary bad one. Without another in its group that can be judged it is missing (NaN).
+    The number is the lowest of its group minus the larger of the group's std and the rms of the batch's stds.
+    So the sample ranks below every sample that can be judged, at any scale and offset of the reward, and
+    widens its group no more than an ordinary bad sample. If no other sample of the group can be judged, the
+    reward is missing (NaN).
     """
     nothing_BGR = rewards_BGR.isneginf()
     judged_BGR = rewards_BGR.masked_fill(nothing_BGR, torch.nan)
     _, std, _ = group_spread(judged_BGR)
     step = torch.maximum(std, live_rms(std))
-    step = step.masked_fill(step == 0, 1)  # no two of the batch can be compared: any distance will do
+    step = step.masked_fill(step == 0, 1)  # no spread anywhere in the batch: any distance will do
     place = judged_BGR.nan_to_num(torch.inf).amin(1) - step
     return torch.where(nothing_BGR, place.masked_fill(place.isinf(), torch.nan)[:, None], rewards_BGR)
 
@@ -139,13 +140,14 @@ def advantages(rewards_BGR: torch.Tensor, weights_R: torch.Tensor, mode: str = "
 
 def require(advantage_BG: torch.Tensor, rewards_BGR: torch.Tensor,
             least_R: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Advantages that are negative for every sample with less than `least` of some reward, and who violates
-    which: (advantage_BG, violates_BGR). A missing reward (NaN) is no violation; a least of -inf is none.
+    """Makes the advantage of every sample with less than `least` of some reward negative: (advantage_BG,
+    violates_BGR). A missing reward (NaN) is no violation; a `least` of -inf requires nothing.
 
-    That a violator must not be reinforced, however good it is otherwise, and that the penalty is as large as
-    its group demands, is RLMR's (arXiv 2508.18642), which takes it off rewards. Ours acts on advantages: all
-    violators of a group lose the same, the least that brings the best of them to -VIOLATION. So they keep
-    their distances, everyone else keeps his advantage, and it holds in a group of violators alone.
+    RLMR (arXiv 2508.18642) introduced the idea that a violating sample must not be reinforced and that the
+    penalty depends on its group; it subtracts the penalty from rewards. Here it is subtracted from
+    advantages: all violating samples of a group lose the same amount, the smallest that brings the best of
+    them to -VIOLATION. They keep their distances, other samples keep their advantages, and it also works in a
+    group where all samples violate.
     """
     violates_BGR = rewards_BGR < least_R
     violates_BG = violates_BGR.any(-1)
@@ -155,11 +157,12 @@ def require(advantage_BG: torch.Tensor, rewards_BGR: torch.Tensor,
 
 def conflicts(per_reward_BGR: torch.Tensor, weights_R: torch.Tensor, names: list[str],
               mode: str = "per_reward") -> dict[str, float]:
-    """How far the rewards pull apart, out of the advantages of each; pass those of all ranks.
+    """How much the rewards disagree, from their advantages. Pass those of all ranks.
 
-    correlation/K,L: over samples that both K and L judge (A is not 0: neither missing nor dead), whose groups
-    have mean 0; 0 where there are none. disagreement/K,L: share of all samples that one of them raises and
-    the other lowers. dominance/K: share of sum |w A| that is K's. mode: `sum` has its weights in it.
+    correlation/K,L: over samples with a non-zero advantage in both K and L (not missing, group not dead),
+    about mean 0; 0 without such samples. disagreement/K,L: share of all samples that one raises and the other
+    lowers. dominance/K: share of sum |w A| that belongs to K. mode: with `sum` the advantages include the
+    weights.
     """
     A_SR = per_reward_BGR.double().flatten(0, 1)
     pull_R = (A_SR if mode == "sum" else A_SR * weights_R).abs().sum(0)
@@ -179,12 +182,13 @@ def conflicts(per_reward_BGR: torch.Tensor, weights_R: torch.Tensor, names: list
 
 def pack(chosen: list[int], lengths: list[int], flops: list[int], budget: int,
          ranks: int = 1) -> list[list[list[int]]]:
-    """Micro-batches of at most `budget` tokens (a longer sample stands alone) out of the chosen samples:
-    rounds of one for each rank, as few as fit, of about equal flops.
+    """Packs the chosen samples into rounds of one micro-batch per rank, of at most `budget` tokens each (a
+    longer sample gets its own), with as few rounds as possible and about equal flops.
 
-    FSDP's collectives keep the ranks in step from layer to layer, so that a round lasts as long as its
-    largest micro-batch. Most flops first, each sample to the micro-batch that has least so far and room for
-    it; a round is made of neighbours in size. A micro-batch is empty only where samples are too few.
+    FSDP's collectives keep the ranks in lockstep, so a round takes as long as its largest micro-batch.
+    Samples are placed in order of decreasing flops, each into the micro-batch with the least flops that has
+    room; a round combines micro-batches of similar size. A micro-batch is empty only if there are too few
+    samples.
     """
     ranked = sorted(chosen, key=lambda i: -flops[i])
     fewest = min(len(chosen), -(-sum(lengths[i] for i in chosen) // budget))
@@ -213,8 +217,8 @@ def minibatches(samples: list[Sample], parts: int) -> list[list[int]]:
 
 def balance(rounds: list[list[list[int]]], lengths: list[int], flops: list[int],
             budget: int) -> dict[str, float]:
-    """Shares of what the ranks could do in the rounds of `pack`, each as long as its largest micro-batch, and
-    of the tokens that would fit."""
+    """Utilisation of the rounds of `pack`: flops done as a share of ranks x largest micro-batch, and tokens
+    as a share of the budget."""
     load = [[sum(flops[i] for i in part) for part in parts] for parts in rounds]
     tokens = sum(lengths[i] for parts in rounds for part in parts for i in part)
     whole = sum(max(x) * len(x) for x in load)
@@ -223,8 +227,8 @@ def balance(rounds: list[list[list[int]]], lengths: list[int], flops: list[int],
 
 
 def collate(samples: list[Sample], device="cpu") -> Batch:
-    """Lays samples end to end. No samples make a batch of one token that trains nothing, which keeps the
-    collectives in step."""
+    """Packs samples end to end. Without samples it returns one token that is not trained, which keeps the
+    ranks' collectives in step."""
     rows, lengths = [], []
     for s in samples:
         prompt, ids = (torch.as_tensor(x, dtype=torch.int64) for x in (s.prompt_ids, s.token_ids))
@@ -247,14 +251,15 @@ def collate(samples: list[Sample], device="cpu") -> Batch:
 
 def denominators(lengths: list[int], loss: str, samples: int, tokens: int, max_tokens: int,
                  device="cpu") -> torch.Tensor:
-    """denominator_N: what each token's loss is divided by, for samples of the given lengths end to end.
+    """denominator_N: the divisor of each token's loss, for samples of the given lengths packed end to end.
 
-    `samples` and `tokens` count what is trained in the whole batch, over all micro-batches and ranks, so that
-    the shares of micro-batches add up.
+    `samples` and `tokens` count the trained samples and tokens of the whole batch, over all micro-batches and
+    ranks, so that the losses of micro-batches add up.
 
-    token      tokens of the batch              every token alike (DAPO, arXiv 2503.14476)
-    sequence   samples x the sample's tokens    every sample alike (GRPO, arXiv 2402.03300)
-    constant   samples x max_tokens             every token alike, whatever was sampled (Dr. GRPO, 2503.20783)
+    token      tokens of the batch              equal weight per token (DAPO, arXiv 2503.14476)
+    sequence   samples x the sample's tokens    equal weight per sample (GRPO, arXiv 2402.03300)
+    constant   samples x max_tokens             equal weight per token, independent of lengths (Dr. GRPO,
+                                                arXiv 2503.20783)
     """
     if loss not in LOSSES:
         raise ValueError(f"denominators: loss must be one of {', '.join(LOSSES)}, not {loss!r}")
@@ -314,8 +319,9 @@ def policy_loss(logp_N: torch.Tensor, old_logp_N: torch.Tensor, advantage_N: tor
 
 
 def truncated_ratio(old_logp_N: torch.Tensor, rollout_logp_N: torch.Tensor, cap: float) -> torch.Tensor:
-    """min(p_trainer / p_sampler, cap) of each token: corrects for a sampler that computes a little otherwise
-    (truncated importance sampling; Yao et al., 2025). Per token: a product over 14,000 tokens is noise."""
+    """min(p_trainer / p_sampler, cap) for each token: corrects for numerical differences between sampler and
+    trainer (truncated importance sampling; Yao et al., 2025). Per token, because a product over 14,000 tokens
+    is noise."""
     return (old_logp_N - rollout_logp_N).exp().clamp(max=cap).detach()
 
 

@@ -1,7 +1,7 @@
-"""The sampler's form of a model: fewer and larger products, packed for a CPU, split by tensor parallelism.
+"""The sampler's form of a model: fused linear layers, packed weights on a CPU, tensor-parallel slices.
 
-The model stays the one of model.py, with the same parameters under the same names; `prepare_` replaces only
-how its linear layers are computed.
+The model keeps the parameters and names of model.py; `fuse_linears_` changes only how its linear layers are
+computed.
 """
 
 from contextlib import contextmanager
@@ -15,10 +15,10 @@ from lib.options import UserError
 from model import ModelConfig, Qwen2, RMSNorm
 
 
-class Product:
-    """x @ weight.T + bias of linear layers that read the same x, as one product; returns a part for each.
+class FusedLinear:
+    """Several linear layers of one input as a single matrix product; returns one output for each.
 
-    Their parameters become slices of `weight` and `bias`, so that what is written to them is written here.
+    The layers' parameters become slices of `weight` and `bias`, so writing to them updates the fused layer.
     """
     def __init__(self, *layers: nn.Linear):
         self.layers, self.sizes = layers, [layer.out_features for layer in layers]
@@ -33,35 +33,35 @@ class Product:
                 layer.weight.data = part
 
     def holds(self) -> bool:
-        """Whether the layers' parameters still are slices of it; they are not after model.to(...)."""
+        """Whether the layers' parameters still are its slices; after model.to(...) they are not."""
         return self.weight.data_ptr() == self.layers[0].weight.data_ptr()
 
     def __call__(self, x: torch.Tensor):
-        if torch.is_grad_enabled():  # the model can still be trained
+        if torch.is_grad_enabled():  # keeps the model trainable
             parts = tuple(layer(x) for layer in self.layers)
             return parts if len(parts) > 1 else parts[0]
         y = (self.packed or F.linear)(x, self.weight, self.bias)
         return y.split_with_sizes(self.sizes, -1) if len(self.sizes) > 1 else y
 
 
-def products(layer) -> tuple:
-    """Those of a layer; Products once it is prepared."""
+def fused_linears(layer) -> tuple:
+    """The four linear functions of a layer; FusedLinear objects after `fuse_linears_`."""
     return layer.self_attn.qkv, layer.self_attn.out, layer.mlp.gate_up, layer.mlp.down
 
 
 @torch.inference_mode(False)  # the parameters' new storage is to be trained too
 @torch.no_grad()
-def prepare_(model: Qwen2):
-    """Fuses the products of every layer that read the same input. On a CPU a forward without gradients then
-    computes with the weights as they are now, packed, until the next call."""
+def fuse_linears_(model: Qwen2):
+    """Fuses linear layers that read the same input. On a CPU the weights are packed too: until the next call,
+    a forward without gradients uses the weights as they are now."""
     for layer in model.layers:
         attention, mlp = layer.self_attn, layer.mlp
-        if not (isinstance(attention.qkv, Product) and attention.qkv.holds()):
-            attention.qkv = Product(attention.q_proj, attention.k_proj, attention.v_proj)
-            attention.out = Product(attention.o_proj)
-            mlp.gate_up = Product(mlp.gate_proj, mlp.up_proj)
-            mlp.down = Product(mlp.down_proj)
-        for product in products(layer):
+        if not (isinstance(attention.qkv, FusedLinear) and attention.qkv.holds()):
+            attention.qkv = FusedLinear(attention.q_proj, attention.k_proj, attention.v_proj)
+            attention.out = FusedLinear(attention.o_proj)
+            mlp.gate_up = FusedLinear(mlp.gate_proj, mlp.up_proj)
+            mlp.down = FusedLinear(mlp.down_proj)
+        for product in fused_linears(layer):
             product.packed = pack(product.weight)
     if model.layers and not model.head_weight.is_cuda:
         for norm in (model.model["norm"], *(x for layer in model.layers for x in (
@@ -71,10 +71,10 @@ def prepare_(model: Qwen2):
 
 @contextmanager
 def released(model: Qwen2):
-    """As a context: the memory of the weights is free. Afterwards it is there again, its values are not."""
+    """Context manager that frees the memory of the weights and allocates it again on exit, uninitialised."""
     for layer in model.layers:
-        for product in products(layer):
-            if isinstance(product, Product):
+        for product in fused_linears(layer):
+            if isinstance(product, FusedLinear):
                 product.packed = None
     storages = {s.data_ptr(): s for s in (p.untyped_storage() for p in model.parameters())}.values()
     sizes = [(s, s.nbytes()) for s in storages if s.nbytes()]
@@ -88,7 +88,8 @@ def released(model: Qwen2):
 
 
 def short_norm(norm: RMSNorm):
-    """RMSNorm in four operations; on a CPU torch's takes nine, and a thin batch's time is their number."""
+    """RMSNorm in four operations. On a CPU torch's takes nine, and few rows cost per operation, not per
+    byte."""
     size, floor = len(norm.weight), torch.tensor((len(norm.weight) * norm.eps)**0.5)
     weight = norm.weight.detach().float() * size**0.5
 
@@ -105,9 +106,9 @@ def short_norm(norm: RMSNorm):
 
 
 def pack(weight: torch.Tensor):
-    """F.linear for this weight as it is now, with a copy of it in the layout in which MKL (fp32) or oneDNN
-    reads it fastest for few rows; None where there is neither. In fp32 a row has the same bits whatever the
-    number of rows, from four on."""
+    """A replacement of F.linear that uses a copy of the weight in the layout that MKL (fp32) or oneDNN reads
+    fastest for few rows; None without either library. In fp32 a row's result does not depend on the number of
+    rows, from four on."""
     if weight.device.type != "cpu":
         return None
     weight = weight.contiguous()
@@ -129,8 +130,8 @@ def mkl_product(weight: torch.Tensor):
 
 @cache
 def mkl_packs() -> bool:
-    """Whether MKL is there, and a weight that it packed for 32 rows serves any number, which its manual does
-    not promise."""
+    """Whether MKL is available and a weight packed for 32 rows gives right results for other numbers of rows,
+    which its manual does not promise."""
     if not torch.backends.mkl.is_available():
         return False
     weight, x = torch.linspace(-1, 1, 320 * 640).sin().view(320, 640), torch.linspace(-1, 1, 640).cos()
@@ -140,8 +141,8 @@ def mkl_packs() -> bool:
 
 
 def pack_head(weight: torch.Tensor):
-    """A function from hidden states to fp32 logits, None where nothing better than a plain product is known.
-    In fp32 even for a bf16 weight: oneDNN would round a bf16 product's result to bf16."""
+    """A function from hidden states to fp32 logits, or None where a plain product is used. A bf16 weight is
+    converted to fp32, because oneDNN rounds the result of a bf16 product to bf16."""
     product = pack(weight.float()) if weight.device.type == "cpu" else None
     return product and (lambda x: product(x.float(), None))
 
@@ -158,12 +159,12 @@ def check_tp(config: ModelConfig, tp: int):
 
 
 def tp_dim(name: str) -> int | None:
-    """What is cut of a checkpoint's parameter: rows of what makes heads, MLP columns and logits, columns of
-    what reads them; norms are whole."""
+    """The dimension along which a parameter is split (Megatron-LM): 0 for column-parallel layers and the
+    vocabulary, 1 for row-parallel ones, None for norms, which are not split."""
     return None if "norm" in name else 1 if name.endswith(("o_proj.weight", "down_proj.weight")) else 0
 
 
 def tp_slice(name: str, parameter: torch.Tensor, rank: int, tp: int) -> torch.Tensor:
-    """A rank's part of a checkpoint's parameter."""
+    """A rank's slice of a parameter."""
     dim = tp_dim(name)
     return parameter if tp == 1 or dim is None else parameter.chunk(tp, dim)[rank]

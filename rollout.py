@@ -31,7 +31,7 @@ from text import count_words, length_score, statistics, structure
 
 
 def request_seed(*key) -> int:
-    """63 bits from (run seed, purpose, step, prompt id): samples depend on nothing else."""
+    """A 63-bit hash of (run seed, step or purpose, prompt id), the only source of randomness of a sample."""
     return int.from_bytes(
         hashlib.blake2b("/".join(map(str, key)).encode(), digest_size=8).digest(), "little") >> 1
 
@@ -44,8 +44,8 @@ def make_requests(tokenizer: Tokenizer, prompts: list, n: int, key, config) -> l
 
 
 def expected_tokens(prompt, config) -> int:
-    """An estimate of a sample's tokens, which decides when and on which rank it is sampled: twice those of
-    the longest answer asked for, thinking included."""
+    """Estimated tokens of a sample, used to schedule it and to choose its rank: twice the longest answer
+    asked for, which leaves room for thinking."""
     if not prompt.length_range:
         return config.max_new_tokens
     asked = round(2 * TOKENS_PER_WORD[prompt.language] * prompt.length_range[1])
@@ -72,8 +72,8 @@ def sampler_dtype(options, device: torch.device) -> torch.dtype:
 
 
 def generate(sampler: Sampler, requests: list[Request], world) -> Iterator[Completion]:
-    """Completions of this rank's requests. The ranks that share a sampler generate all of theirs together,
-    and none may leave before the last completion."""
+    """Completions of this rank's requests. Ranks that share a tensor-parallel sampler generate the requests
+    of all of them together, and each must iterate to the end."""
     model = sampler.model
     if model.group is None:
         yield from sampler.generate(requests)
@@ -93,8 +93,8 @@ def generate(sampler: Sampler, requests: list[Request], world) -> Iterator[Compl
 
 
 def check_rewards(rewards: list[Reward], config, prompts: list, tokenizer: Tokenizer):
-    """Calls each reward's own `check(config)`, then those that are plain functions on made-up completions:
-    one that raises does so before weights load. Raises an error of one sentence."""
+    """Calls `check(config)` of each reward that has one, and rewards that are plain functions on two made-up
+    completions, so that errors show before weights load. Raises UserError."""
     for reward in rewards:
         if hasattr(reward.function, "check"):
             reward.function.check(config)
@@ -108,15 +108,15 @@ def check_rewards(rewards: list[Reward], config, prompts: list, tokenizer: Token
 
 
 def prepare_rewards(rewards: list[Reward], config, world):
-    """Called on all ranks before the first step: rewards that are models load them."""
+    """Calls `prepare` of each reward that has one, on all ranks: reward models load here."""
     for reward in rewards:
         if hasattr(reward.function, "prepare"):
             reward.function.prepare(config, world)
 
 
 def await_servers(pools: list[Remote], since: float, label: str, log: Log, world):
-    """Returns when the remote rewards of all ranks are back or given up. In rounds of seconds: no rank waits
-    in a collective, which has a timeout, for servers that are down, which have none."""
+    """Waits until the remote rewards of all ranks have returned or are given up. The ranks meet every few
+    seconds instead of waiting in one collective, which would time out while servers are down."""
     reported = None
     while pools:
         with parallel.raise_on_all_ranks(world):
@@ -138,7 +138,7 @@ def await_servers(pools: list[Remote], since: float, label: str, log: Log, world
 
 @dataclass(frozen=True)
 class Groups:
-    """Samples of B prompts, G of each, in the batch's order: those of one rank, or of all ranks."""
+    """G samples of each of B prompts, in batch order: those of one rank, or after `all_gather` of all."""
 
     indices: list[int]  # of the B prompts in the batch
     prompt_ids: list[torch.Tensor]  # B, int32 on the CPU, as all that follow
@@ -155,12 +155,12 @@ class Groups:
 
 def sample_and_score(sampler: Sampler, prompts: list, rewards: list[Reward], n: int, key, label: str,
                      measure: Callable, config, clock: Clock, log: Log, world) -> Groups:
-    """n samples of each of this rank's prompts, scored as they finish.
+    """Samples n completions of each of this rank's prompts and scores them.
 
-    prompts: those of all ranks. key: of the samples' seeds. label: of the lines on the console.
-    measure(prompt, completion, tokenizer) -> statistics.
-    Remote rewards are called in threads meanwhile and waited for at the end; batched ones see all samples
-    then. Raises RewardError, or Stopped, on all ranks if one raises it.
+    prompts: those of all ranks. key: part of the samples' seeds. label: shown on the console. measure(prompt,
+    completion, tokenizer) -> statistics. Plain rewards run as each sample finishes; remote rewards run in
+    threads during sampling and are awaited at the end; batched rewards get all samples at the end. Raises
+    RewardError or Stopped on all ranks if one raises it.
     """
     indices = local_indices(prompts, config, world)
     requests = make_requests(sampler.tokenizer, [prompts[i] for i in indices], n, key, config)
@@ -174,24 +174,24 @@ def sample_and_score(sampler: Sampler, prompts: list, rewards: list[Reward], n: 
         remote = [(r, stack.enter_context(Remote(reward))) for r, reward in columns if reward.remote]
         with parallel.in_rounds(world, sampler.model.group) as sampler.interrupt:
             try:
-                with closing(generate(sampler, requests, world)) as stream:  # ended by whatever is raised
+                with closing(generate(sampler, requests, world)) as stream:  # closed on any exception
                     for c in stream:
                         i = c.prompt_index * n + c.sample_index
                         completions[i] = c
                         for _, pool in remote:
                             pool.submit(i, c, answered[i])
-                        with clock("score", wait=False):  # a step is under way on the device
+                        with clock("score", wait=False):  # do not wait for the step on the device
                             for r, reward in inline:
                                 (reward_NR[i, r],) = score(reward, [c], [answered[i]])
                         progress.update(sampler.stats)
             finally:
                 progress.close()
-                sampler.sleep()  # its pages' memory is the update's now
+                sampler.sleep()  # frees the KV pool for the update
                 ended = time.perf_counter()
         clock.seconds["idle"] += time.perf_counter() - ended  # until the last rank's last sample
         sampled = time.monotonic()
         for r, reward in columns:
-            if reward.batched:  # perhaps a sharded model, which all ranks enter together
+            if reward.batched:  # may be a sharded model, which all ranks must call together
                 with parallel.raise_on_all_ranks(world), clock("score"):
                     values = score(reward, completions, answered)
                     reward_NR[:, r] = torch.tensor(values, dtype=torch.float64)
@@ -243,18 +243,18 @@ def all_gather(local: Groups, world) -> Groups:
 
 
 def lengths(prompt, c: Completion, tokenizer: Tokenizer) -> dict[str, float | None]:
-    """A training sample's statistics."""
+    """Length statistics of a training sample."""
     words, truncated = count_words(structure(c.text)[2] or ""), c.finish_reason == "length"
     thought = c.text.partition("<think>")[2].partition("</think>")[0].partition("<answer>")[0]
     lo, hi = prompt.length_range or (None, None)
     return {"words": words, "words_complete": None if truncated else words,
-            "think_tokens": len(tokenizer.encode(thought)),  # of a thought that is cut too
+            "think_tokens": len(tokenizer.encode(thought)),  # also of a truncated thought
             "in_range": None if lo is None else lo <= words <= hi, "truncated": truncated}
 
 
 def describe_text(prompt, c: Completion, tokenizer: Tokenizer) -> dict[str, float | None]:
-    """An evaluation sample's statistics: `lengths`, LongBench-Write's length score against the middle of the
-    range that is asked for, and those of the text."""
+    """Statistics of an evaluation sample: `lengths`, LongBench-Write's length score against the middle of the
+    requested range, and text.statistics."""
     found, cut = lengths(prompt, c, tokenizer), c.finish_reason == "length"
     wanted = prompt.length_range and sum(prompt.length_range) / 2
     texts = statistics(c.text, prompt.query, prompt.style, cut)
@@ -283,7 +283,7 @@ def summarise(groups: Groups, rewards: list[Reward]) -> dict[str, float]:
 
 
 def mean_of(values: torch.Tensor) -> float | None:
-    """Of those that are there; None without any."""
+    """Mean of the values that are not NaN; None if all are."""
     present = values[~values.isnan()]
     return present.mean().item() if len(present) else None
 
@@ -332,8 +332,8 @@ def records(groups: Groups, prompts: list, rewards: list[Reward], **columns: lis
 
 def evaluate(step: int, prompts: list, rewards: list[Reward], sampler: Sampler, config, clock: Clock,
              log: Log, world) -> tuple[dict, list[dict]]:
-    """One sample of each evaluation prompt, with the same seeds every time: (metrics; on the main rank the
-    records of rollouts/eval_NNNNNN.jsonl)."""
+    """One sample of each evaluation prompt, with the same seeds in every evaluation: (metrics, records). The
+    records, lines of rollouts/eval_NNNNNN.jsonl, exist on the main rank only."""
     local = sample_and_score(sampler, prompts, rewards, 1, "eval", f"evaluation after step {step}",
                              describe_text, config, clock, log, world)
     groups = all_gather(local, world)

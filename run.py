@@ -33,7 +33,7 @@ from lib.options import UserError
 from lib.wandb_log import Wandb, open_wandb
 from parallel import World, broadcast, raise_on_all_ranks
 
-# What a run may change when it goes on: nothing that its steps depend on.
+# Options that may differ when a run is resumed: the steps do not depend on them.
 MAY_DIFFER = {"run_dir", "resume", "steps", "save_every", "keep_checkpoints", "keep_every", "device", "wandb",
               "max_sequences", "replicate", "recompute", "offload_activations", "offload_optimizer",
               "offload_reward_model", "timeout", "max_skipped"}
@@ -97,8 +97,8 @@ def differences(config, recorded: dict) -> list[str]:
 
 
 def lock(folder: Path):
-    """Keeps the folder for this process until it ends. Raises UserError if another process has it, even a
-    stopped one. A POSIX lock: no child inherits it."""
+    """Locks the folder until this process ends. Raises UserError if another process, even a stopped one,
+    holds the lock. It is a POSIX lock, which child processes do not inherit."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         file = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o666)  # never closed: that would unlock it
@@ -116,7 +116,7 @@ def lock(folder: Path):
 
 
 def new_folder() -> Path:
-    """A folder under runs/ that this process has made and no other."""
+    """Creates a new folder under runs/."""
     name = Path("runs") / time.strftime("%Y%m%d-%H%M%S")
     try:
         for folder in (Path(f"{name}-{n}" if n > 1 else name) for n in itertools.count(1)):
@@ -128,8 +128,8 @@ def new_folder() -> Path:
 
 
 def choose_folder(config, restarted: bool) -> Path:
-    """run_dir, or a new folder; after an elastic restart the newest one with this config, which is the run
-    that broke off. It is locked. Raises UserError if a run goes on there, or one of another config was."""
+    """Returns run_dir, or a new folder, or after an elastic restart the newest folder with the same config;
+    and locks it. Raises UserError if the folder is in use or holds a run of another config."""
     folder = Path(config.run_dir) if config.run_dir else None
     if not folder and restarted:
         for record in sorted(Path("runs").glob("*/config.json"), key=lambda f: -f.stat().st_mtime):
@@ -173,7 +173,7 @@ def open_run(config, inputs: Inputs, world: World) -> tuple[Path, tuple[Path, di
 
 
 def open_folder(config, folder: Path, newest: tuple[Path, dict] | None):
-    """Prepares the folder for going on from its newest checkpoint, or for beginning. Main rank only. Raises
+    """Prepares the folder to resume from its newest checkpoint or to start. Main rank only. Raises
     UserError."""
     path, state = newest or (None, {"step": -1})
     try:
@@ -192,7 +192,7 @@ def open_folder(config, folder: Path, newest: tuple[Path, dict] | None):
 
 
 def source() -> dict[str, str]:
-    """What a result depends on in this repository, by file."""
+    """The source files that a result depends on: path -> text."""
     return {str(f.relative_to(ROOT)): f.read_text(encoding="utf-8")
             for pattern in ("*.py", "lib/*.py", "kernels/*.py", "kernels/*.json", "data/*.py")
             for f in sorted(ROOT.glob(pattern))}
@@ -239,8 +239,8 @@ def cut_back(folder: Path, step: int):
 
 
 class Progress:
-    """How far sampling is, and when it ends if it goes on so: one line that is overwritten on a terminal, a
-    line every 30 seconds elsewhere."""
+    """Progress of sampling with the estimated time left: on a terminal one line that is overwritten,
+    elsewhere a line every 30 seconds."""
     def __init__(self, label: str, total: int, show: bool, what: str = "samples"):
         self.label, self.total, self.show, self.what = label, total, show, what
         self.start = self.last = time.perf_counter()
@@ -265,14 +265,14 @@ class Progress:
 
 
 class Clock:
-    """Seconds by phase of a step, and where the run is. `save` keeps the time of the last checkpoint.
-    begun: when the process and each of its steps began."""
+    """Seconds spent in each phase of a step, and the current step and phase. `save` keeps the time of the
+    last checkpoint. begun: start times of the process and of its steps."""
     def __init__(self):
         self.step, self.phase, self.seconds, self.begun = 0, "start", {"save": 0.0}, []
         self.begin(0)
 
     def begin(self, step: int):
-        self.step, self.phase = step, "log"  # whatever is no phase of its own
+        self.step, self.phase = step, "log"  # everything outside the phases below
         self.begun.append(time.perf_counter())
         phases = ("sample", "idle", "score", "logprob", "backward", "step", "update", "publish")
         self.seconds |= dict.fromkeys(phases, 0.0)
@@ -284,11 +284,11 @@ class Clock:
         if wait and torch.cuda.is_available():
             torch.cuda.synchronize()
         self.seconds[phase] += time.perf_counter() - start
-        self.phase = outer  # after an exception it stays what it was
+        self.phase = outer  # not reached after an exception: the phase that failed stays
 
 
 def costs(clock: Clock, groups, world: World) -> dict[str, float]:
-    """Seconds by phase of the slowest rank, tokens a second over all ranks, peak memory of the hungriest
+    """Seconds by phase of the slowest rank, tokens per second over all ranks, largest peak memory of a
     rank."""
     slowest = parallel.largest(clock.seconds | {"total": time.perf_counter() - clock.begun[-1],
                                                 "memory": peak_memory_gb(world.device)}, world)
@@ -312,7 +312,7 @@ def peak_memory_gb(device: torch.device) -> float:
 
 
 def describe(metrics: dict, steps: int, names: list[str], begun: list[float]) -> str:
-    """A step's line. begun: of the Clock; its steps so far say how long the rest takes."""
+    """The console line of a step. begun: of the Clock, for the estimated time left."""
     now, done = time.perf_counter(), len(begun) - 1
     left = (now - begun[done > 0]) / max(1, done) * (steps - metrics["step"]) / 60
     rewards = " ".join(f"{name} {metrics[f'reward/{name}']:.3f}" for name in names)
@@ -328,7 +328,7 @@ GAP_LIMIT = 0.01  # gap/k3 that is warned of: 100 nats over 10,000 tokens; a bf1
 
 
 def warnings(metrics: dict, config, names: list[str]) -> Iterator[str]:
-    """What a step's metrics call for, with the remedy."""
+    """Warnings that a step's metrics call for, each with a remedy."""
     if metrics["truncated"] > 0.25:
         yield (f"warning: {metrics['truncated']:.0%} of the samples were cut at max_new_tokens "
                f"{config.max_new_tokens}: raise it, or ask for shorter texts")
@@ -346,8 +346,8 @@ def warnings(metrics: dict, config, names: list[str]) -> Iterator[str]:
 
 
 class Log:
-    """What the main rank writes of a run: rollouts/, metrics.jsonl, log.txt, the console, wandb. All ranks
-    call its methods; where a file cannot be written they raise UserError on all ranks."""
+    """Writes rollouts/, metrics.jsonl, log.txt, the console and wandb on the main rank. All ranks must call
+    its methods; if a file cannot be written, they raise UserError on all ranks."""
 
     def __init__(self, folder: Path, config, names: list[str], clock: Clock, world: World):
         self.folder, self.config, self.names, self.clock, self.world = folder, config, names, clock, world
@@ -360,7 +360,7 @@ class Log:
         self.evaluated = broadcast(evaluated, world)  # steps
 
     def start(self, model: qwen.Qwen2, inputs: Inputs, saved: int):
-        """The first line: what is trained, on what, from which step. """
+        """Prints the first line: model, prompts, devices, step."""
         notes = [f"{model.config.num_parameters:,} parameters", f"{len(inputs.prompts)} prompts"]
         notes += [f"{n} {why} dropped" for why, n in inputs.dropped.items()]
         notes += [f"{n} {why} evaluation prompts dropped" for why, n in inputs.eval_dropped.items()]
@@ -380,7 +380,7 @@ class Log:
         if self.world.main:
             print(line, file=file, flush=True)
             with suppress(OSError), (self.folder / "log.txt").open("a", encoding="utf-8") as f:
-                f.write(line + "\n")  # where it cannot be written, metrics.jsonl cannot, which ends the run
+                f.write(line + "\n")  # if this fails, so does metrics.jsonl, which ends the run
 
     def warn(self, line: str):
         self.say(line, sys.stderr)
@@ -415,7 +415,7 @@ class Log:
             self.warn(f"{self.folder}/reward_error.txt has the whole traceback")
 
     def write(self, file: str, metrics: dict, records: list[dict]):
-        """Numbers that are not finite become null, which every reader of JSON knows."""
+        """Writes numbers that are not finite as null, because JSON has no NaN."""
         with raise_on_all_ranks(self.world):
             if self.world.main:
                 write_jsonl(self.folder / "rollouts" / file, records)

@@ -1,15 +1,13 @@
-"""Generation: a paged KV cache, continuous batching, and token draws that depend on nothing but their own
-key.
+"""Generation: paged KV cache, continuous batching, and draws that depend only on their own random key.
 
 Shapes: S running sequences (rows), T packed tokens, H query heads, K KV heads, D head dim, C hidden, P pages
 of a sequence.
 
-`scheduler.Scheduler` decides, in Python integers; this file carries out. What a row needs to decode (its page
-table, position, newest token, key of its draws) lives on the device and is written only where it changes: a
-step that admits nobody costs the host a few numbers for each row, however long the contexts. On a GPU a step
-is launched before the tokens of the one before are looked at, so that the device does not wait for the host;
-a sample that has ended is then found one step late, and what it drew meanwhile is dropped. Steps that only
-decode are CUDA graphs there.
+`scheduler.Scheduler` decides what each step does; this file executes it. The decode state of a row (page
+table, position, newest token, random key) lives on the device and is written only where it changes, so a pure
+decode step sends a few numbers per row however long the contexts are. On a GPU a step is launched before the
+previous step's tokens are read, so the device does not wait for the host; a sample that has ended is noticed
+one step late, and the extra token is dropped. Pure decode steps are replayed as CUDA graphs.
 """
 
 import os
@@ -24,11 +22,11 @@ from torch.nn.utils.rnn import pad_sequence
 from kernels.attention import Gathered, PagedDecode, PagedPrefill, sent, write_kv
 from kernels.sample import head_draw, streams, uniforms, whole_tiles
 from model import ModelConfig, Qwen2
-from replica import pack_head, prepare_
+from replica import fuse_linears_, pack_head
 from scheduler import Chunk, Request, Scheduler, Sequence, Stats, Step
 
-# A CPU's thin products take other code paths, whose rounding differs: padded to so many rows, a row has the
-# same bits in any batch.
+# CPU matrix products with few rows take other code paths, whose rounding differs. Padded to this many rows, a
+# row has the same bits in any batch.
 MIN_ROWS, MIN_ROWS_UNPACKED = 4, 16
 GRAPH_ROWS = (1, 2, 4, 8, 16, 32, 64, 96, 128, 192, 256, 384, 512)  # batch sizes that get a CUDA graph
 
@@ -37,7 +35,7 @@ GRAPH_ROWS = (1, 2, 4, 8, 16, 32, 64, 96, 128, 192, 256, 384, 512)  # batch size
 class Completion:
     prompt_index: int  # of the request in `generate`'s argument
     sample_index: int
-    token_ids: list[int]  # the id or string that ended it included
+    token_ids: list[int]  # including the id or string that ended it
     logprobs: list[float]  # of the full softmax at the sampling temperature (greedy: at 1)
     text: str  # without the end-of-text token
     finish_reason: str  # "stop" | "length"
@@ -48,8 +46,8 @@ class Completion:
 
 
 class PagePool:
-    """Keys and values of all layers in pages: a tensor per layer. Zeros, because a CPU reads masked slots too
-    and NaN would pass the mask."""
+    """Keys and values of all layers in pages: a tensor per layer. Initialised to zeros, because on a CPU
+    masked slots are read too, and NaN would pass the mask."""
     def __init__(self, model: Qwen2, num_pages: int, page_size: int):
         config, head = model.config, model.head_weight
         self.num_pages, self.page_size = num_pages, page_size
@@ -62,14 +60,15 @@ class PagePool:
             x[target] = x[source]
 
 
-def most_pages(rows: int, columns: int) -> int:
-    """Pages of a pool that rows of so many pages each can come to need, with page 0 and copied ones."""
+def max_pages(rows: int, columns: int) -> int:
+    """Upper bound on the pages of a pool for `rows` sequences of `columns` pages, page 0 and copies
+    included."""
     return (rows + 1) * (columns + 1) + 1
 
 
 def workspace(config: ModelConfig, tp: int, token_budget: int, rows: int, longest: int) -> int:
-    """Bytes beside the pool on a GPU, about: activations of the largest forward, the parts of decoding
-    attention that all graphs share, cuBLAS and the graphs themselves. longest: tokens of a sequence."""
+    """Estimated bytes needed beside the pool on a GPU: activations of the largest forward, partial results of
+    decode attention (shared by all graphs), cuBLAS and the graphs. longest: tokens of a sequence."""
     wide = 4 * config.hidden_size + 4 * config.intermediate_size // tp
     chunks = rows * (longest // 256 + 1)
     decode = 4 * chunks * config.hidden_size // tp + 8 * rows * config.vocab_size // tp
@@ -77,7 +76,7 @@ def workspace(config: ModelConfig, tp: int, token_budget: int, rows: int, longes
 
 
 class Rows:
-    """State of the sequences that have a row. The last row is padding: it stays at one token, in page 0."""
+    """Device state of the decode batch. The last row is padding: it stays at one token, in page 0."""
     def __init__(self, rows: int, columns: int, device):
         self.padding = rows
         self.table = torch.zeros(rows + 1, columns, dtype=torch.int64, device=device)
@@ -87,9 +86,9 @@ class Rows:
 
 
 class PagedPlan:
-    """Attention plan of a forward whose new keys and values go into pages before they are attended to.
+    """Attention plan of a forward that writes new keys and values into pages, then attends to them.
 
-    parts: attention of so many tokens each, in order. pages_T: the page of each token.
+    parts: (attention, number of tokens) in the order of the tokens. pages_T: the page of each token.
     """
     def __init__(self, pool: PagePool, parts: list[tuple[PagedDecode | PagedPrefill, int]],
                  pages_T: torch.Tensor, positions_T: torch.Tensor):
@@ -105,8 +104,8 @@ class PagedPlan:
 
 
 @dataclass
-class Drawn:
-    """What a step draws, perhaps still under way on the device."""
+class PendingTokens:
+    """The tokens that a step draws; on a GPU they may not be computed yet."""
 
     sequences: list[Sequence]
     token_S: torch.Tensor
@@ -118,23 +117,23 @@ class Drawn:
 
 
 class Sampler:
-    """Generates with a model whose weights the caller may change between calls.
+    """Generates with a model whose weights may change between calls.
 
-    tokenizer: gives the ids that exist, end-of-text ids, stop strings and text; without one every row of the
-        head is an id and only length ends a sample.
+    tokenizer: provides valid ids, end-of-text ids, stop strings and text. Without one every row of the head
+        is an id, and a sample ends by its length only.
     max_sequences: rows of the decode batch.
     page_size: tokens of a page.
-    num_pages: of the pool; default: what max_sequences of the longest request can need, if there is memory.
-    token_budget: tokens of a forward, decoding rows and chunks of prompts together.
-    memory: share of the memory that is free when the pool is made that it may take, with what a forward
-        needs beside it; on a CPU of half of the machine's memory, divided by its ranks.
-    overlap: launch a step before the one before is looked at; default: on a GPU.
-    graphs: decode by CUDA graphs, on a GPU.
-    interrupt: called before each step; what it raises ends the generation.
+    num_pages: pages of the pool; default: what max_sequences of the longest request need, if memory allows.
+    token_budget: tokens of a forward, decoding rows and prefill chunks together.
+    memory: share of the free memory that pool and workspace may take; on a CPU, of half of the machine's
+        memory divided by its ranks.
+    overlap: launch a step before the previous step's tokens are read; default: on a GPU.
+    graphs: decode with CUDA graphs on a GPU.
+    interrupt: called before each step; an exception that it raises ends the generation.
 
-    A model that is split by tensor parallelism (`Qwen2(config, group)`) samples on all ranks of its group:
-    each is given the same requests and yields the same completions. None may cancel a request, or walk away,
-    unless all do after the same completion.
+    A tensor-parallel model (`Qwen2(config, group)`) samples on all ranks of its group: each must pass the
+    same requests and yields the same completions. If one rank cancels a request or stops iterating, all must,
+    after the same completion.
     """
     def __init__(self, model: Qwen2, tokenizer=None, max_sequences: int = 64, page_size: int = 16,
                  num_pages: int | None = None, token_budget: int = 2048, memory: float = 0.9,
@@ -158,14 +157,14 @@ class Sampler:
             )
 
     def generate(self, requests: list[Request]) -> Iterator[Completion]:
-        """Yields every sample of every request as it finishes. Raises ValueError for a request that can never
-        be served."""
+        """Yields every sample of every request as it finishes. Raises ValueError for a request that cannot be
+        served."""
         requests = list(requests)
         self.check(requests)
         return self.run(requests)
 
     def cancel(self, prompt_index: int):
-        """Drops the samples of a request that have not finished; may be called between completions."""
+        """Drops the unfinished samples of a request. May be called between completions."""
         self.scheduler.cancel(prompt_index)
 
     def check(self, requests: list[Request]):
@@ -192,7 +191,7 @@ class Sampler:
         if not requests:
             return
         self.stats = Stats()
-        under_way: deque[Drawn] = deque()
+        under_way: deque[PendingTokens] = deque()
         self.decoding, self.numbers = None, None
         try:
             self.wake(requests)
@@ -208,7 +207,7 @@ class Sampler:
                 assert under_way, "the scheduler found nothing to do"
                 if not step or len(under_way) > self.overlap:
                     yield from self.collect(under_way.popleft())
-        finally:  # also when the consumer walks away
+        finally:  # also when the caller stops iterating
             for i in range(len(requests) if self.scheduler else 0):
                 self.scheduler.cancel(i)
             if not self.cuda:
@@ -217,11 +216,10 @@ class Sampler:
     # ---- memory
 
     def wake(self, requests: list[Request]):
-        """Makes what `run` needs: the weights in the form that is computed with, the pool, the rows' state.
-        On a GPU all of it stays until `sleep`."""
-        prepare_(self.model)
+        """Prepares `run`: fused weights, page pool, row state. On a GPU all of it stays until `sleep`."""
+        fuse_linears_(self.model)
         rows = min(self.max_sequences, sum(r.n for r in requests))
-        columns = max(r.most_pages(self.page_size) for r in requests)
+        columns = max(r.max_pages(self.page_size) for r in requests)
         if self.pool is None or self.rows.padding < rows or self.rows.table.shape[1] < columns:
             self.sleep()
             self.pool = PagePool(self.model, self.num_pages or self.affordable(rows, columns), self.page_size)
@@ -231,12 +229,12 @@ class Sampler:
         self.min_rows = 1 if self.cuda else MIN_ROWS_UNPACKED if self.head is None else MIN_ROWS
 
     def affordable(self, rows: int, columns: int) -> int:
-        """Pages that the memory allows, and the requests can need."""
-        model, wanted = self.model, most_pages(rows, columns)
+        """Number of pages that the requests can need, or that memory allows if that is less."""
+        model, wanted = self.model, max_pages(rows, columns)
         config, dtype = model.config, model.head_weight.dtype
         if self.cuda:
             if model.group is not None:
-                dist.barrier(group=model.group)  # NCCL takes its buffers now
+                dist.barrier(group=model.group)  # makes NCCL allocate its buffers now
             torch.cuda.empty_cache()
             beside = workspace(config, model.tp, self.token_budget, rows, columns * self.page_size)
             room = self.memory * torch.cuda.mem_get_info()[0] - beside
@@ -253,7 +251,7 @@ class Sampler:
         return int(pages)
 
     def sleep(self):
-        """Gives back the pool, the graphs and their memory; the weights stay."""
+        """Frees pool and graphs; the weights stay."""
         self.pool = self.rows = self.head = None
         self.graphs = {}
         self.gathered.clear()
@@ -263,20 +261,20 @@ class Sampler:
     # ---- a step
 
     def send(self, values: list, dtype: torch.dtype = torch.int64) -> torch.Tensor:
-        """Python numbers to a tensor on the device, without waiting for it."""
+        """Copies Python numbers to a tensor on the device, without synchronisation."""
         x = torch.tensor(values, dtype=dtype)
         self.stats.host_elements += x.numel()
         return sent(x, self.device)
 
-    def launch(self, step: Step) -> Drawn:
-        """Carries out a step on the device, and waits for nothing."""
+    def launch(self, step: Step) -> PendingTokens:
+        """Launches a step on the device, without synchronisation."""
         if step.copies:
             self.pool.copy_(*self.send(step.copies).T)
         if step.table:
             row, column, page = self.send(step.table).T
             self.rows.table[row, column] = page
         if step.forks:
-            self.seat([s for _, s in step.forks])
+            self.init_rows([s for _, s in step.forks])
         self.stats.decode_steps += bool(step.decode)
         self.stats.mixed_steps += bool(step.chunks)
         sequences = step.decode + [s for _, s in step.forks]
@@ -287,15 +285,15 @@ class Sampler:
             token_S, logp_S = self.forward(step, filtered)
         self.stats.new_tokens += len(sequences)
         if not self.cuda:
-            return Drawn(sequences, token_S, logp_S)
+            return PendingTokens(sequences, token_S, logp_S)
         token_S, logp_S = (torch.empty_like(x, device="cpu", pin_memory=True).copy_(x, non_blocking=True)
                            for x in (token_S, logp_S))
         ready = torch.cuda.Event()
         ready.record()
-        return Drawn(sequences, token_S, logp_S, ready)
+        return PendingTokens(sequences, token_S, logp_S, ready)
 
-    def seat(self, sequences: list[Sequence]):
-        """Writes the state of rows that begin: the next draw is the sample's drawn-th."""
+    def init_rows(self, sequences: list[Sequence]):
+        """Initialises the device state of the sequences' rows: their next draw is number `drawn`."""
         state = self.rows
         self.gathered.clear()
         integers = [(s.row, s.cached, s.drawn - 1, s.request.top_k, s.request.seed, s.sample)
@@ -305,8 +303,8 @@ class Sampler:
         filters = self.send([(s.request.temperature, s.request.top_p) for s in sequences], torch.float32)
         state.temperature[row], state.top_p[row] = filters.T
 
-    def decoders(self, sequences: list[Sequence], size: int) -> torch.Tensor:
-        """Their row numbers, padded; sent anew only when they change."""
+    def decode_rows(self, sequences: list[Sequence], size: int) -> torch.Tensor:
+        """Row numbers of the sequences, padded to `size`; copied to the device only when they change."""
         numbers = [s.row for s in sequences]
         numbers += [self.rows.padding] * (size - len(numbers))
         if numbers != self.decoding:
@@ -315,10 +313,10 @@ class Sampler:
         return self.numbers
 
     def forward(self, step: Step, filtered: bool) -> tuple[torch.Tensor, torch.Tensor]:
-        """Decode rows and chunks of prefixes as one row of tokens; draws for the rows and for forks."""
+        """One forward over decoding rows and prefill chunks, then the draws of rows and forks."""
         hidden, rows = [], []
         if step.decode or step.chunks:
-            row_S = self.decoders(step.decode, max(self.min_rows, len(step.decode)))
+            row_S = self.decode_rows(step.decode, max(self.min_rows, len(step.decode)))
             columns = max((len(s.pages) for s in step.decode), default=1)
             parts, tokens, positions, pages = self.decode_part(row_S, columns)
             if step.chunks:
@@ -337,19 +335,19 @@ class Sampler:
             hidden.append(torch.stack([prefix.hidden for prefix, _ in step.forks]))
             rows.append(self.send([s.row for _, s in step.forks]))
         hidden_SC, row_S = (torch.cat(x) if len(x) > 1 else x[0] for x in (hidden, rows))
-        if not len(row_S):  # nothing but a piece of a prompt
+        if not len(row_S):  # prefill chunks only, none of them a last one
             return row_S, row_S
         return self.draw(hidden_SC, row_S, filtered)
 
     def decode_part(self, row_S: torch.Tensor, columns: int):
-        """(attention, tokens, positions, pages) of rows that feed their newest token."""
+        """(attention, tokens, positions, pages) of decoding rows."""
         table, positions = self.rows.table[row_S, :columns], self.rows.position[row_S]
         pages = table.gather(1, (positions // self.page_size)[:, None])[:, 0]
         attend = PagedDecode(self.pool.keys[0], table, positions + 1, self.gathered)
         return [(attend, len(row_S))], self.rows.token[row_S], positions, pages
 
     def prefill_part(self, chunks: list[Chunk]):
-        """The same of chunks."""
+        """(attention, tokens, positions, pages) of prefill chunks."""
         lengths, ends = [c.end - c.start for c in chunks], [c.end for c in chunks]
         table = pad_sequence([torch.tensor(c.pages) for c in chunks], batch_first=True)
         positions = [torch.arange(c.start, c.end) for c in chunks]
@@ -365,7 +363,7 @@ class Sampler:
 
     def draw(self, hidden_SC: torch.Tensor, row_S: torch.Tensor,
              filtered: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
-        """The next token of each row and its logprob; rows may name the padding, for nothing."""
+        """The next token of each row and its logprob; padding rows draw too, without effect."""
         state, count = self.rows, len(row_S)
         if count < self.min_rows:
             row_S = torch.cat((row_S, row_S.new_full((self.min_rows - count,), state.padding)))
@@ -382,10 +380,10 @@ class Sampler:
     # ---- CUDA graphs
 
     def replay(self, sequences: list[Sequence]) -> tuple[torch.Tensor, torch.Tensor]:
-        """A step that only decodes, as a graph for the next larger of a few batch sizes, captured when it is
-        first needed. Its table has all columns: the kernels read what the contexts reach."""
+        """A pure decode step as a CUDA graph of the next larger batch size, captured on first use. It gets
+        the whole page table; the kernels read only as far as the contexts reach."""
         size = min((n for n in GRAPH_ROWS if n >= len(sequences)), default=-(-len(sequences) // 256) * 256)
-        row_S = self.decoders(sequences, size)
+        row_S = self.decode_rows(sequences, size)
         if size not in self.graphs:
             self.graphs[size] = self.capture(size)
         graph, graph_row_S, seen, token_S, logp_S = self.graphs[size]
@@ -396,7 +394,7 @@ class Sampler:
         return token_S[:len(sequences)], logp_S[:len(sequences)]
 
     def capture(self, size: int):
-        row_S = torch.full((size,), self.rows.padding, device=self.device)  # writes nobody's state
+        row_S = torch.full((size,), self.rows.padding, device=self.device)  # writes no sequence's state
 
         def decode():
             parts, tokens, positions, pages = self.decode_part(row_S, self.rows.table.shape[1])
@@ -410,16 +408,17 @@ class Sampler:
                 decode()
         torch.cuda.current_stream().wait_stream(self.side)
         graph = torch.cuda.CUDAGraph()
-        memory = next(iter(self.graphs.values()))[0].pool() if self.graphs else None  # they run one at a time
-        # thread_local: threads of remote rewards may do what they like meanwhile
+        memory = next(iter(self.graphs.values()))[0].pool() if self.graphs else None  # never run together
+        # thread_local: threads of remote rewards may use CUDA meanwhile
         with torch.cuda.graph(graph, memory, self.side, capture_error_mode="thread_local"):
             token_S, logp_S = decode()
         return graph, row_S, [None], token_S, logp_S
 
-    # ---- what came out
+    # ---- results
 
-    def collect(self, drawn: Drawn) -> Iterator[Completion]:
-        """Hands the drawn tokens to their sequences; yields and retires those that end."""
+    def collect(self, drawn: PendingTokens) -> Iterator[Completion]:
+        """Appends the drawn tokens to their sequences; retires those that end and yields their
+        completions."""
         if drawn.ready:
             drawn.ready.synchronize()
         for s, token, logp in zip(drawn.sequences, drawn.token_S.tolist(), drawn.logp_S.tolist()):

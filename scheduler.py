@@ -1,13 +1,14 @@
-"""What the engine does next: who gets pages and rows, who is prefilled, who has to wait or give way.
+"""The scheduler of the paged engine: admission, chunked prefill, forks, preemption, page accounting.
 
-Bookkeeping of Python integers, without a tensor: `Scheduler.step` is all of the policy, and the sampler
-carries out the `Step` that it returns.
+It works on Python integers only. `Scheduler.step` is the whole policy; the sampler executes the `Step` that
+it returns.
 
-The life of a request: its prefix waits; it is admitted when the pool can be expected to hold what comes of
-it, the longest expected first, so that the tail starts early; its tokens are prefilled in chunks beside the
-others' decoding; its n samples fork, sharing the prompt's pages, as rows become free; each decodes a token a
-step; a page that two share is copied when one writes to it. When the pool runs dry the youngest gives its
-pages back and is prefilled again later, with what it had written. The oldest always gets on.
+Life of a request: its prefix waits in the queue, the longest expected output first. It is admitted when the
+pool is expected to hold its samples to their end. Its tokens are prefilled in chunks, in the same forward as
+other sequences' decoding. Its n samples fork as rows become free and share the prompt's pages; each decodes
+one token a step, and a shared page is copied before a sequence writes to it. If the pool runs out of pages,
+the youngest sequence is preempted: its pages are freed, and its prompt and the tokens written so far are
+prefilled again later. The oldest sequence is never preempted, so the engine always makes progress.
 """
 
 from collections import deque
@@ -24,50 +25,50 @@ class Request:
     top_k: int = 0  # 0 is all
     stop: tuple[str, ...] = ()  # strings that end a sample; they stay in it
     seed: int = 0  # int64; with sample index and position it determines every draw
-    expected_tokens: int = 0  # a guess at the new tokens, for the schedule alone; 0: max_new_tokens
+    expected_tokens: int = 0  # estimate of the new tokens, used by the scheduler only; 0: max_new_tokens
 
-    def most_pages(self, page_size: int) -> int:
-        """Pages that one sample can come to hold."""
+    def max_pages(self, page_size: int) -> int:
+        """The most pages that one sample can hold."""
         return -(-(len(self.prompt_ids) + self.max_new_tokens) // page_size)
 
 
 @dataclass
 class Stats:
-    """What one `generate` did so far."""
+    """Counters of one `generate` call."""
 
     prefill_tokens: int = 0
-    decode_steps: int = 0  # forwards in which somebody decoded
-    mixed_steps: int = 0  # forwards with a chunk of prefill in them
+    decode_steps: int = 0  # forwards with at least one decoding row
+    mixed_steps: int = 0  # forwards with at least one prefill chunk
     new_tokens: int = 0
     finished: int = 0
     copied_pages: int = 0
     preemptions: int = 0
     peak_pages: int = 0
     peak_rows: int = 0
-    host_elements: int = 0  # numbers that went from Python lists to tensors
+    host_elements: int = 0  # numbers copied from Python lists to tensors
 
 
 @dataclass(eq=False)
 class Sequence:
-    """One sample. While it runs it has a row, and pages that hold its first `cached` tokens."""
+    """One sample. While it runs it owns a row, and pages that hold the KV of its first `cached` tokens."""
 
     index: int  # of its request
     sample: int
     request: Request
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
-    drawn: int = 0  # tokens that are drawn or being drawn; token_ids may be a step behind
+    drawn: int = 0  # tokens drawn, including one still in flight; token_ids may lag by one
     pages: list[int] = field(default_factory=list)
-    shared: int = 0  # pages that it had from its prefix
+    shared: int = 0  # pages received from its prefix
     cached: int = 0
     row: int = -1
-    done: bool = False  # ended or cancelled: what is still being drawn is dropped
-    tail: bytes = b""  # the last bytes, in which a stop string may have begun
+    done: bool = False  # ended or cancelled; a token still in flight is dropped
+    tail: bytes = b""  # the last bytes, where a stop string may have started
 
     @property
     def remaining(self) -> int:
-        """Tokens that it may still be expected to write. One that has outlived its estimate may go on for
-        half as long again."""
+        """Expected number of tokens still to come. A sequence that exceeds its estimate is expected to write
+        half as many again."""
         r = self.request
         expected = min(r.expected_tokens or r.max_new_tokens, r.max_new_tokens)
         return min(max(expected - self.drawn, self.drawn // 2), r.max_new_tokens - self.drawn)
@@ -75,14 +76,14 @@ class Sequence:
 
 @dataclass(eq=False)
 class Prefix:
-    """Tokens to prefill once, and the sequences that go on from them: the samples of a request, or one that
-    had to give way."""
+    """Tokens to prefill once, and the sequences that continue them: the samples of a request, or one
+    preempted sequence."""
 
     sequences: list[Sequence]
-    tokens: list[int] = field(default_factory=list)  # once it is admitted
+    tokens: list[int] = field(default_factory=list)  # set on admission
     pages: list[int] = field(default_factory=list)
     cached: int = 0
-    hidden: object = None  # the sampler's: the hidden state of the last token
+    hidden: object = None  # set by the sampler: hidden state of the last token
 
 
 @dataclass(frozen=True)
@@ -92,7 +93,7 @@ class Chunk:
     prefix: Prefix
     start: int
     end: int
-    pages: list[int]  # its own list: the prefix gives its pages to its sequences in the same step
+    pages: list[int]  # a copy: the prefix hands its pages to its sequences in the same step
 
     @property
     def tokens(self) -> list[int]:
@@ -105,11 +106,11 @@ class Chunk:
 
 @dataclass
 class Step:
-    """What the next forward does, in this order: copy pages, write the page table, decode, prefill, draw."""
+    """One step, executed in this order: copy pages, write the page table, decode, prefill, draw."""
 
-    decode: list[Sequence] = field(default_factory=list)  # each feeds its newest token
+    decode: list[Sequence] = field(default_factory=list)  # each feeds its newest token to the model
     chunks: list[Chunk] = field(default_factory=list)
-    forks: list[tuple[Prefix, Sequence]] = field(default_factory=list)  # draw from the prefix's last state
+    forks: list[tuple[Prefix, Sequence]] = field(default_factory=list)  # draw from the prefix's hidden state
     copies: list[tuple[int, int]] = field(default_factory=list)  # pages: from, to
     table: list[tuple[int, int, int]] = field(default_factory=list)  # row, column, page
     preempted: bool = False
@@ -119,34 +120,34 @@ class Step:
 
 
 class Pages:
-    """Which pages are free, and how many hold each. Page 0 belongs to nobody: padding rows write there."""
+    """Free list and reference counts of the pool's pages. Page 0 is reserved: padding rows write to it."""
     def __init__(self, num_pages: int, page_size: int):
         self.num_pages, self.page_size = num_pages, page_size
         self.references = [0] * num_pages
-        self.free = deque(range(1, num_pages))
+        self.free_list = deque(range(1, num_pages))
 
     @property
     def used(self) -> int:
-        return self.num_pages - 1 - len(self.free)
+        return self.num_pages - 1 - len(self.free_list)
 
     def needed(self, tokens: int) -> int:
         return -(-tokens // self.page_size)
 
-    def take(self) -> int:
-        page = self.free.popleft()
+    def allocate(self) -> int:
+        page = self.free_list.popleft()
         self.references[page] = 1
         return page
 
-    def share(self, pages: list[int]) -> list[int]:
+    def fork(self, pages: list[int]) -> list[int]:
         for page in pages:
             self.references[page] += 1
         return list(pages)
 
-    def release_(self, pages: list[int]):
+    def free_(self, pages: list[int]):
         for page in pages:
             self.references[page] -= 1
             if self.references[page] == 0:
-                self.free.append(page)
+                self.free_list.append(page)
         pages.clear()
 
 
@@ -154,9 +155,9 @@ class Scheduler:
     """num_pages and page_size: of the pool. rows: sequences that decode at a time. token_budget: tokens of a
     forward, one for each row that decodes and the rest for prefill.
 
-    reserve: the share of the pages that everyone is expected to need yet which admission sets aside. At 1 and
-    with right guesses nobody ever gives way, and half of the pool idles. Where guesses are off by 40 %, a
-    third took 0.6 times the steps of 1, and prefilled 11 % of the tokens again; 0 takes 0.55 and 90 %.
+    reserve: share of the expected future pages of all sequences that admission keeps free. At 1, with correct
+    estimates, no sequence is ever preempted, but half of the pool stays idle. With estimates off by 40 %, 1/3
+    needed 0.6 times the steps of 1 and prefilled 11 % of the tokens twice; 0 needed 0.55 times and 90 %.
     """
     def __init__(self, num_pages: int, page_size: int, rows: int, token_budget: int,
                  stats: Stats | None = None, reserve: float = 1 / 3):
@@ -165,20 +166,20 @@ class Scheduler:
         self.token_budget, self.reserve = token_budget, reserve
         self.stats = stats or Stats()
         self.waiting: deque[Prefix] = deque()
-        self.prefilling: deque[Prefix] = deque()  # one at a time
-        self.ready: deque[Prefix] = deque()  # prefilled; keep their pages until all their samples have a row
+        self.prefilling: deque[Prefix] = deque()  # prefilled one at a time
+        self.ready: deque[Prefix] = deque()  # prefilled; hold their pages until every sample has a row
         self.running: list[Sequence] = []  # oldest first
 
     def refusal(self, r: Request) -> str | None:
-        """Why the pool can never serve a request; None if it can."""
-        need = r.most_pages(self.pages.page_size) + 2  # page 0, and a copied one
+        """The reason why the pool is too small for a request, or None."""
+        need = r.max_pages(self.pages.page_size) + 2  # page 0, and a copied one
         if need > self.pages.num_pages:
             return (f"{len(r.prompt_ids)} + {r.max_new_tokens} tokens need {need} pages, the pool has "
                     f"{self.pages.num_pages}")
 
     def add(self, requests: list[Request], first: int = 0):
-        """Queues requests, numbered from `first`, the longest expected first; those of one prompt share its
-        prefill and pages."""
+        """Queues requests, numbered from `first`, the longest expected output first. Requests with the same
+        prompt share its prefill and pages."""
         prompts: dict[tuple[int, ...], list[Sequence]] = {}
         for i, r in enumerate(requests, first):
             prompts.setdefault(tuple(r.prompt_ids), []).extend(Sequence(i, n, r) for n in range(r.n))
@@ -193,32 +194,33 @@ class Scheduler:
 
     def step(self) -> Step:
         step = Step()
-        self.grow(step)
-        if not step.preempted:  # under overlap the newest token of who gave way is not known yet
+        self.schedule_decode(step)
+        if not step.preempted:  # with overlap, a preempted sequence's newest token is not known yet
             self.prefill(step)
             self.fork(step)
         self.stats.peak_pages = max(self.stats.peak_pages, self.pages.used)
         self.stats.peak_rows = max(self.stats.peak_rows, len(self.running))
         return step
 
-    def grow(self, step: Step):
-        """Lets everyone decode who owns the page that its newest token goes to, or can get it."""
+    def schedule_decode(self, step: Step):
+        """Schedules a decode for each sequence that has, or can allocate, a page for its next token."""
         for s in list(self.running):
-            if s.row < 0 or s.drawn == s.request.max_new_tokens:  # gave way; or its last draw is under way
+            if s.row < 0 or s.drawn == s.request.max_new_tokens:  # preempted, or its last token is in flight
                 continue
             fresh = s.cached == len(s.pages) * self.pages.page_size
             if fresh or self.pages.references[s.pages[-1]] > 1:
-                if not self.pages.free and any(x.drawn == x.request.max_new_tokens for x in self.running):
-                    continue  # their pages are about to come back
-                while not self.pages.free and s.row >= 0:
-                    self.reclaim()
+                ending = any(x.drawn == x.request.max_new_tokens for x in self.running)
+                if not self.pages.free_list and ending:
+                    continue  # those will free their pages
+                while not self.pages.free_list and s.row >= 0:
+                    self.preempt()
                     step.preempted = True
                 if s.row < 0:
                     continue
-                page = self.pages.take()
+                page = self.pages.allocate()
                 if not fresh:
                     step.copies.append((s.pages[-1], page))
-                    self.pages.release_([s.pages.pop()])
+                    self.pages.free_([s.pages.pop()])
                     s.shared = max(0, s.shared - 1)
                 s.pages.append(page)
                 step.table.append((s.row, len(s.pages) - 1, page))
@@ -227,16 +229,16 @@ class Scheduler:
             step.decode.append(s)
         self.stats.copied_pages += len(step.copies)
 
-    def reclaim(self):
-        """Takes the pages of the youngest."""
+    def preempt(self):
+        """Frees the pages of the youngest prefix or sequence and queues it again."""
         self.stats.preemptions += 1
         if prefixes := self.prefilling or self.ready:
             prefix = prefixes.pop()
-            self.pages.release_(prefix.pages)
+            self.pages.free_(prefix.pages)
             prefix.cached, prefix.hidden = 0, None
         else:
             youngest = self.running[-1]
-            self.unseat(youngest)
+            self.free_row(youngest)
             prefix = Prefix([youngest])
         self.waiting.appendleft(prefix)
 
@@ -252,8 +254,8 @@ class Scheduler:
         self.stats.prefill_tokens += sum(c.end - c.start for c in step.chunks)
 
     def admit(self) -> bool:
-        """Gives the first that waits its pages, if a row awaits it and the pool can be expected to hold it to
-        its end beside those that are running."""
+        """Allocates pages for the first waiting prefix if there is a free row and the pool is expected to
+        hold its samples, beside the running ones, to their end. Returns whether it did."""
         rows = len(self.free_rows) - sum(len(prefix.sequences) for prefix in self.ready)
         if not self.waiting or rows <= 0:
             return False
@@ -261,16 +263,16 @@ class Scheduler:
         first = prefix.sequences[0]
         tokens = first.request.prompt_ids + first.token_ids
         need, starters = self.pages.needed(len(tokens)), prefix.sequences[:rows]
-        soon = max(self.reserve * self.growth(starters), len(self.running) + len(starters))
-        if (self.running or self.ready) and need + soon > len(self.pages.free):
+        soon = max(self.reserve * self.peak_new_pages(starters), len(self.running) + len(starters))
+        if (self.running or self.ready) and need + soon > len(self.pages.free_list):
             return False
-        prefix.tokens, prefix.pages = tokens, [self.pages.take() for _ in range(need)]
+        prefix.tokens, prefix.pages = tokens, [self.pages.allocate() for _ in range(need)]
         self.prefilling.append(self.waiting.popleft())
         return True
 
-    def growth(self, starters: list[Sequence]) -> int:
-        """The most pages that are ever needed beyond those in use, if everyone ends as expected. Just before
-        the k-th longest ends, those above it have grown as much as it has, and the others are gone."""
+    def peak_new_pages(self, starters: list[Sequence]) -> int:
+        """Peak number of pages needed beyond those in use if every sequence ends as expected. Just before the
+        k-th longest ends, the k longest have each grown by as much as it did, and the others are gone."""
         coming = [s for prefix in self.ready for s in prefix.sequences]
         rest = sorted(((s.remaining, len(s.pages) - s.shared)
                        for s in (*self.running, *coming, *starters)), reverse=True)
@@ -282,55 +284,55 @@ class Scheduler:
         return most
 
     def fork(self, step: Step):
-        """Seats samples of the prefixes that are prefilled, while everyone can have one more page."""
+        """Gives rows to samples of prefilled prefixes while every running sequence can get one more page."""
         while self.ready and self.free_rows:
-            if self.running and len(self.pages.free) <= len(self.running):
+            if self.running and len(self.pages.free_list) <= len(self.running):
                 break
             prefix = self.ready[0]
             s = prefix.sequences.pop(0)
-            s.row, s.pages = self.free_rows.popleft(), self.pages.share(prefix.pages)
+            s.row, s.pages = self.free_rows.popleft(), self.pages.fork(prefix.pages)
             s.cached, s.shared = len(prefix.tokens), len(prefix.pages) if prefix.sequences else 0
             s.drawn += 1
             step.forks.append((prefix, s))
             step.table += [(s.row, column, page) for column, page in enumerate(s.pages)]
             self.running.append(s)
             if not prefix.sequences:
-                self.pages.release_(prefix.pages)
+                self.pages.free_(prefix.pages)
                 self.ready.popleft()
 
     # ---- ends
 
-    def unseat(self, s: Sequence):
+    def free_row(self, s: Sequence):
         self.running.remove(s)
-        self.pages.release_(s.pages)
+        self.pages.free_(s.pages)
         self.free_rows.append(s.row)
         s.row, s.cached, s.shared = -1, 0, 0
 
     def finish(self, s: Sequence):
-        """Its end has been seen, wherever it is by now."""
+        """Retires a sequence that has ended, whether it is running or was preempted."""
         s.done = True
         if s.row >= 0:
-            self.unseat(s)
+            self.free_row(s)
         else:
-            self.forget(s)
+            self.remove(s)
 
     def cancel(self, index: int):
-        """Drops what is left of a request."""
+        """Drops the unfinished samples of a request."""
         for s in [s for s in self.running if s.index == index]:
             self.finish(s)
         for prefix in (*self.waiting, *self.prefilling, *self.ready):
             for s in [s for s in prefix.sequences if s.index == index]:
                 s.done = True
-                self.forget(s)
+                self.remove(s)
 
-    def forget(self, s: Sequence):
-        """Takes a sequence out of the prefix that it waits in; a prefix without any gives its pages back."""
+    def remove(self, s: Sequence):
+        """Removes a waiting sequence from its prefix, and frees a prefix that has none left."""
         for queue in (self.waiting, self.prefilling, self.ready):
             for prefix in list(queue):
                 if s in prefix.sequences:
                     prefix.sequences.remove(s)
                     if not prefix.sequences:
-                        self.pages.release_(prefix.pages)
+                        self.pages.free_(prefix.pages)
                         queue.remove(prefix)
 
 
@@ -338,8 +340,8 @@ class Scheduler:
 
 
 def assign(expected: list[int], ranks: int) -> list[list[int]]:
-    """Which rank samples which group, equally many each: the longest expected first, always to the rank that
-    has least to write so far. Indices of each rank's groups, in order."""
+    """Indices of the groups that each rank samples, equally many on each: longest expected output first, each
+    to the rank with the least expected tokens so far."""
     shares, load = [[] for _ in range(ranks)], [0] * ranks
     most = -(-len(expected) // ranks)
     for i in sorted(range(len(expected)), key=lambda i: -expected[i]):

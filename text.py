@@ -1,6 +1,6 @@
-"""What a text is made of, as pure functions of strings: structure, words, copies, guards, statistics.
+"""Pure functions of strings: structure, word counts, repetition, guards against reward hacking, statistics.
 
-Rewards, benchmarks, reports and rollouts use the same functions, so that their figures compare. Thresholds
+Rewards, benchmarks, reports and rollouts share these functions, so their figures are comparable. Thresholds
 and patterns are not specified by the paper.
 """
 
@@ -18,16 +18,16 @@ TAG = re.compile(r"</?(?:think|answer)>")
 
 
 def structure(text: str, think: bool = True) -> tuple[bool, str | None, str | None]:
-    """Whether the text has the asked form, its thought and its answer body: (ok, think, answer).
+    """Returns (ok, think, answer): whether the text has the required structure, its thought and its answer
+    body.
 
-    The form: exactly one <think>...</think>, then exactly one <answer>...</answer>, neither empty, nothing
-    but white space around and between them; with think=False the answer pair alone. The bodies are found in
-    broken texts too: an answer that is never closed reaches to the end of the text. None where there is no
-    such body.
+    The structure is exactly one <think>...</think>, then exactly one <answer>...</answer>, neither empty,
+    with only white space around and between them; with think=False only the answer pair. The bodies of
+    malformed texts are returned too: an answer that is never closed ends with the text. A body is None if
+    there is none.
 
-    A tag is a tag wherever it stands, in a code block or between quotes too: the sampler ends a sample at
-    </answer> there as well, and an exception would be a place to hide a second answer. A text about tags has
-    to write them otherwise.
+    Tags count everywhere, also in code blocks and quotes: the sampler stops at </answer> there too, and an
+    exception would be a place to hide a second answer.
     """
     names, parts = TAG.findall(text), TAG.split(text)
     expected = ["<think>", "</think>"] * think + ["<answer>", "</answer>"]
@@ -38,22 +38,22 @@ def structure(text: str, think: bool = True) -> tuple[bool, str | None, str | No
 
 
 def split(text: str, style: str) -> tuple[str, str]:
-    """(thinking, answer) of a text, either may be empty. After a chat template no tags are asked for: the
-    answer is what follows the thinking, if there is any."""
+    """(thinking, answer) of a text; either may be empty. With the chat style no tags are required: the answer
+    is the text after the thinking."""
     _, think, answer = structure(text)
     if style == "chat" and "<answer>" not in text:
         head, closed, rest = text.rpartition("</think>")
-        if not closed and "<think>" in text:  # it never came to its answer
+        if not closed and "<think>" in text:  # the thinking never ends
             head, rest = text, ""
         think, answer = TAG.sub("", head).strip(), TAG.sub("", rest).strip()
     return think or "", answer or ""
 
 
 def count_words(text: str) -> int:
-    r"""Characters in U+4E00..U+9FFF plus matches of \b[a-zA-Z]+\b: the counter of the LongWriter benchmarks,
-    so that scores compare.
+    r"""Number of characters in U+4E00..U+9FFF plus matches of \b[a-zA-Z]+\b: the word counter of the
+    LongWriter benchmarks, so that scores are comparable.
 
-    Its quirks are kept: "don't" counts 2, digits and accented words count 0, a Latin word glued to a CJK
+    Its quirks are kept: "don't" counts 2, digits and accented words count 0, and a Latin word next to a CJK
     character is missed.
     """
     return len(CJK.findall(text)) + len(LATIN_WORD.findall(text))
@@ -70,10 +70,10 @@ def length_score(required: float, words: int) -> float:
 # ---------------------------------------------------------------------- copies
 
 SHINGLE = 24.0  # characters of Latin text that count as one repeated piece
-CJK_WIDTH = 2.4  # a CJK character counts as so many: 10 of them make a shingle
+CJK_WIDTH = 2.4  # width of a CJK character: 10 of them make a shingle
 TOKEN = re.compile("[\u4e00-\u9fff]|[^\\W_\u4e00-\u9fff]+")  # a CJK character, or a word of any other script
-GRAM, CJK_TOKEN = 3.0, 0.6  # words of an n-gram; a CJK character counts as so many: 5 of them make one
-NEAR, SHIFT = 8, 1  # n-grams so many tokens apart come from one place if they are so equally far from it
+GRAM, CJK_TOKEN = 3.0, 0.6  # words of an n-gram; width of a CJK character: 5 of them make one
+NEAR, SHIFT = 8, 1  # n-grams within NEAR tokens share a source if their distances to it differ by <= SHIFT
 WINDOW, DENSE = 50, 0.5  # tokens; a copied token has at least this share of copied ones around it
 
 
@@ -91,11 +91,11 @@ def widths(codes: np.ndarray) -> np.ndarray:
 
 
 def last_seen(codes: np.ndarray, width: np.ndarray, least: float) -> tuple[np.ndarray, np.ndarray]:
-    """(end, back): the piece from i is codes[i:end[i]], the shortest of width `least`; it occurred back[i]
-    places earlier, the last time, or never (0). Only for those i from which a piece fits.
+    """(end, back): the piece at i is codes[i:end[i]], the shortest of width `least`; its previous occurrence
+    is back[i] places earlier (0: none). Both cover only those i at which a piece fits.
 
-    Pieces are compared by 64-bit polynomial hashes over mixed codes, from prefix sums (unsigned arithmetic
-    wraps).
+    Pieces are compared by 64-bit polynomial hashes of mixed codes, computed from prefix sums (unsigned
+    arithmetic wraps).
     """
     n = len(codes)
     reach = np.concatenate(([0.0], np.cumsum(width)))
@@ -118,17 +118,17 @@ def last_seen(codes: np.ndarray, width: np.ndarray, least: float) -> tuple[np.nd
 
 
 def covered(n: int, end: np.ndarray, copied: np.ndarray) -> np.ndarray:
-    """Which of n places lie in a piece [i, end[i]) with copied[i]; end never falls."""
+    """Mask of the n places that lie in a piece [i, end[i]) with copied[i]. `end` must not decrease."""
     reached = np.zeros(n, dtype=np.int64)
     reached[:len(end)] = np.where(copied, end, 0)
     return np.maximum.accumulate(reached) > np.arange(n)
 
 
 def repetition(text: str) -> float:
-    """The share of the folded text's characters that lie in a shingle which occurred earlier, in [0, 1].
+    """Share of the folded text's characters that lie in a shingle which occurred earlier, in [0, 1].
 
-    A text given twice has 0.5 (mixed scripts: to within two characters). A shingle is SHINGLE wide: 24 Latin
-    characters, 10 of CJK.
+    A text written twice has 0.5 (with mixed scripts: up to two characters more or less). A shingle has width
+    SHINGLE: 24 Latin or 10 CJK characters.
     """
     codes = fold(text)
     end, back = last_seen(codes, widths(codes), SHINGLE)
@@ -136,12 +136,12 @@ def repetition(text: str) -> float:
 
 
 def repetition_words(text: str) -> float:
-    """The share of the text's words that stand in a copy of an earlier passage, word by word, in [0, 1].
+    """Share of the text's words that lie in a paraphrased copy of an earlier passage, in [0, 1].
 
-    For copies in disguise: where synonyms, names or one word in fifteen differ, few long shingles are left,
-    but many 3-grams of words (5-grams of CJK characters). An honest text has such n-grams too, the more the
-    longer it is; but scattered. They count where two in a row come from one place, and where they cover
-    DENSE of a WINDOW around.
+    A copy with synonyms, other names or one changed word in fifteen has few long shingles in common with its
+    source, but many 3-grams of words (5-grams of CJK characters). Ordinary texts repeat n-grams too, and
+    longer texts more, but scattered. So an n-gram counts only if a neighbouring one has the same source, and
+    if such n-grams cover a share of DENSE of the WINDOW around.
     """
     tokens = TOKEN.findall(text.casefold())
     ids: dict[str, int] = {}
@@ -161,10 +161,10 @@ def repetition_words(text: str) -> float:
 
 # ---------------------------------------------------------------------- guards
 
-PASSAGE = 60  # words or CJK characters that are judged at a time for stuffing; the next begins half way
-STUFFED = (0.15, 0.3)  # share of a passage that one term of the query takes: from clean to stuffed
-LOOP = (60, 300)  # Latin characters that a loop adds (CJK: 25, 125): from clean to broken
-HEAD, TAIL = 200, 600  # characters at the answer's beginning and end in which it talks of itself
+PASSAGE = 60  # words or CJK characters per window of the stuffing guard; windows overlap by half
+STUFFED = (0.15, 0.3)  # share of one query term in a window: from clean to stuffed
+LOOP = (60, 300)  # repeated Latin characters (CJK: 25, 125): from clean to broken
+HEAD, TAIL = 200, 600  # characters at the start and end that are searched for self-reference
 INSTRUCTION = set("about article chapter chapters characters essay from least more poem please report story "
                   "than that their this with word words write writing your".split())
 FUNCTION = set("的了是在和与我你他她它们这那有一个篇写请关于字为不以及中要章")
@@ -216,8 +216,8 @@ def falling(value: float, clean: float, worst: float) -> float:
 
 
 def stuffing(answer: str, query: str) -> float | None:
-    """Does one term of the query crowd a passage? Terms are Latin words of 4 letters or more, and pairs of
-    CJK characters."""
+    """1 if no term of the query is overused in any window, falling to 0. Terms are Latin words of at least 4
+    letters and pairs of CJK characters."""
     asked = TOKEN.findall(query.casefold())
     terms = {t for t in asked if len(t) >= 4 and t not in INSTRUCTION}
     terms |= {a + b for a, b in zip(asked, asked[1:]) if CJK.match(a) and CJK.match(b)
@@ -233,14 +233,15 @@ def stuffing(answer: str, query: str) -> float | None:
 
 
 def praise(answer: str, query: str) -> float | None:
-    """Does it praise or announce itself, at its beginning or end? Each time halves the value."""
+    """0.5 to the number of times that the answer praises or announces itself at its start or end."""
     head, rest = answer[:HEAD], answer[HEAD:]
     return 0.5 ** (len(META.findall(head)) + len(META.findall(rest[-TAIL:])))
 
 
 def drift(answer: str, query: str) -> float | None:
-    """The share of its text in sentences of the query's script, code left out: CJK, Latin or other. Languages
-    of one script are not told apart. None where the query mixes scripts or asks for another language."""
+    """Share of the text in sentences of the query's script (CJK, Latin or other), without code blocks.
+    Languages of the same script are not distinguished. None if the query mixes scripts or asks for another
+    language."""
     def spoken(text: str) -> list[int]:
         return [len(script.findall(text)) for script in SCRIPTS]
 
@@ -254,8 +255,8 @@ def drift(answer: str, query: str) -> float | None:
 
 
 def ending(answer: str, query: str) -> float | None:
-    """1 if it comes to an end: in punctuation, or without any where its lines have none (poems, lists), or
-    in a signature; 0 if it breaks off or promises to go on."""
+    """1 if the text has an ending: final punctuation, or none if its lines have none (poems, lists), or a
+    signature; 0 if it breaks off or announces a continuation."""
     lines = [line for line in map(str.strip, answer.splitlines()) if TOKEN.search(line)]
     if (not lines or answer.count("```") % 2 or lines[-1].startswith("#") or BROKEN_OFF.search(lines[-1])
             or CONTINUED.search(answer[-200:])):
@@ -269,8 +270,8 @@ def ending(answer: str, query: str) -> float | None:
 
 
 def loops(answer: str, query: str) -> float | None:
-    """Does it get stuck: the same words three times in a row or more, numbers aside? Judged by the longest
-    such place, so that a loop counts as much in a long text as in a short one."""
+    """1 without loops (the same words at least three times in a row, numbers ignored), falling to 0 with the
+    length of the longest one, so that a loop counts as much in a long text as in a short one."""
     codes = fold(re.sub(r"\d+", "", answer))
     width = widths(codes)
     end, back = last_seen(codes, width, SHINGLE)
@@ -287,8 +288,8 @@ def loops(answer: str, query: str) -> float | None:
 
 
 def statistics(response: str, query: str, style: str, truncated: bool) -> dict[str, float | None]:
-    """Statistics of an answer, None where there is none. distinct_n, the share of different n-grams of words
-    (Chinese: characters), falls with length: compare it between texts of one length."""
+    """Statistics of a response; None where it has no answer. distinct_n is the share of distinct n-grams of
+    words (Chinese: characters); it decreases with length, so compare it at equal length."""
     think, body = split(response, style)
     tokens = TOKEN.findall(body.casefold())
     found = {"repetition": repetition(body), "repetition_words": repetition_words(body),

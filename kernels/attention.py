@@ -4,15 +4,15 @@ Shapes: S sequences, T packed query tokens, H query heads, K KV heads, G = H / K
 page table. Keys and values of one layer are (pages, page_size, K, D) each; row s of table_SP names the pages
 of sequence s in order, `context_S` counts its tokens, those of the current step included.
 
-One kernel, `attend`, does both jobs. A tile of it holds rows that share their loads of K and V: the query
-heads of a KV head are rows like the tokens are, so that grouped queries cost no extra traffic.
+One kernel, `attend`, serves both. The rows of a tile share their loads of K and V: all query heads of a KV
+head are rows of one tile, so grouped queries cost no extra traffic.
 
-`PagedDecode`: one query a sequence. Each context is cut into chunks of CHUNK tokens, a fixed number of
-programs walks over the chunks of all sequences, and `combine` puts a sequence's chunks together: one context
-of 14,000 tokens among short ones is 28 pieces of work like theirs. Where the cuts lie depends on the
-sequence alone, so that its result does not depend on the rest of the batch.
-`PagedPrefill`: any number of queries a sequence, the last ones of its context: whole prompts and chunks of
-one. A tile's rows are (token, head of the group) pairs, tiles with the longest contexts start first.
+`PagedDecode`: one query per sequence. Each context is split into chunks of CHUNK tokens, a fixed number of
+programs loops over the chunks of all sequences, and `combine` merges the chunks of a sequence, so one context
+of 14,000 tokens among short ones does not become the critical path. The split depends on the sequence alone,
+so its result does not depend on the rest of the batch. `PagedPrefill`: any number of queries per sequence,
+the last ones of its context (whole prompts or chunks). The rows of a tile are (token, head of the group)
+pairs; tiles with the longest contexts start first.
 """
 
 from __future__ import annotations
@@ -49,11 +49,11 @@ def packed_reference(q_THD, k_TKD, v_TKD, lengths: list[int]) -> torch.Tensor:
 
 @cache
 def varlen():
-    """torch's variable-length flash attention. Its import takes a second, which a CPU run need not spend;
-    grouped queries it takes since 2.12 when told so, before that untold."""
+    """torch's variable-length flash attention, imported on first use (the import takes a second). Since torch
+    2.12 grouped queries need enable_gqa; before that the option does not exist."""
     from torch.nn.attention.varlen import varlen_attn
-    told = "enable_gqa" in varlen_attn.__kwdefaults__
-    return partial(varlen_attn, enable_gqa=True) if told else varlen_attn
+    has_option = "enable_gqa" in varlen_attn.__kwdefaults__
+    return partial(varlen_attn, enable_gqa=True) if has_option else varlen_attn
 
 
 # ---------------------------------------------------------------------- writing into pages
@@ -73,8 +73,8 @@ def write_kv(q_THD: torch.Tensor, k_TKD: torch.Tensor, v_TKD: torch.Tensor, cos_
              values: torch.Tensor) -> torch.Tensor:
     """Rotates q and k, writes k and v into the slots (page * page_size + place) and returns the rotated q.
 
-    One pass instead of ten over q, k and v. A slot that several tokens name, as padding rows do, gets one of
-    theirs.
+    One pass over q, k and v instead of ten. If several tokens name the same slot, as padding rows do, one of
+    them is written.
     """
     if not backend.fused(q_THD):
         return write_reference(q_THD, k_TKD, v_TKD, cos_T1D, sin_T1D, slots_T, keys, values)
@@ -101,7 +101,7 @@ def write_reference(q_THD, k_TKD, v_TKD, cos_T1D, sin_T1D, slots_T, keys, values
 @triton.jit
 def rotate_write(q, q_stride, k, k_stride, v, v_stride, cos, sin, slots, out, keys, values, heads, kv_heads,
                  HALF: tl.constexpr, BLOCK_HALF: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_K: tl.constexpr):
-    """A program a token."""
+    """One program per token."""
     t = tl.program_id(0).to(tl.int64)
     i = tl.arange(0, BLOCK_HALF)
     real = i < HALF
@@ -132,11 +132,11 @@ def rotate_write(q, q_stride, k, k_stride, v, v_stride, cos, sin, slots, out, ke
 
 
 class PagedDecode:
-    """Attention of one query a sequence over its pages: made once a step, called once a layer.
+    """Attention of one query per sequence over its pages. Built once per step, called once per layer.
 
-    cache: the keys of any layer. context_S may hold 0, an empty slot of a batch of fixed size, whose result
-    means nothing. Everything runs on the device, without a synchronisation and with shapes that depend on
-    the table's alone, so that a CUDA graph can hold it.
+    cache: the keys of any layer. context_S may be 0 for an unused row, whose result is undefined. Everything
+    runs on the device without synchronisation, with shapes that depend on the page table's shape only, so it
+    can be captured in a CUDA graph.
     """
     def __init__(self, cache: torch.Tensor, table_SP: torch.Tensor, context_S: torch.Tensor,
                  gathered: Gathered | None = None):
@@ -189,14 +189,14 @@ class PagedDecode:
         return out[:, :, :group].flatten(1, 2)
 
 
-SHORT, MEDIUM = 192, 384  # contexts on a CPU, see `attended`
+SHORT, MEDIUM = 192, 384  # context lengths on a CPU, see `attended`
 
 
 class Gathered:
-    """On a CPU, the keys and values of a batch's rows end to end, kept from step to step: while the same rows
-    decode, a step copies a token of each instead of all contexts. Whoever gives a row to another sequence
-    calls `clear`."""
-    LIMIT = 2**30  # bytes; beyond it nothing is kept
+    """CPU only: contiguous copies of the rows' keys and values, kept from step to step. While the same rows
+    decode, a step copies one token per row instead of whole contexts. Call `clear` when a row is
+    reassigned."""
+    LIMIT = 2**30  # bytes; contexts beyond this limit are copied in every step
 
     def __init__(self):
         self.clear()
@@ -205,8 +205,8 @@ class Gathered:
         self.sizes, self.buffers, self.bytes = None, {}, 0
 
     def partition(self, context_S: torch.Tensor) -> list[torch.Tensor | slice]:
-        """Rows whose contexts are short, medium, or differ by less than a factor of two: a batch is attended
-        to at the length of its longest row."""
+        """Groups of rows with contexts of similar length (short, medium, then powers of two), because
+        attention of a group costs as much as its longest row."""
         self.place = None
         sizes = [SHORT if n <= SHORT else MEDIUM if n <= MEDIUM else 1 << (n - 1).bit_length()
                  for n in context_S.tolist()]
@@ -219,7 +219,8 @@ class Gathered:
                 for size in sorted(set(sizes))]
 
     def __call__(self, cache, part: int, table, length: int, slot_S, last_S) -> torch.Tensor:
-        """(S, K, L, D) of a layer's keys or values, for a part of the rows, whose newest are in slot_S."""
+        """A layer's keys or values as (S, K, L, D), for one group of rows; slot_S holds their newest
+        tokens."""
         key = part, cache.data_ptr()
         buffer, *flat = self.buffers.get(key, (None,))
         if buffer is not None and buffer.shape[1] >= length:
@@ -241,14 +242,14 @@ class Gathered:
 
 def attended(cache: torch.Tensor, table_SP: torch.Tensor,
              last_S1T: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """What rows attend to on a CPU whose last key each last_S1T says: their pages, flat, and the additive
-    mask (S, 1, T, L) (SDPA would convert a boolean one in each layer).
+    """CPU only: page numbers (flat) and additive mask (S, 1, T, L) of rows whose last visible keys are
+    last_S1T. The mask is additive because SDPA would convert a boolean one in each layer.
 
-    The length L is such that a row has the same bits whatever other rows and keys the call holds. SDPA takes
-    512 keys at a time there; its product with V sums up to B keys in one go and up to 2 B in two halves; B
-    is 384 with AVX-512 and 192 with AVX2. So L is a multiple of the vector width up to SHORT, then MEDIUM,
-    then a multiple of 512; rows on either side of SHORT or MEDIUM must not meet in one call. Likewise its
-    products are the same for 4, 8 and 16 n rows, and not for some other numbers.
+    L is chosen so that a row's result has the same bits whatever other rows and keys are in the call. SDPA's
+    CPU kernel processes 512 keys at a time; its product with V sums up to B keys at once and up to 2 B in two
+    halves, where B is 384 with AVX-512 and 192 with AVX2. So L is a multiple of the vector width up to SHORT,
+    then MEDIUM, then a multiple of 512, and rows on different sides of SHORT or MEDIUM must not share a call.
+    For the same reason the number of query rows is 4, 8 or a multiple of 16.
     """
     longest, page_size = max(1, int(last_S1T.max()) + 1), cache.shape[1]
     step = 16 if longest <= SHORT else MEDIUM if longest <= MEDIUM else 512
@@ -260,18 +261,18 @@ def attended(cache: torch.Tensor, table_SP: torch.Tensor,
 
 
 def gather(cache: torch.Tensor, table: torch.Tensor, length: int) -> torch.Tensor:
-    """(S, K, L, D): the pages of each row end to end; index_select is far faster than indexing."""
+    """The pages of each row, contiguous, as (S, K, L, D). index_select is much faster than indexing."""
     pages = cache.index_select(0, table)
     columns = -(-length // cache.shape[1])
     return pages.view(-1, columns * cache.shape[1], *cache.shape[2:])[:, :length].transpose(1, 2)
 
 
 class PagedPrefill:
-    """Causal attention of the last query_lengths[s] tokens of each sequence over its pages: made once a step,
-    called once a layer.
+    """Causal attention of the last query_lengths[s] tokens of each sequence over its pages. Built once per
+    step, called once per layer.
 
-    cache: the keys of any layer. The packed queries of all sequences lie end to end; context_lengths count
-    them too.
+    cache: the keys of any layer. The queries of all sequences are packed end to end; context_lengths include
+    them.
     """
     def __init__(self, cache: torch.Tensor, heads: int, table_SP: torch.Tensor, query_lengths: list[int],
                  context_lengths: list[int]):
@@ -317,7 +318,7 @@ class PagedPrefill:
 
 
 def sent(x: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """A CPU tensor on the device, without waiting for what is under way there."""
+    """Copies a CPU tensor to the device without synchronisation."""
     return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x
 
 
@@ -337,16 +338,16 @@ def run_attend(q_THD, keys, values, out, lse, table_SP, context_S, first_token_S
 LOG2_E = 1.4426950408889634  # exp2 is what the hardware has
 
 
-@triton.jit(do_not_specialize=["table_stride"])  # it grows with the contexts: no new compilation for that
+@triton.jit(do_not_specialize=["table_stride"])  # it changes with the contexts; do not recompile
 def attend(q, q_stride, keys, values, out, lse, table, table_stride, context, first_token, sequence_of,
            part_of, num_items, heads, kv_heads, scale, GROUP: tl.constexpr, DIM: tl.constexpr,
            PAGE: tl.constexpr, CHUNK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
            BLOCK_D: tl.constexpr):
-    """Walks over items, for one KV head (the grid's second axis).
+    """Loops over work items, for one KV head (second grid axis).
 
-    With CHUNK an item is a chunk of one query's context: writes its normalised output and log2-sum-exp into
-    row `item` of out and lse. Without, it is a tile of BLOCK_M (token, head of the group) rows of a sequence:
-    writes out as q lies.
+    With CHUNK > 0 an item is a chunk of one query's context; its normalised output and log2-sum-exp go to row
+    `item` of out and lse. With CHUNK = 0 an item is a tile of BLOCK_M (token, head of the group) rows of one
+    sequence, and out has the layout of q.
     """
     kv = tl.program_id(1)
     d = tl.arange(0, BLOCK_D)
@@ -395,8 +396,8 @@ def attend(q, q_stride, keys, values, out, lse, table, table_stride, context, fi
 def walk(acc, peak, total, a, position, start, stop, end, keys, values, pages, kv_heads, scale,
          DIM: tl.constexpr, PAGE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
          MASKED: tl.constexpr):
-    """Online softmax (arXiv 2205.14135) over the keys from start to stop. MASKED: row m sees those up to
-    position[m], and what lies at `end` or after is not read: it may be anybody's."""
+    """Online softmax (arXiv 2205.14135) over the keys from start to stop. With MASKED, row m sees keys up to
+    position[m], and slots at or after `end` are not read: they may belong to another sequence."""
     for first in range(start, stop, BLOCK_N):
         n = first + tl.arange(0, BLOCK_N)
         page = tl.load(pages + n // PAGE, mask=n < end, other=0) if MASKED else tl.load(pages + n // PAGE)
@@ -429,7 +430,8 @@ def load_rows(cache, at, seen, DIM: tl.constexpr, BLOCK_D: tl.constexpr, MASKED:
 
 @triton.jit
 def combine(parts, lse, first_chunk, out, heads, dim, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr):
-    """A program for a head of a sequence: its chunks' outputs, weighted by their log2-sum-exps, in order."""
+    """One program per (sequence, head): sums its chunks' outputs, weighted by their log2-sum-exps, in
+    order."""
     s, h = tl.program_id(0).to(tl.int64), tl.program_id(1)
     d = tl.arange(0, BLOCK_D)
     start, end = tl.load(first_chunk + s), tl.load(first_chunk + s + 1)

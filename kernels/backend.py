@@ -1,7 +1,7 @@
-"""Triton, where there is one, and the table of block sizes.
+"""Optional import of Triton, and the table of block sizes.
 
-A kernel runs on tensors that live on a GPU; everything else takes the PyTorch reference beside it. No option
-chooses. With TRITON_INTERPRET=1 the same kernels run on CPU tensors, which is how they are tested.
+Tensors on a GPU use the Triton kernels, all others the PyTorch reference beside each kernel. With
+TRITON_INTERPRET=1 the kernels run on CPU tensors, which is how they are tested.
 """
 
 import json
@@ -13,7 +13,7 @@ import torch
 try:
     import triton
     import triton.language as tl
-except ImportError:  # macOS, Windows: the references do all the work
+except ImportError:  # macOS, Windows: only the references run
 
     class triton:
         @staticmethod
@@ -31,7 +31,7 @@ TABLE = Path(__file__).with_name("blocks.json")
 
 
 def fused(x: torch.Tensor) -> bool:
-    """Whether Triton takes this tensor."""
+    """Whether the Triton kernels handle this tensor."""
     return AVAILABLE and x.is_cuda
 
 
@@ -42,7 +42,7 @@ def table() -> dict[str, dict[str, dict[str, int]]]:
 
 @cache
 def device_name() -> str:
-    """The GPU as the table knows it, without what the memory's size or the socket adds: NVIDIA H100."""
+    """The GPU's name as used in the table, without memory size and form factor, such as "NVIDIA H100"."""
     if not torch.cuda.is_available():
         return "none"
     return " ".join(torch.cuda.get_device_name().split()[:2]).split("-")[0]
@@ -57,10 +57,10 @@ def processors() -> int:
 def blocks(kernel: str, dtype: torch.dtype, size: int) -> dict[str, int]:
     """Block sizes, warps and stages of `kernel`, for a dtype of 2 or 4 bytes and a size (see the callers).
 
-    Entries are measured on the device named, or hold for all devices ("default"); `python -m bench.tune`
-    measures and rewrites this device's. The nearest size not below the one asked for, else the largest, is
-    taken. A table instead of an autotuner: the first training step does not stall, and two runs on one kind
-    of device compute alike.
+    Entries belong to a device, or to all devices ("default"); `python -m bench.tune` measures this device's.
+    The smallest size that is not below the one asked for is used, else the largest. A table is used instead
+    of an autotuner so that the first step does not stall and runs on the same kind of device compute the same
+    bits.
     """
     prefix = f"{kernel}/{dtype.itemsize}/"
     entries = table()["default"] | table().get(device_name(), {})

@@ -31,7 +31,7 @@ from lib.files import ROOT, locate
 from lib.options import UserError
 from model import ModelConfig, Qwen2, read_config
 from replica import check_tp, tp_slice
-from sampler import Sampler, most_pages, workspace
+from sampler import Sampler, max_pages, workspace
 from scheduler import Request, Scheduler
 
 GIB = 2**30
@@ -279,7 +279,7 @@ class Plan:
         free = self.room - sum(buffers.values()) if self.cuda else self.machine.gpu_memory * GIB / (
             2 * self.machine.gpus)
         room = SAMPLER["memory"] * free - beside
-        return max(0, min(most_pages(self.rows, self.columns), int(room) // self.page_bytes))
+        return max(0, min(max_pages(self.rows, self.columns), int(room) // self.page_bytes))
 
     def rehearse(self, full: bool) -> dict[str, float]:
         """A step's sampling by the real scheduler, with some tokens for one. full: every sample has all its

@@ -3,10 +3,11 @@
 import json
 import random
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from data.prompts import QUERY_FIELDS, STYLES, TEMPLATES, language, order, read, render
+from data.prompts import QUERY_FIELDS, STYLES, TEMPLATES, language, load, order, read, render
 from lib.options import UserError
 from scripts.pretrain import pack_documents
 
@@ -99,6 +100,20 @@ def test_how_many_words_fit_into_1000_tokens(style, query, most, tmp_path):
 def test_an_answer_that_fills_the_budget_to_the_last_token_is_reachable(tmp_path):
     file = written(tmp_path, {"query": "写。", "range": [1000, 9000]})  # 700 tokens
     assert [len(read(file, "direct", budget)[0]) for budget in (699, 700)] == [0, 1]
+
+
+def test_prompts_are_loaded_if_there_are_enough_and_each_fits_into_the_context_with_its_answer(tmp_path):
+    file = written(tmp_path, {"query": "one"}, {"query": "two", "keep": False}, {"query": "three"})
+    config = SimpleNamespace(prompts=str(file), prompt_style="direct", max_new_tokens=100, unreachable="drop")
+    letters = SimpleNamespace(encode=list)  # a token a character
+    longest = len(render("three", "direct")) + 100
+    prompts, dropped = load(config, "prompts", 2, "a step", letters, longest)
+    assert [p.query for p in prompts] == ["one", "three"] and dropped == {"rejected": 1}
+    said = f"prompt .3. has {longest - 100} tokens, .* context of {longest - 1}"
+    with pytest.raises(UserError, match=said):
+        load(config, "prompts", 2, "a step", letters, longest - 1)
+    with pytest.raises(UserError, match="has 2 usable prompts .*'rejected': 1.*, but a step needs 3"):
+        load(config, "prompts", 3, "a step", letters, longest)
 
 
 def test_what_was_rejected_is_dropped_and_what_nobody_judged_is_not(tmp_path):

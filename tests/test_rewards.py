@@ -7,10 +7,12 @@ import time
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 import rewards
 import rollout
 import text as text_module
+import train
 from lib.scoring import Reward, choose_rewards, score
 from rewards import REWARDS, count_words, format_reward, length, length_reward, repetition, structure
 
@@ -387,6 +389,22 @@ def test_a_transform_makes_what_the_advantage_sees_and_leaves_the_missing_missin
     with_transform, without = choose_rewards("length,format", rewards)
     assert with_transform.transformed(0.25) == 25.0 and without.transformed(0.25) == 0.25
     assert math.isnan(with_transform.transformed(math.nan))
+
+
+def test_advantages_of_a_small_spread_on_a_large_offset_are_those_without_the_offset():
+    """In fp64: 1e6 + 0.01 is 1e6 in fp32."""
+    chosen = [Reward("one", len, 1.0)]
+    raw = torch.tensor([[[0.01], [0.02], [0.04], [0.0]]], dtype=torch.float64)
+    near, far = (rollout.combine_advantages(raw + offset, chosen, train.Config())[0] for offset in (0, 1e6))
+    torch.testing.assert_close(near, far, rtol=1e-6, atol=1e-6)
+
+
+def test_dominance_of_summed_rewards_counts_their_weights_once():
+    chosen = [Reward("one", len, 1.0), Reward("two", len, 3.0)]
+    raw = torch.tensor([[[0.0, 0.0], [1.0, 1.0]]], dtype=torch.float64)
+    for mode in ("sum", "per_reward"):
+        metrics = rollout.combine_advantages(raw, chosen, train.Config(advantage=mode))[2]
+        assert metrics["dominance/two"] == pytest.approx(0.75)
 
 
 @pytest.mark.parametrize("transform, parts", [

@@ -262,7 +262,7 @@ def test_no_page_is_leaked_and_an_abandoned_generator_gives_all_back():
         stream.close()
         gc.collect()
         pool = pools[-1]
-        assert sum(pool.references) == 0 and sorted(pool.free) == list(range(1, 40))
+        assert sum(pool.references) == 0 and sorted(pool.free_list) == list(range(1, 40))
 
 
 def test_every_request_finishes_in_the_smallest_pool_that_can_hold_it():

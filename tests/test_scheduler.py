@@ -74,7 +74,7 @@ class Device:
         scheduler, pages = self.scheduler, self.scheduler.pages
         held = Counter(page for holder in self.holders() for page in holder.pages)
         assert pages.references == [held[page] for page in range(pages.num_pages)]
-        assert sorted(pages.free) == [page for page in range(1, pages.num_pages) if not held[page]]
+        assert sorted(pages.free_list) == [page for page in range(1, pages.num_pages) if not held[page]]
         assert not held[0] and pages.used == len(held)
         taken = [s.row for s in scheduler.running]
         assert sorted([*scheduler.free_rows, *taken]) == list(range(self.rows))
@@ -94,7 +94,7 @@ class Device:
         assert not (step.preempted and (step.chunks or step.forks))
         assert all(s.drawn <= s.request.max_new_tokens for s in self.scheduler.running)
         assert len({(row, column) for row, column, _ in step.table}) == len(step.table)
-        running, free = len(self.scheduler.running), len(self.scheduler.pages.free)
+        running, free = len(self.scheduler.running), len(self.scheduler.pages.free_list)
         assert not step.forks or running == 1 or free >= running, "a page for everyone's next token"
         holders, written, copied = defaultdict(set), [], [target for _, target in step.copies]
         for holder in self.holders():
@@ -111,7 +111,7 @@ class Device:
 
     def blot(self):
         """What is in a free page is lost."""
-        for page in self.scheduler.pages.free:
+        for page in self.scheduler.pages.free_list:
             self.memory[page] = [None] * self.size
 
 
