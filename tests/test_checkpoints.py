@@ -10,6 +10,7 @@ import torch
 
 import checkpoints
 import parallel
+from lib.options import UserError
 
 
 def trained(updates: int):
@@ -98,3 +99,19 @@ def test_rotation_counts_checkpoints_alone_and_removes_nothing_else(tmp_path, wo
         checkpoints.save(tmp_path, model, optimizer, {"step": step}, world, 2)
     assert {p.name for p in tmp_path.iterdir()} == {*others, "step_999999", "step_1000000"}
     assert checkpoints.newest(tmp_path)[1]["step"] == 1_000_000
+
+
+def test_where_what_a_failed_save_left_cannot_be_removed_the_failure_is_said_all_the_same(tmp_path, world,
+                                                                                         monkeypatch):
+    def rename(*_):
+        raise OSError(28, "No space left on device")
+
+    def rmtree(path, ignore_errors=False):
+        if not ignore_errors:
+            raise OSError(16, "Device or resource busy")
+
+    model, optimizer = trained(1)
+    monkeypatch.setattr(os, "rename", rename)
+    monkeypatch.setattr(checkpoints.shutil, "rmtree", rmtree)
+    with pytest.raises(UserError, match="step_000002 cannot be written .No space left on device"):
+        checkpoints.save(tmp_path, model, optimizer, {"step": 2}, world, 9)

@@ -563,6 +563,7 @@ def test_every_variant_equals_numpy_and_its_gradient_finite_differences(loss, is
     divisor = {"token": np.full(8, 20.0), "sequence": np.repeat([5 * 3.0, 5 * 1.0, 5 * 4.0], LENGTHS),
                "constant": np.full(8, 5 * 30.0)}[loss]
     given = grpo.denominators(LENGTHS, loss, samples=5, tokens=20, max_tokens=30)
+    assert given.dtype == torch.float32
     assert given.tolist() == divisor.tolist()
     x = torch.tensor(logp, requires_grad=True)
     options = {"reference_logp_N": torch.tensor(ref), "beta": beta} if beta else {}

@@ -442,6 +442,9 @@ def test_the_time_left_is_that_of_the_samples_left_at_the_rate_so_far(monkeypatc
     progress.start, progress.last = 940.0, 0.0
     progress.update(SimpleNamespace(new_tokens=1200, finished=2))
     assert "20 tok/s on this rank, about 0:03:00 left" in capsys.readouterr().err
+    progress.last = 0.0
+    progress.update(SimpleNamespace(new_tokens=1200, finished=0))
+    assert "left" not in capsys.readouterr().err
 
 
 def test_progress_is_shown_and_not_logged(tmp_path, capsys):

@@ -14,7 +14,7 @@ import model as qwen
 import replica
 from data.tokenizer import Tokenizer
 from kernels import linear_logprob
-from sampler import Sampler
+from sampler import Sampler, workspace
 from scheduler import Request
 
 BASE = Path(__file__).parent.parent / "data" / "tiny" / "base"
@@ -281,6 +281,22 @@ def test_the_memory_must_hold_the_longest_request_a_copied_page_and_the_one_of_p
     assert sampler.affordable(rows=8, columns=10) == 12
     with pytest.raises(ValueError, match="can have 12 pages of 4 tokens, .* needs 13"):
         sampler.affordable(rows=8, columns=11)
+
+
+def test_a_rank_of_two_keeps_half_of_a_page():
+    sampler = Sampler(model := perturbed(), page_size=4)
+    model.tp = 2
+    half = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2
+    sampler.memory = 12.5 * 2 * model.config.kv_bytes_per_token(torch.float32) / half
+    assert sampler.affordable(rows=8, columns=10) == 12
+
+
+def test_the_workspace_of_a_gpu_by_hand():
+    """100 tokens x (4 x 64 + 4 x 96) x 4 bytes; twice 8 rows in 24 chunks of 64 fp32 and 8 bytes a logit; 1
+    GiB."""
+    config = qwen.ModelConfig(300, 64, 96, 2, 4, 2)
+    assert workspace(config, 1, 100, 8, 600) == 256_000 + 2 * (4 * 24 * 64 + 8 * 8 * 300) + 2**30
+    assert workspace(config, 2, 100, 8, 600) == 179_200 + 2 * (2 * 24 * 64 + 4 * 8 * 300) + 2**30
 
 
 def test_a_request_that_can_never_fit_is_refused_before_any_work():

@@ -6,7 +6,8 @@ The policy is a table of bigrams: a token's hidden state is its row of the embed
 """
 
 import random
-from contextlib import nullcontext
+import time
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -20,7 +21,11 @@ import parallel
 import replica
 import rewards
 import rollout
+import run
 import train
+from data.prompts import Prompt
+from data.tokenizer import Tokenizer
+from lib.scoring import Reward
 from sampler import Completion
 from scheduler import Stats
 from tests.test_run import ROOT, metrics
@@ -293,3 +298,31 @@ def test_requests_are_those_of_the_options_and_samples_are_counted(trained, tmp_
     warned = [line for line in capfd.readouterr().out.splitlines() if line.startswith("warning: ")]
     (line,) = (x for x in warned if "were cut" in x)
     assert line.startswith(f"warning: {max(cut):.0%} of the samples were cut at max_new_tokens 20: raise it")
+
+
+def test_seconds_of_sampling_scoring_and_waiting_for_others_do_not_overlap(monkeypatch):
+    """By a clock that moves 1 s for a step's sampling, 10 for each reward and 100 for the slowest rank."""
+    now = [0.0]
+
+    class Slow(Dealer):
+        def generate(self, requests):
+            now[0] += 1
+            yield from super().generate(requests)
+
+    def ten(completion, prompt):
+        now[0] += 10
+        return 1.0
+
+    @contextmanager
+    def in_rounds(world, group=None):
+        yield lambda: None
+        now[0] += 100
+
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(parallel, "in_rounds", in_rounds)
+    config = train.Config(prompts_per_step=1, group_size=2, max_new_tokens=20)
+    clock, world = run.Clock(), parallel.setup("cpu")
+    sampler, prompt = Slow(Tokenizer(BASE)), Prompt("1", "Write.", "Write.", None, "en")
+    rollout.sample_and_score(sampler, [prompt], [Reward("ten", ten, 1.0)], 2, 1, "step 1", rollout.lengths,
+                             config, clock, None, world)
+    assert [clock.seconds[phase] for phase in ("sample", "score", "idle")] == [1, 20, 100]
