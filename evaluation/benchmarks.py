@@ -1,7 +1,7 @@
-"""LongBench-Write, LongWrite-Ruler, WritingBench, Arena-Write: their records, and what a judge is asked.
+"""LongBench-Write, LongWrite-Ruler, WritingBench and Arena-Write: records and questions to a judge.
 
-The records are as their authors publish them; the questions are in our own words, in the language of the
-query: scores compare only where the same judge was asked the same questions.
+Records are read as their authors publish them. The questions are our own, in the language of the query, so
+scores are comparable only between answers judged by the same judge with the same questions.
 """
 
 import json
@@ -45,10 +45,10 @@ class Question:
 
 
 def read(benchmark: str, path: str | Path, others: bool = False) -> list[Record]:
-    """The records of a file in its order. others: opponents in arena come from elsewhere, so that a record
+    """The records of a file, in its order. others: the opponents in arena are given elsewhere, so a record
     needs no baselines and no type. Raises UserError.
 
-    Beside a file of WritingBench the folder `requirement` is read, where there is one:
+    For WritingBench the folder `requirement` beside the file is read too, if it exists:
     {dim}/{dim}_subset.jsonl (R: which records) and {dim}/{dim}_subset_C.jsonl (C: which criteria).
     """
     if benchmark not in BENCHMARKS:
@@ -98,8 +98,8 @@ def read_record(benchmark: str, ident: str, query: str, fields: dict, others: bo
 
 
 def mark_(records: list[Record], file: Path, name: str):
-    """Notes in `requirements` which records, and which of their criteria, a file names, if it exists.
-    Records that only the file has are passed over. Raises UserError."""
+    """Adds the records and criteria that a requirement file names to their `requirements`, if the file
+    exists. Records that only the file has are ignored. Raises UserError."""
     by_id = {record.id: record for record in records}
     for line, fields in objects(file) if file.exists() else ():
         if (record := by_id.get(str(fields.get("index")))) is None:
@@ -179,14 +179,14 @@ First compare them, then decide: "A", "B", or "tie" if neither is better. End wi
 
 
 def keys(benchmark: str, record: Record) -> list[str]:
-    """Of the questions about an answer to this record."""
+    """Keys of the questions about an answer to this record."""
     return {"longbench_write": [""], "ruler": [],
             "writingbench": [f"c{i}" for i in range(len(record.criteria))],
             "arena": [f"{name}/{order}" for name in record.baselines for order in (0, 1)]}[benchmark]
 
 
 def questions(benchmark: str, record: Record, answer: str) -> list[Question]:
-    """What a judge is asked about an answer, thinking and tags stripped. Nothing about an empty one."""
+    """Questions to a judge about an answer, without thinking and tags; none about an empty answer."""
     def question(key: str) -> Question:
         fields = {"query": record.query, "answer": answer}
         fields["scores"] = ", ".join(f'"{name}": N' for name in DIMENSIONS)
@@ -206,7 +206,7 @@ def questions(benchmark: str, record: Record, answer: str) -> list[Question]:
 
 
 def answer_line(record: Record, text: str, style: str, finish_reason: str, tokens: int) -> dict:
-    """A line of answers.jsonl: what a model wrote for a record, and the part that is judged."""
+    """A line of answers.jsonl: a model's response to a record, and the part of it that is judged."""
     think, answer = split(text, style)
     return {"id": record.id, "query": record.query, "language": record.language, "required": record.required,
             "kind": record.kind, "domain": record.domain, "response": text, "answer": answer, "think": think,
@@ -217,8 +217,8 @@ def answer_line(record: Record, text: str, style: str, finish_reason: str, token
 
 
 def parse(benchmark: str, text: str) -> dict:
-    """The verdict that ends a judge's answer, thinking left out. Raises ValueError if it is not what was
-    asked for."""
+    """The verdict at the end of a judge's answer, after its thinking. Raises ValueError for a malformed
+    one."""
     verdict = last_object(text.rpartition("</think>")[2])
     said = "analysis" if benchmark == "longbench_write" else "reason"
     asked = {*fields(benchmark), said}
@@ -230,21 +230,21 @@ def parse(benchmark: str, text: str) -> dict:
 
 
 def fields(benchmark: str) -> dict:
-    """Of a verdict, and which values each may have."""
+    """Fields of a verdict and their valid values."""
     return {"longbench_write": dict.fromkeys(DIMENSIONS, range(1, 6)), "ruler": {},
             "writingbench": {"score": range(1, 11)}, "arena": {"winner": ("A", "B", "tie")}}[benchmark]
 
 
 def valid(benchmark: str, verdict: dict | None) -> bool:
-    """Whether it can be counted. True is no 1, and 8.0 no 8."""
+    """Whether all fields are valid; True is not 1, and 8.0 is not 8."""
     return isinstance(verdict, dict) and all(
         type(verdict.get(name)) in (int, str) and verdict[name] in values
         for name, values in fields(benchmark).items())
 
 
 def last_object(text: str) -> dict:
-    """The last JSON object in a text that stands in no other. Raises ValueError."""
-    decoder = json.JSONDecoder(strict=False)  # raw line breaks in its texts are let pass
+    """The last top-level JSON object in a text. Raises ValueError."""
+    decoder = json.JSONDecoder(strict=False)  # accept raw line breaks in strings
     opening, found, end = re.compile(r'\{\s*"'), None, 0
     while begun := opening.search(text, end):
         try:

@@ -1,4 +1,4 @@
-"""Who is better, and is it real? Bradley-Terry ratings of players; a paired comparison of two results.
+"""Bradley-Terry (Elo) ratings with bootstrap intervals, and the paired comparison of two results.
 
 Shapes: R bootstrap rounds, P prompts, N players; S scores, Q records.
 """
@@ -44,9 +44,9 @@ def fit(games: list, pinned: dict[str, float] | None = None, rounds: int = 1000,
         seed: int = 0) -> dict[str, Rating]:
     """Ratings by maximum likelihood, best first. A game: [model, baseline, prompt id, model's points].
 
-    Points are 1, 0.5 (half a win each), 0, or None (not counted). Pinned players keep their ratings;
-    without any, the mean of the baselines, who only stand second, is 1000 (of all players if there are
-    none). The intervals are percentiles over `rounds` draws of as many prompts, each with all its games.
+    Points are 1, 0.5 (half a win each), 0, or None (not counted). Pinned players keep their ratings. Without
+    pinned players the mean rating of the baselines (players that never come first) is 1000, or of all players
+    if there are no baselines. Intervals are percentiles over `rounds` bootstrap samples of the prompts.
 
     Who has won, or lost, all games has no finite rating; nor has a group of players against the others.
     Where that is so, in the games or in a draw, each pair that met plays half a game more, a tie. Raises
@@ -92,12 +92,13 @@ def fit(games: list, pinned: dict[str, float] | None = None, rounds: int = 1000,
 
 
 def draws(random: np.random.Generator, rounds: int, n: int) -> np.ndarray:
-    """How often each of n comes up in n draws, a row for each round."""
+    """Counts of n items in n draws with replacement, one row per round."""
     return random.multinomial(n, np.full(n, 1 / n), rounds).astype(float)
 
 
 def linked(beat_RNN: np.ndarray, fixed_N: np.ndarray) -> np.ndarray:
-    """Whether chains of wins lead from each player to each other; the pinned (not NaN) count as one."""
+    """Whether every player is connected to every other by a chain of wins; pinned players (not NaN) count as
+    one. Otherwise maximum likelihood ratings do not exist."""
     pinned = ~np.isnan(fixed_N)
     reach = (beat_RNN | np.eye(len(pinned), dtype=bool) | np.outer(pinned, pinned)).astype(np.float32)
     for _ in range(len(pinned).bit_length()):
@@ -106,8 +107,8 @@ def linked(beat_RNN: np.ndarray, fixed_N: np.ndarray) -> np.ndarray:
 
 
 def strengths(points_RNN: np.ndarray, fixed_N: np.ndarray) -> np.ndarray:
-    """Log strengths that maximise each round's likelihood, by Newton's method: those of fixed_N where it
-    is not NaN; if it is nowhere, 0 for the first."""
+    """Log strengths that maximise each round's likelihood, by Newton's method. Players with a value in
+    fixed_N (not NaN) keep it; if there are none, the first player has 0."""
     if np.isnan(fixed_N).all():
         fixed_N = np.where(np.arange(len(fixed_N)), np.nan, 0.0)
     free = np.flatnonzero(np.isnan(fixed_N))
@@ -131,12 +132,13 @@ def strengths(points_RNN: np.ndarray, fixed_N: np.ndarray) -> np.ndarray:
 
 def paired(a: dict, b: dict, rounds: int = 10_000, seed: int = 0,
            field: str = "scores") -> dict[str, Difference]:
-    """How two result.json differ in each score (or of the "texts") that they have of common records.
+    """The paired difference of two result.json in each score (or statistic of the "texts") over common
+    records.
 
-    The interval: percentiles of the mean difference over draws of as many records. p: how often it would
-    be as far from 0 if each record's two values were exchanged at random; a bootstrap's own p is too
-    small where records are few. Real is what stays below LEVEL by Holm's correction, headlines (names
-    without a slash) among headlines, parts among parts. Raises ValueError where they do not compare.
+    The interval holds percentiles of the mean difference over bootstrap samples of the records. p is that of
+    a permutation test which exchanges each record's two values at random, because a bootstrap's p is too
+    small for few records. A difference is real if its p stays below LEVEL after Holm's correction, headlines
+    (names without a slash) among headlines, parts among parts. Raises ValueError where they do not compare.
     """
     for what, x, y in (("benchmarks", a["benchmark"], b["benchmark"]),
                        ("data files", a["data"]["sha256"], b["data"]["sha256"]),
@@ -172,8 +174,8 @@ def paired(a: dict, b: dict, rounds: int = 10_000, seed: int = 0,
 
 
 def holm(p: dict[int, float]) -> dict[int, float]:
-    """p-values of a family, adjusted: the least times their number, the next times one less, and so on,
-    none below the one before."""
+    """p-values of a family after Holm's correction: the smallest times n, the next times n - 1, and so on,
+    made non-decreasing."""
     adjusted, worst = {}, 0.0
     for rank, i in enumerate(sorted(p, key=p.get)):
         adjusted[i] = worst = max(worst, min(1.0, p[i] * (len(p) - rank)))

@@ -1,8 +1,8 @@
-"""From answers and verdicts to the numbers that papers report, and to statistics that need no judge.
+"""Scores of a benchmark from answers and verdicts, as papers report them, and statistics without a judge.
 
-Every score of a benchmark is a mean over records, so each record has scores of the same names; a group,
-as "domain1/Education", is a score that only its records have. What a judge has not said is left out, and
-counted; an answer that is missing gets the lowest verdict, or a model could gain by silence.
+Each score is a mean over records, so every record has scores of the same names; a group such as
+"domain1/Education" is a score that only its records have. A missing verdict is left out and counted. A
+missing answer gets the lowest verdict; otherwise a model could gain by not answering.
 """
 
 from evaluation.benchmarks import DIMENSIONS, Record, fields, keys, valid
@@ -19,9 +19,9 @@ def aggregate(benchmark: str, records: list[Record], answers: list[dict], verdic
               name: str = "model", style: str = "think") -> tuple[dict, list[dict], list[list]]:
     """(scores {name: number or None}, a row {id, scores, texts} of each record with an answer, games).
 
-    `answers` and `verdicts` are lines of an evaluation's files; of several verdicts on one question the
-    first valid one counts. Without a judge (`verdicts` None, or empty though there are answers) all that
-    he would give is None. `name` is the model's in the games; `style` is that of the prompts.
+    `answers` and `verdicts` are the lines of an evaluation's files; of several verdicts on a question the
+    first valid one counts. Without a judge (`verdicts` None, or empty although there are answers) judged
+    scores are None. `name`: the model's name in games. `style`: of the prompts.
     """
     answer_of = {answer["id"]: answer for answer in answers}
     records = [record for record in records if record.id in answer_of]
@@ -59,19 +59,19 @@ def aggregate(benchmark: str, records: list[Record], answers: list[dict], verdic
 
 
 def mean(pairs: list[tuple[float | None, int]]) -> float | None:
-    """Of (value or None, weight)."""
+    """Weighted mean of (value or None, weight) pairs; None if all values are None."""
     weight = sum(w for value, w in pairs if value is not None)
     return sum(value * w for value, w in pairs if value is not None) / weight if weight else None
 
 
 def order(score: str) -> tuple:
-    """Headlines first, then languages, then each kind of group."""
+    """Sort key: headline scores, then languages, then each kind of group."""
     group, slash, _ = score.partition("/")
     return bool(slash), group not in ("en", "zh"), group if slash else ""
 
 
 def lowest(benchmark: str, key: str) -> dict:
-    """The verdict on an answer that is missing."""
+    """The verdict for a missing answer."""
     if benchmark == "arena":
         return {"winner": "B" if key.endswith("/0") else "A"}
     return {name: min(values) for name, values in fields(benchmark).items()}
@@ -95,7 +95,8 @@ def ruler(record: Record, answer: dict, got: dict) -> Weighted:
 
 
 def writingbench(record: Record, answer: dict, got: dict) -> Weighted:
-    """`overall` and the criteria of a requirement (C) count each verdict, domains and R each record."""
+    """`overall` and a requirement's criteria (C) are means over verdicts; domains and R are means over
+    records."""
     given = [verdict and verdict["score"] for verdict in got.values()]
     overall = over(given)
     found = {"overall": overall}
@@ -106,8 +107,8 @@ def writingbench(record: Record, answer: dict, got: dict) -> Weighted:
 
 
 def arena(record: Record, answer: dict, got: dict) -> Weighted:
-    """Shares of the games; win_rate_answered of those in which both sides wrote an answer. Consistency is the
-    judge's: where his two verdicts on a game agree."""
+    """Shares of won, tied and lost games; win_rate_answered counts games where both sides wrote an answer.
+    Consistency is the share of games on which the judge's two verdicts agree."""
     pairs = {b: (got[f"{b}/0"], got[f"{b}/1"]) for b in record.baselines}
     games = {b: game(*pair) for b, pair in pairs.items()}
     agreed = [agree(*pair) for pair in pairs.values() if None not in pair and answer["answer"]]
@@ -125,12 +126,13 @@ def shares(games: list[float | None]) -> Weighted:
 
 
 def points(verdict: dict, mine: str) -> float:
-    """What a verdict gives to the text A or B."""
+    """Points of a verdict for the text A or B."""
     return 0.5 if verdict["winner"] == "tie" else float(verdict["winner"] == mine)
 
 
 def game(first: dict | None, second: dict | None) -> float | None:
-    """The model's points: 1 or 0 if both verdicts say so, its text being A, then B; otherwise 0.5."""
+    """The model's points from two verdicts, with its text as A and as B: 1 or 0 if they agree, otherwise
+    0.5."""
     if first is None or second is None:
         return None
     return points(first, "A") if agree(first, second) else 0.5
@@ -145,7 +147,7 @@ def each(scores: dict) -> Weighted:
 
 
 def over(values: list) -> tuple[float | None, int]:
-    """The mean of those that are given, and their number."""
+    """Mean of the values that are not None, and their number."""
     given = [value for value in values if value is not None]
     return (sum(given) / len(given) if given else None), len(given)
 
@@ -157,8 +159,8 @@ SCORES = {"longbench_write": longbench_write, "ruler": ruler, "writingbench": wr
 
 
 def text_means(rows: list[dict], answers: list[dict]) -> dict[str, float | None]:
-    """Of the rows that aggregate gives: each statistic over the texts that there are, and the shares of
-    answers that are missing and of those that were cut."""
+    """Mean of each text statistic over the rows of `aggregate`, and the shares of missing and of truncated
+    answers."""
     means = {name: mean([(row["texts"][name], 1) for row in rows]) for name in rows[0]["texts"]}
     return means | {"missing_answers": mean([(not answer["answer"], 1) for answer in answers]),
                     "truncated": mean([(answer["finish_reason"] == "length", 1) for answer in answers])}
