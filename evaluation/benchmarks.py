@@ -220,6 +220,7 @@ def parse(benchmark: str, text: str) -> dict:
     """The verdict that ends a judge's answer, thinking left out. Raises ValueError if it is not what was
     asked for."""
     verdict = last_object(text.rpartition("</think>")[2])
+    json.dumps(verdict, ensure_ascii=False).encode()  # UnicodeEncodeError: no file can hold it
     said = "analysis" if benchmark == "longbench_write" else "reason"
     asked = {*fields(benchmark), said}
     if set(verdict) != asked:
