@@ -53,7 +53,7 @@ class Scored:
     changes: list[dict]  # the MOST samples that change most
 
 
-class Untold:
+class UnknownTokens:
     """Stands for token ids or logprobs: only their number is known."""
 
     def __init__(self, n: int):
@@ -117,8 +117,9 @@ def read_samples(file: Path, config: Config, prompts: dict) -> tuple[list[dict],
             if prompt is None or prompt.query not in record["prompt"]:
                 raise UserError(f"{file}: prompt {record['prompt_id']!r} is not, or not like this, in "
                                 f"{config.prompts}: put back the file that the run had")
-        completions = [Completion(0, r["sample"], Untold(r["tokens"]), Untold(r["tokens"]), r["text"],
-                                  r["finish_reason"], config.max_new_tokens) for r in records]
+        ids = [UnknownTokens(r["tokens"]) for r in records]
+        completions = [Completion(0, r["sample"], n, n, r["text"], r["finish_reason"], config.max_new_tokens)
+                       for r, n in zip(records, ids)]
         return records, completions, asked
     except UserError:
         raise
