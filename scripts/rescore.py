@@ -140,14 +140,10 @@ def values(reward: scoring.Reward, completions: list, prompts: list) -> list[flo
     with scoring.Remote(reward) as pool:
         for i, sample in enumerate(zip(completions, prompts)):
             pool.submit(i, *sample)
-        since, left, told = time.monotonic(), pool.waiting, ""
-        while (down := pool.wait(since + 1, seconds=1)) is not None:
-            if pool.waiting < left:  # all were asked at once: patience is for the next
-                since, left = time.monotonic(), pool.waiting
-            if down and not told:
+        while (down := pool.wait(None, seconds=30)) is not None:  # all are asked at once
+            if down:
                 print(f"paused: {reward.name} waits for its scores, and no server answers: {down}",
                       file=sys.stderr, flush=True)
-            told = down
         got, errors = pool.collect(prompts)
     if errors:
         reason, count = Counter(errors).most_common(1)[0]
