@@ -17,7 +17,7 @@ import threading
 import reward_model
 import text
 from data.prompts import frame
-from lib.endpoint import Endpoint, Unavailable
+from lib.endpoint import HELLO, Endpoint, Unavailable
 from lib.files import locate
 from lib.options import UserError
 from text import count_words, repetition, repetition_words, structure
@@ -115,6 +115,7 @@ def ending(completion, prompt) -> float | None:
 
 
 SERVER_TIMEOUT, SERVER_PATIENCE, SERVER_THREADS = 60.0, 120.0, 32  # seconds; calls of a rank at a time
+SERVER_KEY = "REWARD_API_KEY"  # the environment variable of its key; that of judges is not for these servers
 
 
 class Writing:
@@ -139,15 +140,13 @@ class Writing:
         if "://" not in config.reward_model:
             self.read = reward_model.check(locate(config.reward_model))
             return
+        self.servers = Endpoint(config.reward_model, SERVER_TIMEOUT, key=SERVER_KEY, say=lambda why: None)
         try:
-            self.servers = Endpoint(config.reward_model, SERVER_TIMEOUT, say=lambda why: None)  # the run does
-            Endpoint(config.reward_model, timeout=5.0, attempts=1, say=None).score("Hello")
+            Endpoint(config.reward_model, timeout=5.0, attempts=1, key=SERVER_KEY, say=None).score(HELLO)
         except Unavailable as e:
             if os.environ.get("RANK", "0") == "0":
                 print(f"warning: no server of reward_model answers yet ({e}); the run will wait for one when "
                       "its first samples are written", file=sys.stderr, flush=True)
-        except ValueError as e:
-            raise UserError(f"reward_model: {e}") from None
         self.batched, self.remote, self.down = False, (SERVER_THREADS, SERVER_PATIENCE), self.servers.down
 
     def prepare(self, config, world):

@@ -220,6 +220,7 @@ def parse(benchmark: str, text: str) -> dict:
     """The verdict at the end of a judge's answer, after its thinking. Raises ValueError for a malformed
     one."""
     verdict = last_object(text.rpartition("</think>")[2])
+    json.dumps(verdict, ensure_ascii=False).encode()  # UnicodeEncodeError: no file can hold it
     said = "analysis" if benchmark == "longbench_write" else "reason"
     asked = {*fields(benchmark), said}
     if set(verdict) != asked:

@@ -38,7 +38,7 @@ class Judge:
 
 
 @dataclass
-class Tried:
+class JudgeResult:
     """What was answered to a question, try by try, and what that amounts to."""
 
     raw: list[str]
@@ -54,11 +54,11 @@ def find_judge(config) -> Judge | None:
         return None
     try:
         settings = dict(json.loads(config.judge_settings))
-        if "://" in config.judge:
-            endpoint.Endpoint(config.judge)
-            return Judge(endpoint.model_names(config.judge), settings, None)
     except (ValueError, TypeError) as e:
-        raise UserError(f"judge {config.judge} with settings {config.judge_settings}: {e}") from None
+        raise UserError(f"judge_settings {config.judge_settings} must be a JSON object ({e})") from None
+    if "://" in config.judge:
+        endpoint.Endpoint(config.judge)
+        return Judge(endpoint.model_names(config.judge), settings, None)
     source = find(config.judge)
     name, about = Path(source.path).name, {"fingerprint": source.fingerprint}
     if source.scalar and config.benchmark != "arena":
@@ -105,9 +105,9 @@ class Cache:
             row = self.key(text, attempt), self.judge.name, raw, read, written, datetime.now().isoformat()
             self.db.execute("INSERT OR IGNORE INTO answers VALUES (?, ?, ?, ?, ?, ?)", row)
 
-    def tried(self, text: str, call: Callable | None = None) -> Tried:
+    def tried(self, text: str, call: Callable | None = None) -> JudgeResult:
         """call(text) -> (raw answer, tokens read, tokens written): makes the tries that are not there."""
-        t = Tried([])
+        t = JudgeResult([])
         while t.verdict is None and len(t.raw) < self.config.tries:
             with self.lock:
                 row = self.db.execute("SELECT raw, tokens_read, tokens_written FROM answers "
@@ -140,14 +140,11 @@ def ask_servers(config, cache: Cache, texts: list[str]) -> dict[str, str]:
 
     def call(text: str) -> tuple[str, int, int]:
         raw, usage = server.chat([{"role": "user", "content": text}], **cache.judge.settings)
-        return raw, *(int(usage.get(name) or 0) for name in ("prompt_tokens", "completion_tokens"))
+        return raw, usage.get("prompt_tokens", 0), usage.get("completion_tokens", 0)
 
     failed, stats = {}, Stats()
     progress = run.Progress(f"{config.out}: verdicts", len(texts), True, "questions")
     for text, t, error in endpoint.each(lambda text: cache.tried(text, call), texts, config.threads):
-        if error and (not isinstance(error, (endpoint.Refused, endpoint.Unavailable))
-                      or getattr(error, "hopeless", False)):
-            raise error
         failed |= {text: str(error)} if error else {}
         stats.finished += 1
         stats.new_tokens += t.written if t else 0
@@ -179,7 +176,7 @@ def ask_sampler(config, cache: Cache, texts: list[str], world) -> dict[str, str]
     return {text: why for theirs in parallel.gather(failed, world) for text, why in theirs.items()}
 
 
-def compare(judge: Judge, pairs: list[tuple[str, str, str]], world) -> list[Tried]:
+def compare(judge: Judge, pairs: list[tuple[str, str, str]], world) -> list[JudgeResult]:
     """Of each (query, A, B) the text that a reward model scores higher wins. On all ranks."""
     texts = list(dict.fromkeys((query, text) for query, *pair in pairs for text in pair))
     mine, scores = texts[world.rank::world.size], {}
@@ -188,7 +185,7 @@ def compare(judge: Judge, pairs: list[tuple[str, str, str]], world) -> list[Trie
     for theirs in parallel.gather(dict(zip(mine, found)), world):
         scores |= theirs
     both = [(scores[query, a], scores[query, b]) for query, a, b in pairs]
-    return [Tried([], {"winner": "tie" if a == b else "A" if a > b else "B", "scores": [a, b]})
+    return [JudgeResult([], {"winner": "tie" if a == b else "A" if a > b else "B", "scores": [a, b]})
             for a, b in both]
 
 
@@ -203,7 +200,8 @@ def ask(config, judge: Judge, records: list[Record], answers: list[dict], world)
                 texts = (answer["answer"], record.baselines[name])
                 pairs[q.text] = record.query, *(texts if place == "0" else texts[::-1])
                 if not record.baselines[name]:
-                    tried[q.text] = Tried([], {"winner": "AB"[int(place)], "reason": "the other is empty"})
+                    verdict = {"winner": "AB"[int(place)], "reason": "the other is empty"}
+                    tried[q.text] = JudgeResult([], verdict)
     todo = [text for text in dict.fromkeys(q.text for q in asked) if text not in tried]
     if judge.scalar:
         tried |= zip(todo, compare(judge, [pairs[text] for text in todo], world))

@@ -1,19 +1,21 @@
-"""Asking models that run elsewhere, over HTTP, on the standard library: chats with any server that
-speaks OpenAI's protocol, scores from the server of a reward model.
+"""HTTP calls to models that run elsewhere, on the standard library: chats with OpenAI-compatible servers,
+scores from the server of a reward model.
 
-An endpoint is one or more servers of one model, asked in turn. Where one is busy (429), fails (5xx, a
-refused or cut connection, a timeout) or answers nonsense, another is asked, and itself again only after an
-exponential back-off with jitter, or what a Retry-After says. Where none answers any more, calls wait.
+An endpoint is one or more servers of one model, asked in turn. After a busy answer (429), a failure (5xx, a
+refused or cut connection, a timeout) or a malformed answer another server is asked, and the same one only
+after an exponential back-off with jitter, or after its Retry-After. While no server answers, calls wait.
 """
 
 import email.utils
 import http.client
+import io
 import json
 import math
 import os
 import queue
 import random
 import re
+import socket
 import threading
 import time
 import urllib.error
@@ -22,54 +24,100 @@ from collections.abc import Callable, Iterable, Iterator
 
 from lib.options import UserError
 
-ADDRESS = re.compile(r"https?://([^\s/?#@:\[\]]+|\[[0-9a-fA-F:]+\])(:\d{1,5})?(/[^\s#@]*)?(#\S+)?")
+ADDRESS = re.compile(r"https?://([^\s/?#@:\[\]]+|\[[0-9a-fA-F:]+\])(:\d{1,5})?(/[^\s?#@]*)?(#\S+)?")
 BUSY = (408, 425, 429)
+MALFORMED = (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)  # answers
+LARGEST = 2**24  # bytes of a response, headers included
 BACK_OFF = 0.5  # seconds after a call's first failure, doubled by each
 AVOID = 30.0  # seconds for which a server that failed is not asked while another may be
-LONGEST_REST = 600.0  # that a Retry-After can have
-PAUSE = 1.0  # between attempts to find a server again
-HELLO = "Hello"  # what finds out whether a server is back
+LONGEST_REST = 600.0  # seconds that a Retry-After can ask for
+PAUSE = 1.0  # seconds between attempts to find a server again
+HELLO = "Hello"  # the request that checks whether a server is back
 
 
 class Refused(UserError):
-    """A server understood a request and refused it, with `status` (4xx): asking again would not help."""
+    """A server refused a request, with `status` (3xx or 4xx): asking again would not help."""
     status = 0
 
     @property
     def hopeless(self) -> bool:
-        """Whether all calls would be refused: the key, the address or the name of the model is wrong."""
+        """Whether every call would be refused: the key, the address or the model's name is wrong."""
         return self.status in (401, 403, 404)
 
 
 class Unavailable(ConnectionError):
-    """No server gave a usable answer, though asked repeatedly."""
+    """No server gave a usable answer in any attempt."""
+    hopeless = False
 
 
-class StayHere(urllib.request.HTTPRedirectHandler):
-    """A redirect is an error: followed, it would turn POST into GET and show the key to another host."""
-    def redirect_request(self, *_):
-        return None
+class BoundedReader(io.RawIOBase):
+    """The bytes that a socket receives before `deadline`, at most LARGEST. Raises OSError."""
+    def __init__(self, sock, deadline: float):
+        self.sock, self.file, self.deadline, self.room = sock, sock.makefile("rb", 0), deadline, LARGEST
+
+    def makefile(self, _) -> io.BufferedReader:  # what http.client.HTTPResponse wants of a socket
+        return io.BufferedReader(self)
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer) -> int:
+        if (left := self.deadline - time.monotonic()) <= 0:
+            raise TimeoutError("timed out")
+        self.sock.settimeout(left)
+        n = self.file.readinto(buffer)
+        self.room -= n
+        if self.room < 0:
+            raise OSError(f"a response of more than {LARGEST} bytes")
+        return n
+
+    def close(self):
+        self.file.close()
+        super().close()
+
+
+class DeadlineHandler(urllib.request.HTTPHandler, urllib.request.HTTPSHandler):
+    """Makes a request's timeout that of the whole call. A socket has it for each operation, so that one byte
+    now and then would hold the thread for ever."""
+    def do_open(self, kind, request, **options):
+        deadline = time.monotonic() + request.timeout
+
+        class Connection(kind):
+            def connect(self):  # tries each of the host's addresses for `self.timeout`
+                self.timeout /= len(socket.getaddrinfo(self.host, self.port, type=socket.SOCK_STREAM))
+                super().connect()
+                self.sock.settimeout(max(0.001, deadline - time.monotonic()))  # to send the request
+
+            def response_class(self, sock, **options):
+                return http.client.HTTPResponse(BoundedReader(sock, deadline), **options)
+
+        return super().do_open(Connection, request, **options)
 
 
 class Endpoint:
-    """urls: comma-separated http(s)://HOST:PORT/PATH, with #MODEL after those that want a model's name.
-        Raises ValueError.
-    timeout: seconds without a byte after which a call has failed. attempts: of a call, over all servers.
+    """urls: comma-separated http(s)://HOST:PORT/PATH, with #MODEL where the server needs a model's name.
+    timeout: seconds for a whole call, from connecting to the last byte. attempts: per call, over all servers.
     key: the environment variable that holds the API key, which no message shows.
-    say: told every 30 s which servers are down, while calls wait for them; without it calls do not wait.
-    rate: calls a minute at most, repeated ones included, of all servers together; 0: any number.
+    say: called every 30 s with the servers that are down while calls wait; without it calls do not wait.
+    rate: calls a minute at most, retries included, over all servers; 0: no limit.
+
+    Proxies are those of the environment (http_proxy, https_proxy, no_proxy). Raises UserError.
     """
     def __init__(self, urls: str, timeout: float = 60.0, attempts: int = 4, key: str = "OPENAI_API_KEY",
                  say: Callable[[str], None] | None = print, rate: float = 0.0):
         self.urls = list(dict.fromkeys(url.strip() for url in urls.split(",") if url.strip()))
         for url in self.urls or [urls]:
             if not ADDRESS.fullmatch(url):
-                raise ValueError(f"{url.rpartition('@')[2]!r} is no address of a server: write "
-                                 f"http://HOST:PORT/PATH, without a password; a key is read from {key}")
+                shown = "one with @ or ?" if re.search("[@?]", urls) else repr(url)  # commas split passwords
+                raise UserError(f"{shown} is no address of a server: write http://HOST:PORT/PATH, without a "
+                                f"password or a query; a key is read from {key}")
         self.timeout, self.attempts, self.say = timeout, max(attempts, len(self.urls)), say
-        self.key, self.opener = os.environ.get(key, "").strip(), urllib.request.build_opener(StayHere)
+        self.opener = urllib.request.OpenerDirector()  # follows no redirect: another host would see the key
+        for handler in (urllib.request.ProxyHandler(), DeadlineHandler()):
+            self.opener.add_handler(handler)
+        self.key = os.environ.get(key, "").strip()
         if not (self.key.isascii() and self.key.isprintable()):  # http.client's error would show it
-            raise ValueError(f"the key in {key} has characters that no HTTP header can have")
+            raise UserError(f"the key in {key} has characters that no HTTP header can have")
         self.lock, self.asking, self.turn = threading.Lock(), threading.Lock(), 0
         self.gap, self.free = 60.0 / rate if rate else 0.0, 0.0  # time.monotonic() of the next call's turn
         self.rests: dict[str, float] = {}  # url: time.monotonic() before which it is not asked at all,
@@ -77,11 +125,18 @@ class Endpoint:
         self.failing: dict[str, tuple[float, str]] = {}  # url: time.time() of its first failure, why
 
     def chat(self, messages: list[dict], **options) -> tuple[str, dict]:
-        """POST URL/chat/completions: the text, and its `usage` (prompt_tokens, completion_tokens, ...; {}
-        if untold). The options (temperature, max_tokens, seed, ...) join the request."""
+        """POST URL/chat/completions: the text, and of its `usage` prompt_tokens and completion_tokens where
+        the server reports them. The options (temperature, max_tokens, seed, ...) join the request."""
         def read(answer):
             text = answer["choices"][0]["message"]["content"]
-            return "" if text is None else text.strip(), answer.get("usage") or {}
+            text = "" if text is None else text.strip()
+            text.encode()  # raises UnicodeEncodeError for a lone surrogate, which no file can hold
+            reported = answer.get("usage") or {}
+            usage = {name: reported[name] for name in ("prompt_tokens", "completion_tokens")
+                     if reported.get(name) is not None}
+            if not all(type(n) is int and 0 <= n < 2**53 for n in usage.values()):
+                raise ValueError(f"a usage of {usage}")
+            return text, usage
 
         hello = {"messages": [{"role": "user", "content": HELLO}], "max_tokens": 1}
         return self.ask("/chat/completions", {"messages": messages, **options}, read, hello)
@@ -96,7 +151,7 @@ class Endpoint:
                 (item,) = answer["data"]
                 value = item["probs"] if "probs" in item else item["data"]
                 (value,) = value[-1] if isinstance(value[-1], list) else value
-            if isinstance(value, bool) or not math.isfinite(value):
+            if isinstance(value, bool) or not abs(value) < 1e38:  # see scoring.LARGEST
                 raise ValueError(f"a score of {value}")
             return float(value)
 
@@ -104,16 +159,16 @@ class Endpoint:
                         {"input": HELLO, "use_activation": False})
 
     def down(self) -> str:
-        """Each server, since when it fails and why, if all do; else empty. Who answers anything but 5xx is
-        not down."""
+        """Each server with the time and reason of its failure if all are down, else "". Any non-5xx response
+        counts as up."""
         with self.lock:
             return "" if len(self.failing) < len(self.urls) else "; ".join(
                 f"{url} since {time.strftime('%H:%M:%S', time.localtime(since))} ({why})"
                 for url, (since, why) in self.failing.items())
 
     def ask(self, path: str, body: dict, read: Callable, hello: dict):
-        """read(answer), an object of JSON; where it raises, the answer was unusable. Raises Refused or
-        Unavailable."""
+        """Returns read(answer) of the JSON that a server answers; where `read` raises, the call has failed.
+        Raises Refused or Unavailable."""
         for last in (False, True):
             try:
                 return self.attempt(path, body, read, self.attempts)
@@ -125,7 +180,7 @@ class Endpoint:
                     raise
 
     def wait(self, path: str, hello: dict, read: Callable):
-        """Until a server is back. One thread asks, the others wait for it."""
+        """Returns once a server is back. One thread asks, the others wait for it."""
         with self.asking:
             said = -math.inf
             while why := self.down():
@@ -141,28 +196,30 @@ class Endpoint:
     def attempt(self, path: str, body: dict, read: Callable, attempts: int):
         reasons = {}
         for attempt in range(attempts):
-            url, rest, down = self.choose(), 0.0, False
+            url, rest, down, status = self.choose(), 0.0, False, 0
             try:
                 value = read(self.post(url, path, body))
                 self.report(url)
                 return value
             except urllib.error.HTTPError as e:
-                reasons[url], rest, down = f"{e.code} {self.reason(e)}", retry_after(e), e.code >= 500
-                if not down and e.code not in BUSY:
-                    self.report(url)
-                    refused = Refused(f"{url} answered {reasons[url]}")
-                    refused.status = e.code
-                    raise refused from None
+                why, rest, down = f"{e.code} {e.reason}", retry_after(e.headers), e.code >= 500
+                status = e.code if 300 <= e.code < 500 and e.code not in BUSY else 0
             except (OSError, http.client.HTTPException) as e:
-                reasons[url], down = str(getattr(e, "reason", "") or e) or type(e).__name__, True
-            except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as e:
-                reasons[url] = f"an unusable answer ({type(e).__name__}: {str(e)[:100]})"
+                why, down = str(getattr(e, "reason", "") or e) or type(e).__name__, True
+            except MALFORMED as e:
+                why = f"an unusable answer ({type(e).__name__}: {e})"
+            reasons[url] = self.printable(why)
+            if status:
+                self.report(url)
+                refused = Refused(f"{url} answered {reasons[url]}")
+                refused.status = status
+                raise refused
             back_off = BACK_OFF * 2**attempt * random.uniform(0.5, 1.5)
             self.report(url, max(back_off, rest), reasons[url] if down else "")
         raise Unavailable("; ".join(f"{url}: {why}" for url, why in reasons.items()))
 
     def choose(self) -> str:
-        """The next server in turn that may be asked, or the one that may first; returns when it may."""
+        """Returns the next server in turn that may be asked, or else the first that may, once it may."""
         with self.lock:
             self.turn, now = (self.turn + 1) % len(self.urls), time.monotonic()
             order = self.urls[self.turn:] + self.urls[:self.turn]
@@ -193,29 +250,32 @@ class Endpoint:
             self.free = time.monotonic() + wait + self.gap
         time.sleep(wait)
         with self.opener.open(request, timeout=self.timeout) as response:
-            return json.loads(response.read())
+            content = b"".join(iter(lambda: response.read(2**16), b""))  # never allocates what headers claim
+            if response.length:
+                raise http.client.IncompleteRead(content, response.length)
+        if not 200 <= response.status < 300:
+            raise urllib.error.HTTPError(url, response.status, content.decode(errors="replace").strip()
+                                         or response.reason, response.headers, None)
+        return json.loads(content, parse_constant=int)  # which raises ValueError for NaN and Infinity
 
-    def reason(self, e: urllib.error.HTTPError) -> str:
-        """What the server says, without the key, which some repeat."""
-        try:
-            text = " ".join(e.read().decode(errors="replace").split())
-        except (OSError, http.client.HTTPException):
-            text = ""
-        return ((text.replace(self.key, "***") if self.key else text) or str(e.reason))[:300]
+    def printable(self, text: str) -> str:
+        """What a server said, or the error that it caused, on one line without the key, which some repeat."""
+        text = (text.replace(self.key, "***") if self.key else text)[:1000]
+        return " ".join("".join(c if c.isprintable() else " " for c in text).split())[:300]
 
 
 def model_names(urls: str) -> str:
-    """What the servers are told to run, wherever they are; of a path or URL without #MODEL itself."""
+    """The models' names, wherever the servers are; a path, or a URL without #MODEL, stands for itself."""
     return ",".join(sorted({url.strip().rpartition("#")[2] for url in urls.split(",")}))
 
 
-def retry_after(e: urllib.error.HTTPError) -> float:
-    """Seconds, told as a number or as a date; 0 where nothing is told."""
-    value = e.headers.get("Retry-After", "0")
+def retry_after(headers) -> float:
+    """Seconds of a Retry-After header, which is a number or a date; 0 without one."""
+    value = headers.get("Retry-After", "0")
     try:
         rest = float(value) if value.strip().isdigit() else (
             email.utils.parsedate_to_datetime(value).timestamp() - time.time())
-    except (TypeError, ValueError):
+    except MALFORMED:
         return 0.0
     return min(max(rest, 0.0), LONGEST_REST)
 
@@ -256,11 +316,15 @@ class Pool:
 
 
 def each(call: Callable, items: Iterable, threads: int) -> Iterator[tuple]:
-    """(item, call(item), None) or (item, None, exception) of each item, in the order in which calls return.
-    What must not be lost where the reader walks away, `call` has to keep."""
+    """Yields (item, call(item), None), or (item, None, error) where it raised Refused or Unavailable, in the
+    order in which calls return. Raises any other exception, and a Refused that is hopeless. Results that must
+    not be lost when the reader stops early are for `call` to save."""
     with Pool(call, threads) as pool:
         items = list(items)
         for item in items:
             pool.submit(item, item)
         for _ in items:
-            yield pool.done.get()
+            item, value, error = pool.done.get()
+            if getattr(error, "hopeless", error is not None):
+                raise error
+            yield item, value, error

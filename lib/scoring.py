@@ -151,22 +151,23 @@ class Remote(Pool):
         super().__init__(reward.function, threads)
         self.reward = reward
         self.values, self.errors, self.waiting, self.paused = {}, {}, 0, -math.inf
+        self.last = time.monotonic()  # time of the last answer
 
     def submit(self, i: int, completion, prompt):
         """Returns at once; i is the sample's place in `collect`."""
         self.waiting += 1
         super().submit(i, completion, prompt)
 
-    def wait(self, since: float, interrupt=lambda: None, seconds: float = 5.0) -> str | None:
-        """None once every sample is back, or given up `patience` seconds after `since`, a time.monotonic();
-        else, after some seconds, which servers are down, "" if they are only slow. `interrupt` is called
-        meanwhile, and may raise."""
+    def wait(self, since: float | None, interrupt=lambda: None, seconds: float = 5.0) -> str | None:
+        """None once every sample is back, or given up `patience` seconds after `since`, a time.monotonic()
+        (None: the last answer); else, after some seconds, which servers are down, "" if they
+        are only slow. `interrupt` is called meanwhile, and may raise."""
         until = time.monotonic() + seconds
         while self.waiting:
             interrupt()
             now, down = time.monotonic(), getattr(self.call, "down", str)()
             self.paused = now if down else self.paused
-            left = max(since, self.paused) + self.patience - now
+            left = max(self.last if since is None else since, self.paused) + self.patience - now
             try:
                 i, value, error = self.done.get(timeout=max(0.0, min(1.0, left, until - now)))
             except queue.Empty:
@@ -175,7 +176,7 @@ class Remote(Pool):
                 if now >= until:
                     return down
                 continue
-            self.waiting -= 1
+            self.waiting, self.last = self.waiting - 1, time.monotonic()
             if error is None:
                 self.values[i] = value
             else:

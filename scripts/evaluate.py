@@ -57,7 +57,7 @@ class Config:
     baselines: str = ""  # arena: folders of evaluations of the same data, whose answers are opponents too
     threads: int = 16  # calls of servers at a time
     rate: float = 0.0  # calls of servers a minute, at most; 0: any number
-    timeout: float = 600.0  # seconds without a byte after which a call has failed
+    timeout: float = 600.0  # seconds for a whole call of a server
     price: str = ""  # dollars for a million tokens that a server reads, and writes: 2,8
     cache: str = "eval/judge.sqlite"  # all that judges ever answered, of all evaluations
     commit: str = ""  # of the benchmark's repository; empty: that of the folder of --data, if it has one

@@ -53,7 +53,7 @@ class Scored:
     changes: list[dict]  # the MOST samples that change most
 
 
-class Untold:
+class UnknownTokens:
     """Stands for token ids or logprobs: only their number is known."""
 
     def __init__(self, n: int):
@@ -117,8 +117,9 @@ def read_samples(file: Path, config: Config, prompts: dict) -> tuple[list[dict],
             if prompt is None or prompt.query not in record["prompt"]:
                 raise UserError(f"{file}: prompt {record['prompt_id']!r} is not, or not like this, in "
                                 f"{config.prompts}: put back the file that the run had")
-        completions = [Completion(0, r["sample"], Untold(r["tokens"]), Untold(r["tokens"]), r["text"],
-                                  r["finish_reason"], config.max_new_tokens) for r in records]
+        ids = [UnknownTokens(r["tokens"]) for r in records]
+        completions = [Completion(0, r["sample"], n, n, r["text"], r["finish_reason"], config.max_new_tokens)
+                       for r, n in zip(records, ids)]
         return records, completions, asked
     except UserError:
         raise
@@ -139,14 +140,10 @@ def values(reward: scoring.Reward, completions: list, prompts: list) -> list[flo
     with scoring.Remote(reward) as pool:
         for i, sample in enumerate(zip(completions, prompts)):
             pool.submit(i, *sample)
-        since, left, told = time.monotonic(), pool.waiting, ""
-        while (down := pool.wait(since + 1, seconds=1)) is not None:
-            if pool.waiting < left:  # all were asked at once: patience is for the next
-                since, left = time.monotonic(), pool.waiting
-            if down and not told:
+        while (down := pool.wait(None, seconds=30)) is not None:  # all are asked at once
+            if down:
                 print(f"paused: {reward.name} waits for its scores, and no server answers: {down}",
                       file=sys.stderr, flush=True)
-            told = down
         got, errors = pool.collect(prompts)
     if errors:
         reason, count = Counter(errors).most_common(1)[0]

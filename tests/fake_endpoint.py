@@ -1,6 +1,9 @@
-"""A server that misbehaves as it is told to: chats after OpenAI's protocol, scores at any other path."""
+"""Servers that misbehave as told: one of chats after OpenAI's protocol and scores, one of any bytes."""
 
+import contextlib
 import json
+import re
+import socket
 import threading
 import time
 from collections.abc import Callable
@@ -92,3 +95,53 @@ class FakeEndpoint:
             handler.send_header("Location", f"{self.url}/elsewhere")
         handler.end_headers()
         handler.wfile.write(sent)
+
+
+class RawEndpoint:
+    """A server that sends any bytes at any time, in threads, as a context.
+
+    script(number of the call, request) -> an iterable of bytes, which are sent, and of seconds to wait; then
+        the connection is closed. The request is all that came, as bytes.
+    tls: an ssl.SSLContext.
+    """
+
+    def __init__(self, script: Callable, tls=None):
+        self.script, self.tls, self.calls = script, tls, 0
+        self.listener = socket.create_server(("127.0.0.1", 0))
+        self.url = f"http{'s' * bool(tls)}://127.0.0.1:{self.listener.getsockname()[1]}"
+
+    def __enter__(self):
+        threading.Thread(target=self.accept, daemon=True).start()
+        return self
+
+    def __exit__(self, *_):
+        with contextlib.suppress(OSError):
+            self.listener.shutdown(socket.SHUT_RDWR)  # wakes `accept`
+        self.listener.close()
+
+    def accept(self):
+        with contextlib.suppress(OSError):  # closed
+            while True:
+                connection, _ = self.listener.accept()
+                self.calls += 1
+                threading.Thread(target=self.answer, args=(connection, self.calls - 1), daemon=True).start()
+
+    def answer(self, connection: socket.socket, number: int):
+        with contextlib.suppress(OSError):  # the client went away
+            connection.settimeout(10)
+            connection = self.tls.wrap_socket(connection, server_side=True) if self.tls else connection
+            with connection:
+                request = b""
+                while True:
+                    head, _, body = request.partition(b"\r\n\r\n")
+                    length = re.search(rb"Content-Length: (\d+)", head)
+                    if length and len(body) >= int(length[1]):
+                        break
+                    if not (more := connection.recv(2**16)):
+                        return
+                    request += more
+                for part in self.script(number, request):
+                    if isinstance(part, bytes):
+                        connection.sendall(part)
+                    else:
+                        time.sleep(part)

@@ -179,7 +179,7 @@ def test_verdicts_are_found(benchmark, text, verdict):
     ("writingbench", '{"score": 7}'), ("writingbench", '{"score": 7, "reason": 7}'),
     ("writingbench", '{"score": 7, "reason": "", "": 1}'), ("writingbench", '{"Score": 7, "reason":""}'),
     ("writingbench", '{"v": {"score": 7, "reason": ""}}'),
-    ("writingbench", '{"score": NaN, "reason": ""}'),
+    ("writingbench", '{"score": NaN, "reason": ""}'), ("writingbench", r'{"score": 7, "reason": "\ud800"}'),
     ("writingbench", '{"a":' * 100_000), ("writingbench", "{" * 100_000),
     ("writingbench", '{"score": 7, "reason": "r"}</think>'),
     ("arena", '{"winner": "C", "reason": "r"}'), ("arena", '{"winner": "a", "reason": "r"}'),
@@ -189,8 +189,9 @@ def test_verdicts_are_found(benchmark, text, verdict):
     ("longbench_write", json.dumps(SIX)), ("longbench_write", '{"analysis": "x", "Relevance": 3}'),
 ])
 def test_what_is_no_verdict_is_refused(benchmark, text):
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError) as error:
         parse(benchmark, text)
+    str(error.value).encode()
 
 
 def test_the_scores_of_a_scalar_head_are_a_verdict():

@@ -1,6 +1,12 @@
 """The client for servers: whatever they do, a call ends with an answer, or with a sentence that says why."""
 
 import email.utils
+import gzip
+import itertools
+import re
+import socket
+import ssl
+import subprocess
 import threading
 import time
 
@@ -8,7 +14,9 @@ import pytest
 
 from lib import endpoint
 from lib.endpoint import Endpoint, Refused, Unavailable, each
-from tests.fake_endpoint import FakeEndpoint
+from lib.options import UserError
+from tests.fake_endpoint import FakeEndpoint, RawEndpoint
+from tests.fuzz_servers import fuzz
 
 LONG = 20  # seconds that a test waits for what must happen
 
@@ -111,7 +119,7 @@ def test_a_key_with_a_line_break_is_stripped_or_refused_and_not_shown(monkeypatc
     assert fake.headers[0]["Authorization"] == "Bearer sk-secret"
     for key in ("sk-secret\nb", "sk-secret é"):
         monkeypatch.setenv("OPENAI_API_KEY", key)
-        with pytest.raises(ValueError, match="the key in OPENAI_API_KEY has characters") as error:
+        with pytest.raises(UserError, match="the key in OPENAI_API_KEY has characters") as error:
             client(fake)
         assert "secret" not in str(error.value)
 
@@ -122,7 +130,7 @@ def test_a_server_that_says_when_is_not_asked_before(monkeypatch):
         client(fake).score("text")
         assert time.monotonic() - start >= 1
     told = [email.utils.formatdate(time.time() + 30), "7", "", "soon", "-3", "1e9", "99999999"]
-    e = [endpoint.retry_after(type("E", (), {"headers": {"Retry-After": value}})) for value in told]
+    e = [endpoint.retry_after({"Retry-After": value}) for value in told]
     assert 28 < e[0] <= 30 and e[1:] == [7, 0, 0, 0, 0, endpoint.LONGEST_REST]
 
 
@@ -167,15 +175,24 @@ def test_a_request_that_a_server_fails_on_stops_no_other():
         assert not asked.down()
 
 
-@pytest.mark.parametrize("urls", ["", "gpu1:80", "ftp://gpu1", "http://", "http://me:sk-1@gpu1", "http://a,b",
-                                  "http://a:port", "http://[::1"])
+@pytest.mark.parametrize("urls", ["", "gpu1:80", "ftp://gpu1", "http://", "http://a,b", "http://a:port",
+                                  "http://[::1"])
 def test_an_address_that_cannot_be_is_named(urls):
-    with pytest.raises(ValueError, match="is no address of a server: write http://") as error:
+    shown = repr(urls.split(",")[-1])
+    with pytest.raises(UserError, match=re.escape(f"{shown} is no address of a server: write http://HOST")):
+        Endpoint(urls)
+
+
+@pytest.mark.parametrize("urls", ["http://me:sk-1@gpu1", "http://gpu1/v1?key=sk-1", "http://gpu1,http://sk-1@b",
+                                  "http://me:sk-1,sk-1@gpu1", "http://me:sk-1#sk-1@gpu1/v1", "https://a?sk-1#m",
+                                  "http://me:1,sk-1@gpu1"])
+def test_a_password_or_a_query_in_an_address_is_refused_and_not_shown(urls):
+    with pytest.raises(UserError, match="one with @ or [?] is no address of a server") as error:
         Endpoint(urls)
     assert "sk-1" not in str(error.value)
 
 
-def test_each_calls_so_many_at_a_time_and_hands_back_what_is_raised():
+def test_each_calls_so_many_at_a_time_and_hands_back_calls_that_failed():
     at_once, most, lock = 0, 0, threading.Lock()
 
     def call(i):
@@ -186,12 +203,27 @@ def test_each_calls_so_many_at_a_time_and_hands_back_what_is_raised():
         time.sleep(0.01)
         with lock:
             at_once -= 1
-        return 10 // (i - 5)
+        if i in (5, 6):
+            raise Unavailable("not now") if i == 5 else Refused("not this")
+        return 10 - i
 
     back = {item: (result, error) for item, result, error in each(call, iter(range(20)), 4)}
     assert most == 4 and back.keys() == set(range(20))
-    assert [i for i, (_, error) in back.items() if error] == [5] and back[7] == (5, None)
-    assert isinstance(back[5][1], ZeroDivisionError)
+    assert [i for i, (_, error) in back.items() if error] in ([5, 6], [6, 5]) and back[7] == (3, None)
+    assert isinstance(back[5][1], Unavailable) and isinstance(back[6][1], Refused)
+
+
+@pytest.mark.parametrize("status", [0, 401, 403, 404])
+def test_each_raises_what_concerns_every_call(status):
+    """A mistake in the code, a full disk; and a key that is wrong, which is wrong for all."""
+    error = Refused("no") if status else ZeroDivisionError("no")
+    error.status = status
+
+    def call(i):
+        raise error
+
+    with pytest.raises(type(error), match="no"):
+        next(each(call, range(9), 2))
 
 
 def test_who_walks_away_from_each_lets_nothing_more_begin():
@@ -218,3 +250,186 @@ def test_calls_keep_to_a_rate_repeated_ones_included():
         server, start = Endpoint(fake.url, rate=1200), time.monotonic()
         list(each(lambda _: server.chat([]), range(8), 8))
         assert len(fake.calls) == 9 and time.monotonic() - start >= 8 * 0.05
+
+
+# ---------------------------------------------------------------------- malformed responses
+
+
+def response(body: str | bytes, *headers: str, status: str = "200 OK") -> bytes:
+    body = body.encode() if isinstance(body, str) else body
+    lines = [f"HTTP/1.1 {status}", *(headers or [f"Content-Length: {len(body)}"]), "", ""]
+    return "\r\n".join(lines).encode() + body
+
+
+def chat(text: str = '"text"', usage: str = "{}") -> bytes:
+    return response(f'{{"choices": [{{"message": {{"content": {text}}}}}], "usage": {usage}}}')
+
+
+def forever(*parts):
+    return itertools.cycle(parts)
+
+
+GOOD = response('{"score": 2.5, "choices": [{"message": {"content": "text"}}]}')
+MANY = b"x" * 2**16
+SCRIPTS = {  # what a server sends; numbers are seconds that it waits
+    "a byte now and then": (part for i in itertools.count() for part in (GOOD[i % len(GOOD):][:1], 0.05)),
+    "a header now and then": itertools.chain([b"HTTP/1.1 200 OK\r\n"], forever(b"a: b\r\n", 0.05)),
+    "a byte of the body now and then": itertools.chain([response("", "a: b")], forever(b" ", 0.05)),
+    "a byte of a chunk now and then": itertools.chain(
+        [response("", "Transfer-Encoding: chunked")], forever(b"1\r\n \r\n", 0.05)),
+    "an error's body now and then": itertools.chain(
+        [response("", "a: b", status="400 Bad")], forever(b" ", 0.05)),
+    "nothing": [5],
+    "an endless body": itertools.chain([response("", "a: b")], forever(MANY)),
+    "an endless body of an error": itertools.chain([response("", "a: b", status="400 Bad")], forever(MANY)),
+    "endless chunks": itertools.chain(
+        [response("", "Transfer-Encoding: chunked")], forever(b"1\r\n \r\n" * 99)),
+    "endless 100 Continue": forever(b"HTTP/1.1 100 Continue\r\n\r\n" * 99),
+    "an endless status line": forever(MANY),
+    "an endless trailer": itertools.chain(
+        [response("0\r\n", "Transfer-Encoding: chunked")], forever(b"a: b\r\n" * 99)),
+    "a length of 1e15": [response(GOOD, f"Content-Length: {10**15}")],
+    "a length of 1e30": [response(GOOD, f"Content-Length: {10**30}")],
+    "a chunk of 16^9999": [response("f" * 9999 + "\r\n", "Transfer-Encoding: chunked"), GOOD],
+    "a chunk of 16^70000": [response("f" * 70000 + "\r\n", "Transfer-Encoding: chunked"), GOOD],
+    "a chunk of -1": [response("-1\r\n", "Transfer-Encoding: chunked"), GOOD],
+    "a score of 400 digits": [response(f'{{"score": {"9" * 400}}}')],
+    "a score of 5000 digits": [response(f'{{"score": {"9" * 5000}}}')],
+    "a score of 1e300": [response('{"score": 1e300}')],  # would end a run as an invalid reward
+    "a score of 1e999": [response('{"score": 1e999}')],
+    "a score of NaN": [response('{"score": NaN}')],
+    "NaN beside the score": [response('{"score": 1, "loss": NaN}')],
+    "-Infinity in a chat": [response('{"score": -Infinity}')],
+    "JSON 100,000 deep": [response("[" * 100_000)],
+    "objects 100,000 deep": [response('{"score":' * 100_000)],
+    "invalid UTF-8": [response(b'{"score": 1, "a": "\xff"}')],
+    "a list": [response("[2.5]")],
+    "a number": [response("2.5")],
+    "null": [response("null")],
+    "an empty body": [response("")],
+    "gzip": [response(gzip.compress(b'{"score": 2.5}'), "Content-Encoding: gzip")],
+    "HTTP/0.9": [b'{"score": 2.5}'],
+    "garbage": [bytes(range(256)) * 9],
+    "half a status line": [b"HTTP/1.1 2"],
+    "no reason phrase and no more": [b"HTTP/1.1 200"],
+    "a status of 5000 digits": [response("{}", status="9" * 5000)],
+    "a status of 99": [response(GOOD, status="99 Low")],
+    "switching protocols": [response(GOOD, status="101 Switching")],
+    "a header of 1 MB": [response("{}", "a: " + "b" * 10**6)],
+    "10,000 headers": [response("{}", *["a: b"] * 10_000)],
+    "a strange Retry-After": [
+        response("{}", "Retry-After: Mon, 99 Jan 99999999999 00:00:00 GMT", status="500 No")],
+    "a reset": [],
+}
+CHATS = {
+    "a lone surrogate": chat(r'"\ud800"'), "text that is a list": chat('["a"]'), "a number": chat("5"),
+    "no choices": response('{"choices": []}'), "usage: a list": chat(usage="[1]"),
+    "usage: text": chat(usage='"7"'), "usage: NaN": chat(usage='{"completion_tokens": NaN}'),
+    **{f"usage of {n}": chat(usage=f'{{"completion_tokens": {n}}}')
+       for n in ('"7"', -1, 7.0, "true", '{"n": 7}', "[7]", 10**30, "9" * 5000, 1e999, r'"\ud800"')}}
+
+
+@pytest.mark.parametrize("script, kind", [(script, "score") for script in SCRIPTS.values()] +
+                         [([answer], "chat") for answer in CHATS.values()], ids=[*SCRIPTS, *CHATS])
+def test_a_malformed_response_is_a_failed_call_and_the_next_one_works(script, kind):
+    with RawEndpoint(lambda number, _: script if number == 0 else [GOOD]) as raw:
+        asked, start = Endpoint(raw.url, timeout=0.3, attempts=1, say=None), time.monotonic()
+        call = (lambda: asked.score("text")) if kind == "score" else (lambda: asked.chat([])[0])
+        with pytest.raises(Unavailable, match=raw.url) as error:
+            call()
+        assert time.monotonic() - start < 3, "a call ends with its timeout"
+        assert str(error.value).isprintable() and len(str(error.value)) < 400
+        assert call() == (2.5 if kind == "score" else "text") and not asked.down()
+
+
+@pytest.mark.parametrize("usage, read", [
+    ("null", {}), ("{}", {}), ('{"prompt_tokens": null, "completion_tokens": 0}', {"completion_tokens": 0}),
+    ('{"prompt_tokens": 5, "total_tokens": -1, "details": {"a": [1.5, "\\ud800"]}}', {"prompt_tokens": 5})])
+def test_of_a_usage_only_the_two_counts_are_read(usage, read):
+    with RawEndpoint(lambda *_: [chat(usage=usage)]) as raw:
+        assert Endpoint(raw.url, attempts=1, say=None).chat([]) == ("text", read)
+
+
+@pytest.mark.parametrize("good", [
+    response(b'7\r\n{"score\r\n7;a=b\r\n": 2.5}\r\n0\r\na: b\r\n\r\n', "Transfer-Encoding: chunked"),
+    response('{"score": 2.5}', "a: b"), b"HTTP/1.1 100 Continue\r\n\r\n" + GOOD, GOOD.replace(b"1.1", b"1.0"),
+    response('{"score": 2.5}', status="201 Made"), response(GOOD[GOOD.index(b"{"):] + b" " * 10**7)],
+    ids=["chunks", "no length", "100 Continue", "HTTP/1.0", "201", "10 MB"])
+def test_every_good_response_is_read(good):
+    with RawEndpoint(lambda *_: [good, 0.1]) as raw:
+        assert Endpoint(raw.url, attempts=1, say=None).score("text") == 2.5
+
+
+def test_a_request_that_is_not_read_and_addresses_that_do_not_answer_fail_in_time(monkeypatch):
+    with socket.create_server(("127.0.0.1", 0), backlog=0) as silent:
+        port, start = silent.getsockname()[1], time.monotonic()
+        asked = Endpoint(f"http://127.0.0.1:{port}", timeout=0.4, attempts=1, say=None)
+        with pytest.raises(Unavailable, match="timed out"):
+            asked.score("text" * 5 * 10**6)
+        answers = socket.getaddrinfo("127.0.0.1", port, type=socket.SOCK_STREAM)
+        monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: answers * 4)
+        assert time.monotonic() - start < 3
+        start = time.monotonic()  # one connection waits to be accepted: no other can be made
+        with pytest.raises(Unavailable, match="timed out"):
+            asked.score("text")
+        assert time.monotonic() - start < 1.2, "four addresses have the timeout together"
+
+
+@pytest.fixture
+def tls(tmp_path, monkeypatch):
+    """A context of a server at 127.0.0.1 whose certificate is trusted."""
+    done = subprocess.run(
+        ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-keyout", "key.pem", "-out", "cert.pem",
+         "-subj", "/CN=localhost", "-addext", "subjectAltName=IP:127.0.0.1"],
+        cwd=tmp_path, capture_output=True)
+    if done.returncode:
+        pytest.skip("openssl makes no certificate")
+    monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / "cert.pem"))
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(tmp_path / "cert.pem", tmp_path / "key.pem")
+    return context
+
+
+def test_over_https_a_call_ends_in_time_too(tls):
+    body = itertools.chain([response("", "a: b")], forever(b" ", 0.05))
+    scripts = [[GOOD], forever(b"H", 0.05), body, [GOOD]]
+    with RawEndpoint(lambda number, _: scripts[number], tls) as raw:
+        asked, start = Endpoint(raw.url, timeout=0.5, attempts=1, say=None), time.monotonic()
+        assert asked.score("text" * 10**5) == 2.5
+        for _ in range(2):
+            with pytest.raises(Unavailable, match="timed out"):
+                asked.score("text")
+        assert asked.score("text") == 2.5 and time.monotonic() - start < 4
+
+
+def test_a_proxy_of_the_environment_is_used(monkeypatch):
+    requests = []
+    with RawEndpoint(lambda _, request: requests.append(request) or [GOOD]) as proxy:
+        monkeypatch.setenv("http_proxy", proxy.url)
+        monkeypatch.delenv("no_proxy", raising=False)
+        assert Endpoint("http://gpu.invalid/v1", attempts=1, say=None).score("text") == 2.5
+        monkeypatch.setenv("no_proxy", "127.0.0.1")
+        assert Endpoint(f"{proxy.url}/v2", attempts=1, say=None).score("text") == 2.5
+    assert [r.split()[1] for r in requests] == [b"http://gpu.invalid/v1", b"/v2"]
+
+
+@pytest.mark.parametrize("echo", [
+    b"HTTP/1.1 400 %b\r\n\r\n", b"HTTP/1.1 503 %b\r\n\r\n", b"%b\r\n", b"HTTP/1.1 %b\r\n",
+    b"%b/1.1 200 OK\r\n\r\n", b"HTTP/%b 200 OK\r\n\r\n",
+    b"HTTP/1.1 500 No\r\n\r\n\0\xff{%b\x1b[2J", b"HTTP/1.1 200 OK\r\n\r\n%b",
+    b'HTTP/1.1 200 OK\r\n\r\n{"score": "%b"}', b'HTTP/1.1 200 OK\r\n\r\n{"score": 1, "score": "\\ud800%b"}',
+    b'HTTP/1.1 200 OK\r\n\r\n{"data": [{"probs": {"%b": 1}}]}'])
+def test_a_key_that_comes_back_is_masked_wherever_it_stands(echo, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-secret")
+    with RawEndpoint(lambda _, r: [echo % re.search(rb"Bearer (\S+)", r)[1]]) as raw:
+        asked = Endpoint(raw.url, attempts=1, say=None)
+        with pytest.raises((Unavailable, Refused)) as error:
+            asked.score("text")
+    for said in (str(error.value), asked.down()):
+        assert "secret" not in said and said.isprintable()
+
+
+def test_servers_made_up_at_random_raise_nothing_else_and_hang_no_call():
+    counts = fuzz(40, 7)
+    assert counts["tracebacks"] == counts["hangs"] == [] and counts["score"] and counts["failed"]
+    assert sum(counts[name] for name in ("score", "refused", "failed")) == 40

@@ -157,7 +157,7 @@ def test_a_server_that_fails_leaves_samples_missing_and_says_why(tmp_path, monke
 
 def test_a_call_that_hangs_is_given_up_when_nothing_comes_back_any_more(tmp_path, monkeypatch, capsys):
     """Patience is for the next answer: three of 0.7 s in a row are waited for, a fourth is not."""
-    @rewards.remote(threads=1, patience=0.5)
+    @rewards.remote(threads=1, patience=1)
     def server(completion, prompt):
         time.sleep(0.7 if len(asked) < 3 else 60)
         asked.append(completion)

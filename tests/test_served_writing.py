@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -128,9 +129,21 @@ def test_while_no_server_answers_all_ranks_wait_and_can_be_stopped(tmp_path):
 
 @pytest.mark.parametrize("urls, words", [("gpu1://x", "'gpu1://x' is no address"), ("", "answered 404")])
 def test_servers_that_cannot_be_are_named_before_weights_load(tmp_path, urls, words):
-    with FakeEndpoint(lambda *_: "404") as fake, pytest.raises(UserError, match=f"reward_model: .*{words}"):
+    with FakeEndpoint(lambda *_: "404") as fake, pytest.raises(UserError, match=words):
         in_process(tmp_path / "run", urls or fake.url, steps=1)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_reward_server_gets_its_own_key_and_not_that_of_the_judges(monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-judge")
+    with FakeEndpoint(score=score) as fake:
+        for key, sent in ((None, None), ("sk-reward", "Bearer sk-reward")):
+            if key:
+                monkeypatch.setenv("REWARD_API_KEY", key)
+            writing = rewards.Writing()
+            writing.check(SimpleNamespace(reward_model=fake.url))
+            writing(SimpleNamespace(text="<answer>A text.</answer>"), SimpleNamespace(query="Write."))
+            assert [h.get("Authorization") for h in fake.headers[-2:]] == [sent] * 2 and fake.calls
 
 
 def test_a_plan_counts_no_model_of_a_server_and_says_which_folder_it_could_not(monkeypatch, capsys):
