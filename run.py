@@ -26,7 +26,7 @@ import replica
 from data import prompts as prompt_data
 from data.tokenizer import Tokenizer
 from lib.files import ROOT, locate, read_jsonl, replace, write_jsonl
-from lib.options import UserError
+from lib.options import UserError, read_json
 from parallel import World, broadcast, raise_on_all_ranks
 
 # What a run may change when it goes on: nothing that its steps depend on.
@@ -120,7 +120,7 @@ def choose_folder(config, restarted: bool) -> Path:
     folder = Path(config.run_dir) if config.run_dir else None
     if not folder and restarted:
         for record in sorted(Path("runs").glob("*/config.json"), key=lambda f: -f.stat().st_mtime):
-            if not differences(config, json.loads(record.read_text())):
+            if not differences(config, read_json(record, "remove it")):
                 with suppress(UserError):  # another run with the same options goes on there
                     lock(record.parent)
                     return record.parent
@@ -131,7 +131,7 @@ def choose_folder(config, restarted: bool) -> Path:
     if record.exists():
         if config.resume == "false":
             raise UserError(f"{folder} holds a run already and resume is false: choose another run_dir")
-        if changed := differences(config, json.loads(record.read_text())):
+        if changed := differences(config, read_json(record, "choose another run_dir")):
             raise UserError(
                 f"{folder} holds a run of another config: {'; '.join(changed)}; choose another run_dir, or "
                 "the same options"
