@@ -20,7 +20,7 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
 
 from lib.files import write_durably
-from lib.options import UserError
+from lib.options import Field, UserError, read_json
 from model import Qwen2
 from parallel import World, broadcast, gather, raise_on_all_ranks
 
@@ -142,17 +142,21 @@ def verify(path: Path, world: World | None = None) -> dict:
     was cut or changed. The ranks of a world share the hashing and its verdict."""
     with raise_on_all_ranks(world) if world else nullcontext():
         try:
-            files = sorted(json.loads((path / "manifest.json").read_text()).items())
+            fields = {"state.json": Field(str)}, {"step": Field(int, 0), "updates": Field(float, 0)}
+            manifest, state = (read_json(path / f"{name}.json", "copy it again", **needed)
+                               for name, needed in zip(("manifest", "state"), fields))
             there = {str(f.relative_to(path)) for f in path.rglob("*") if f.is_file()} - {"manifest.json"}
-            if not files or there - dict(files).keys():
-                raise BadCheckpoint(f"{path / 'manifest.json'} does not list "
-                                    f"{min(there - dict(files).keys(), default='a file')}")
-            for name, expected in files[world.rank::world.size] if world else files:
-                if digest(path / name) != expected:
-                    raise BadCheckpoint(f"{path / name} does not match its checksum")
-            return json.loads((path / "state.json").read_text())
-        except (OSError, json.JSONDecodeError, UnicodeDecodeError, AttributeError) as e:
+            unlisted = sorted(there - manifest.keys())
+            files = sorted(manifest.items())
+            bad = [name for name, expected in (files[world.rank::world.size] if world else files)
+                   if digest(path / name) != expected]
+        except (OSError, ValueError, UserError) as e:
             raise BadCheckpoint(f"{path} is incomplete ({e})") from None
+        if unlisted:
+            raise BadCheckpoint(f"{path / 'manifest.json'} does not list {unlisted[0]}")
+        if bad:
+            raise BadCheckpoint(f"{path / bad[0]} does not match its checksum")
+        return state
 
 
 def newest(folder: Path, world: World | None = None) -> tuple[Path, dict] | None:
@@ -173,7 +177,7 @@ def newest(folder: Path, world: World | None = None) -> tuple[Path, dict] | None
 
 def load(path: Path, model: Qwen2, optimizer: torch.optim.Optimizer) -> dict:
     """Reads weights and optimiser state in place, whatever number of ranks wrote them; returns the state."""
-    state = json.loads((path / "state.json").read_text())
+    state = read_json(path / "state.json", "copy it again")
     for part, tensors in tensors_of(model, optimizer).items():
         dcp.load(tensors, storage_reader=HuggingFaceStorageReader(str(path / part)))
     for p in model.parameters():

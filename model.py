@@ -30,10 +30,11 @@ from torch.autograd.graph import save_on_cpu
 from torch.utils.checkpoint import checkpoint
 
 from kernels.attention import packed_attention, rotate
-from lib.options import UserError
-from lib.weights import open_weights, plan_files, weight_files, write_file, write_index
+from lib.options import Field, UserError, read_json, shown, typed
+from lib.weights import check_finite, open_weights, plan_files, weight_files, write_file, write_index
 
 SCORER = "Qwen2ForSequenceClassification"  # in config.json's `architectures`: a RewardModel
+DTYPES = ("F64", "F32", "BF16", "F16")  # that safetensors' headers may give weights
 
 
 @dataclass(frozen=True)
@@ -329,66 +330,56 @@ def build(config: ModelConfig) -> Qwen2:
 
 # ---------------------------------------------------------------------- config.json
 
+FIELDS = {
+    "vocab_size": Field(int, 1, 2**24), "hidden_size": Field(int, 1, 2**17),
+    "intermediate_size": Field(int, 1, 2**20), "num_hidden_layers": Field(int, 1, 1000),
+    "num_attention_heads": Field(int, 1, 2**10), "num_key_value_heads": Field(int, 1, 2**10, None),
+    "max_position_embeddings": Field(int, 1, 2**24, ModelConfig.max_position_embeddings),
+    "rms_norm_eps": Field(float, 1e-12, 1, ModelConfig.rms_norm_eps),
+    "rope_theta": Field(float, 2, 1e12, 1e4),  # what transformers takes where it is missing
+    "tie_word_embeddings": Field(bool, default=ModelConfig.tie_word_embeddings),
+    "initializer_range": Field(float, 0, 1, ModelConfig.initializer_range)}
+YARN = {
+    "factor": Field(float, 1, 1e6), "original_max_position_embeddings": Field(int, 1, 2**24, None),
+    "attention_factor": Field(float, 1e-3, 1e3, None), "beta_fast": Field(float, 1e-3, 1e6, None),
+    "beta_slow": Field(float, 1e-3, 1e6, None), "truncate": Field(bool, default=None)}
+
 
 def read_config(path: str | Path) -> ModelConfig:
     """Reads `config.json` of either generation (rope at top level, or inside `rope_parameters`).
 
-    Raises UserError for a missing file, another architecture, or a feature that Qwen2.5 does not have.
+    Raises UserError for a missing file, another architecture, a value out of its range, or a feature that
+    Qwen2.5 does not have.
     """
     file = Path(path) / "config.json"
-    try:
-        raw = json.loads(file.read_text())
-    except FileNotFoundError:
-        raise UserError(
-            f"{file} does not exist: `model` must be a folder with config.json and safetensors weights"
-        ) from None
-    except json.JSONDecodeError as e:
-        raise UserError(
-            f"{file} is not JSON ({e}): copy it again from the checkpoint's source") from None
+    raw = read_json(file, "`model` must be a folder with config.json and safetensors weights, as downloaded")
     kind = raw.get("model_type")
     if kind != "qwen2":
         raise UserError(
-            f"{file}: model_type {kind!r} is not supported, only 'qwen2' (Qwen2 and Qwen2.5) is")
+            f"{file}: model_type {shown(kind)} is not supported, only 'qwen2' (Qwen2 and Qwen2.5) is")
     if raw.get("use_sliding_window") or raw.get("hidden_act", "silu") != "silu":
         raise UserError(f"{file}: use_sliding_window and activations other than silu are not supported")
-    rope = dict(raw.get("rope_parameters") or {})
-    scaling = raw.get("rope_scaling") or rope
+    rope, scaling, architectures = typed(raw, file, {
+        "rope_parameters": Field(dict, default={}), "rope_scaling": Field(dict, default={}),
+        "architectures": Field(list, default=[])}).values()
+    scaling = scaling or rope
     rope_type = scaling.get("rope_type", scaling.get("type", "default"))
     if rope_type not in ("default", "yarn"):
         raise UserError(
-            f"{file}: rope type {rope_type!r} is not supported, only 'default' and 'yarn' are")
-    try:
-        config = ModelConfig(
-            **{
-                name: raw[name]
-                for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
-                             "num_attention_heads")
-            },
-            num_key_value_heads=raw.get("num_key_value_heads") or raw["num_attention_heads"],
-            max_position_embeddings=raw.get("max_position_embeddings", 32768),
-            rms_norm_eps=raw.get("rms_norm_eps", 1e-6),
-            rope_theta=float(rope.get("rope_theta", raw.get("rope_theta", 10000.0))),
-            rope_scaling={k: v
-                          for k, v in scaling.items() if k not in ("rope_theta", "type")}
-            | {"rope_type": "yarn"} if rope_type == "yarn" else None,
-            tie_word_embeddings=raw.get("tie_word_embeddings", False),
-            initializer_range=raw.get("initializer_range", 0.02),
-            scalar_head=SCORER in (raw.get("architectures") or []),
-        )
-    except KeyError as e:
-        raise UserError(
-            f"{file} lacks the field {e}: copy it again from the checkpoint's source") from None
+            f"{file}: rope type {shown(rope_type)} is not supported, only 'default' and 'yarn' are")
+    given = {k for k, v in scaling.items() if v is not None} - {"rope_type", "type", "rope_theta"}
+    if rope_type == "yarn" and (unknown := sorted(given - YARN.keys())):
+        raise UserError(f"{file}: YaRN's {shown(', '.join(unknown))} is not supported")
+    yarn = typed(scaling, f"{file}: YaRN", YARN) if rope_type == "yarn" else {}
+    values = typed(raw | {"rope_theta": rope.get("rope_theta", raw.get("rope_theta"))}, file, FIELDS)
+    values["num_key_value_heads"] = values["num_key_value_heads"] or values["num_attention_heads"]
+    config = ModelConfig(
+        **values, scalar_head=SCORER in architectures,
+        rope_scaling={k: yarn[k] for k in yarn if k in given} | {"rope_type": "yarn"} if yarn else None)
     heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
-    if config.hidden_size % heads or heads % kv_heads:
+    if config.hidden_size % (2 * heads) or heads % kv_heads:
         raise UserError(f"{file}: hidden_size {config.hidden_size}, num_attention_heads {heads} and "
-                        f"num_key_value_heads {kv_heads} do not divide each other")
-    if rope_type == "yarn" and "factor" not in config.rope_scaling:
-        raise UserError(f"{file}: YaRN needs a `factor`")
-    known = {"rope_type", "factor", "original_max_position_embeddings", "attention_factor", "beta_fast",
-             "beta_slow", "truncate"}
-    given = {k for k, v in (config.rope_scaling or {}).items() if v is not None}
-    if unknown := sorted(given - known):
-        raise UserError(f"{file}: YaRN's {', '.join(unknown)} is not supported")
+                        f"num_key_value_heads {kv_heads} do not divide each other, or a head's size is odd")
     return config
 
 
@@ -418,13 +409,15 @@ def check_tensors(config: ModelConfig, path: str | Path) -> dict[str, Path]:
     files = weight_files(path)
     with torch.device("meta"):
         expected = {name: tuple(p.shape) for name, p in build(config).named_parameters()}
-    found = {}
+    found, problems = {}, []
     for file in sorted(set(files.values())):
-        with safe_open(file, framework="pt") as f:  # what the index places elsewhere, or nowhere, is not read
-            found |= {name: tuple(f.get_slice(name).get_shape()) for name in f.keys()
-                      if files.get(name) == file}
+        with open_weights(file) as f:  # what the index places elsewhere, or nowhere, is not read
+            parts = {name: f.get_slice(name) for name in f.keys() if files.get(name) == file}
+            found |= {name: tuple(part.get_shape()) for name, part in parts.items()}
+            problems += [f"{name} has dtype {part.get_dtype()}, not one of {', '.join(DTYPES)}"
+                         for name, part in parts.items() if part.get_dtype() not in DTYPES]
     tied = ("lm_head.weight", "model.embed_tokens.weight")
-    if config.tie_word_embeddings and all(name in found for name in tied):  # some write it twice
+    if config.tie_word_embeddings and all(found.get(n) == expected[tied[1]] for n in tied):  # written twice
         del found["lm_head.weight"]
         head, embedding = (open_weights(files[name]).get_slice(name) for name in tied)
         if any(not torch.equal(head[i:i + 4096], embedding[i:i + 4096])
@@ -432,7 +425,7 @@ def check_tensors(config: ModelConfig, path: str | Path) -> dict[str, Path]:
             raise UserError(f"{path} says tie_word_embeddings, but its lm_head.weight differs from the "
                             "embedding: set tie_word_embeddings to false in config.json")
         del files["lm_head.weight"]
-    problems = [f"missing {n}" for n in sorted(expected.keys() - found.keys())]
+    problems += [f"missing {n}" for n in sorted(expected.keys() - found.keys())]
     problems += [f"unexpected {n}" for n in sorted(found.keys() - expected.keys())]
     problems += [
         f"{n} has shape {found[n]}, not {expected[n]}" for n in sorted(expected.keys() & found.keys())
@@ -456,7 +449,7 @@ def load(path: str | Path, dtype: torch.dtype = torch.float32, device="cpu") -> 
     model.to_empty(device=device)
     for name, p in model.named_parameters():
         with safe_open(files[name], framework="pt") as f, torch.no_grad():
-            p.copy_(f.get_tensor(name))
+            check_finite(p.copy_(f.get_tensor(name)), name, files[name])
     return model
 
 

@@ -29,7 +29,7 @@ from torch.distributed.tensor import DTensor, Shard
 
 from lib.options import UserError
 from lib.stop import Stopped, Watch
-from lib.weights import plan_files, write_file, write_index
+from lib.weights import check_finite, plan_files, write_file, write_index
 from model import Qwen2, build, check_tensors, read_config, write_config
 from replica import tp_dim, tp_slice
 
@@ -189,16 +189,18 @@ def load_sharded(path: str | Path, world: World, dtype: torch.dtype = torch.floa
     with torch.device("meta"):
         model = build(replace(config, scalar_head=config.scalar_head or scalar_head)).to(dtype)
     shard(model, world).to_empty(device=world.device)
-    for name, p in model.named_parameters():
-        local, first, _ = shard_of(p)
-        if name == "score.weight" and not config.scalar_head:
-            if world.main:
-                print(f"{path} has no scalar head: a new one starts at random", flush=True)
-            whole = torch.randn(p.shape, generator=torch.Generator().manual_seed(0)) * (p.shape[1] + 1)**-0.5
-            local.copy_(whole[first:first + len(local)])
-        elif len(local):  # opened for each: what was read of a mapped file is resident until it is closed
-            with safe_open(files[name], framework="pt") as f:
-                local.copy_(f.get_slice(name)[first:first + len(local)])
+    with raise_on_all_ranks(world):
+        for name, p in model.named_parameters():
+            local, first, _ = shard_of(p)
+            if name == "score.weight" and not config.scalar_head:
+                if world.main:
+                    print(f"{path} has no scalar head: a new one starts at random", flush=True)
+                whole = torch.randn(p.shape, generator=torch.Generator().manual_seed(0))
+                local.copy_(whole[first:first + len(local)] * (p.shape[1] + 1)**-0.5)
+            elif len(local):  # opened for each: what was read of a mapped file is resident until it is closed
+                with safe_open(files[name], framework="pt") as f:
+                    local.copy_(f.get_slice(name)[first:first + len(local)])
+                check_finite(local, name, files[name])
     return model
 
 

@@ -29,7 +29,7 @@ from data import prompts as prompt_data
 from data.tokenizer import Tokenizer
 from lib.endpoint import model_names
 from lib.files import ROOT, locate, read_jsonl, replace, write_jsonl
-from lib.options import UserError
+from lib.options import Field, UserError, read_json
 from lib.wandb_log import Wandb, open_wandb
 from parallel import World, broadcast, raise_on_all_ranks
 
@@ -133,7 +133,7 @@ def choose_folder(config, restarted: bool) -> Path:
     folder = Path(config.run_dir) if config.run_dir else None
     if not folder and restarted:
         for record in sorted(Path("runs").glob("*/config.json"), key=lambda f: -f.stat().st_mtime):
-            if not differences(config, json.loads(record.read_text())):
+            if not differences(config, read_json(record, "remove it")):
                 with suppress(UserError):  # another run with the same options goes on there
                     lock(record.parent)
                     return record.parent
@@ -144,7 +144,7 @@ def choose_folder(config, restarted: bool) -> Path:
     if record.exists():
         if config.resume == "false":
             raise UserError(f"{folder} holds a run already and resume is false: choose another run_dir")
-        if changed := differences(config, json.loads(record.read_text())):
+        if changed := differences(config, read_json(record, "choose another run_dir")):
             raise UserError(
                 f"{folder} holds a run of another config: {'; '.join(changed)}; choose another run_dir, or "
                 "the same options"
@@ -221,7 +221,7 @@ def cut_back(folder: Path, step: int):
     that are missing."""
     metrics, records, steps = folder / "metrics.jsonl", [], set(range(1, step + 1))
     if metrics.exists():
-        records = [record for record in read_jsonl(metrics) if record["step"] <= step]
+        records = [record for record in read_jsonl(metrics, step=Field(int, 0)) if record["step"] <= step]
         replace(metrics, "".join(json.dumps(record) + "\n" for record in records))
     files = {(m[1], int(m[2])): file for file in (folder / "rollouts").iterdir()
              if (m := re.fullmatch(r"(step|eval)_(\d{6,})\.jsonl", file.name))}
@@ -355,7 +355,7 @@ class Log:
         if config.wandb and world.main:
             self.wandb = open_wandb(config, folder, self.warn)
         file = folder / "metrics.jsonl"
-        lines = read_jsonl(file) if world.main and file.exists() else []
+        lines = read_jsonl(file, step=Field(int, 0)) if world.main and file.exists() else []
         evaluated = {m["step"] for m in lines if any(name.startswith("eval/") for name in m)}
         self.evaluated = broadcast(evaluated, world)  # steps
 

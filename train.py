@@ -132,17 +132,16 @@ def check(config: Config, world: parallel.World):
     """Checks everything that can be known without reading a file. Raises UserError."""
     options.check_numbers(
         config,
-        "steps prompts_per_step max_new_tokens temperature clip_grad updates_per_batch micro_batch_tokens "
-        "max_sequences page_size tp replicate eval_every save_every keep_checkpoints max_skipped timeout",
-        "lr warmup weight_decay eps_low eps_high std_floor tis_cap beta skip_grad keep_every")
+        "steps prompts_per_step max_new_tokens clip_grad updates_per_batch micro_batch_tokens tp replicate "
+        "eval_every save_every keep_checkpoints max_skipped timeout",
+        "lr warmup weight_decay eps_low eps_high std_floor tis_cap beta skip_grad keep_every",
+        temperature=(0.01, 100), max_sequences=(1, 2**16), page_size=(1, 2**12), group_size=(2, 2**16))
     options.check_choices(config, prompt_style=prompt_data.STYLES, unreachable=("drop", "keep"),
                           advantage=grpo.ADVANTAGES, loss=grpo.LOSSES, is_ratio=grpo.IS_RATIOS,
                           overlong=("keep", "mask"), resume=("auto", "true", "false"),
                           device=options.DEVICES, sampler_dtype=options.DTYPES)
-    c, local = config, int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    c, local = config, options.environment()["LOCAL_WORLD_SIZE"] or 1
     for invalid, message in (
-        (c.group_size < 2, f"group_size must be at least 2, not {c.group_size}: an advantage compares "
-                           "samples of one prompt"),
         (c.top_p != 1, f"top_p must be 1 in training, not {c.top_p}: the policy that samples would not be "
                        "the one that is trained"),
         (world.size % c.replicate, f"replicate {c.replicate} does not divide the {world.size} ranks: each "

@@ -6,7 +6,6 @@ number, which stands for 10 % to either side. Without a length the length reward
 LongBench-Write and WritingBench files load as they are.
 """
 
-import json
 import random
 import re
 from collections import Counter
@@ -15,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lib.files import locate
-from lib.options import UserError
+from lib.options import UserError, parse_json, shown
 
 QUERY_FIELDS = ("prompt", "query", "question", "instruction")
 RANGE_FIELDS = ("length_range", "range")
@@ -77,14 +76,14 @@ def parse_range(record: dict) -> tuple[int, int] | None:
     for field in RANGE_FIELDS:
         if (value := record.get(field)) is not None:
             whole = isinstance(value, list) and len(value) == 2 and all(type(x) is int for x in value)
-            if not whole or not 0 <= value[0] <= value[1]:
-                raise ValueError(
-                    f"`{field}` must be two whole numbers [lo, hi] with 0 <= lo <= hi, not {value!r}")
+            if not whole or not 0 <= value[0] <= value[1] < 1e7:
+                raise ValueError(f"`{field}` must be two whole numbers [lo, hi] with 0 <= lo <= hi < 1e7, "
+                                 f"not {shown(value)}")
             return value[0], value[1]
     if (length := record.get("length")) is None:
         return None
     if type(length) not in (int, float) or not 1 <= length < 1e7:
-        raise ValueError(f"`length` must be a positive number of words, not {length!r}")
+        raise ValueError(f"`length` must be a positive number of words, not {shown(length)}")
     return round(0.9 * length), round(1.1 * length)
 
 
@@ -115,10 +114,8 @@ def objects(path: str | Path, what: str = "prompts",
             for number, line in enumerate(lines, 1):
                 if line.strip():
                     try:
-                        record = json.loads(line.decode())
-                        if not isinstance(record, dict):
-                            raise ValueError("a line must be a JSON object")
-                    except (ValueError, RecursionError) as e:
+                        record = parse_json(line)
+                    except ValueError as e:
                         if broken is None:
                             raise UserError(f"{path}, line {number}: {e}") from None
                         broken.append(f"{path}, line {number}: {e}")
@@ -142,12 +139,14 @@ def queries(path: str | Path) -> Iterator[tuple[int, str, str, dict]]:
     """(line, id, query, record) of each. Raises UserError."""
     seen = {}
     for number, record in objects(path):
-        ident = str(present(record, ID_FIELDS, number))
+        ident = present(record, ID_FIELDS, number)
         try:
-            query, _ = query_of(record), ident.encode()
+            if type(ident) not in (str, int, float):
+                raise ValueError(f"an id must be a string or a number, not {shown(ident)}")
+            query, ident, _ = query_of(record), str(ident), str(ident).encode()
             if ident in seen:
-                raise ValueError(f"id {ident!r} stands already on line {seen[ident]}; ids seed the sampling "
-                                 "and must differ")
+                raise ValueError(f"id {shown(ident)} stands already on line {seen[ident]}; ids seed the "
+                                 "sampling and must differ")
         except ValueError as e:
             raise UserError(f"{path}, line {number}: {e}") from None
         seen[ident] = number
@@ -215,9 +214,10 @@ def load(config, option: str, need: int, why: str, tokenizer,
     if len(prompts) < need:
         raise UserError(f"{option} {path} has {len(prompts)} usable prompts (dropped: "
                         f"{dict(dropped) or 'none'}), but {why} needs {need}")
+    most = (context + 1) * max(map(len, tokenizer.token_bytes))  # characters: a longer one cannot fit
     for prompt in prompts:
-        if (tokens := len(tokenizer.encode(prompt.text))) + config.max_new_tokens > context:
-            raise UserError(f"{option} {path}: prompt {prompt.id!r} has {tokens} tokens, and with "
-                            f"max_new_tokens {config.max_new_tokens} it exceeds the model's context of "
+        if (tokens := len(tokenizer.encode(prompt.text[:most]))) + config.max_new_tokens > context:
+            raise UserError(f"{option} {path}: prompt {shown(prompt.id)} has {tokens} tokens or more, and "
+                            f"with max_new_tokens {config.max_new_tokens} it exceeds the model's context of "
                             f"{context}: shorten it, or lower max_new_tokens")
     return prompts, dict(dropped)

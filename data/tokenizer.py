@@ -1,6 +1,5 @@
 """A checkpoint's tokenizer: ids, bytes of ids, and the ids that end a text."""
 
-import json
 import re
 import shutil
 from functools import cached_property
@@ -8,10 +7,11 @@ from pathlib import Path
 
 import tokenizers
 
-from lib.options import UserError
+from lib.options import UserError, read_json, shown
 
 FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "vocab.json", "merges.txt",
          "added_tokens.json", "special_tokens_map.json", "generation_config.json")
+MOST_IDS = 2**24  # of a vocabulary
 
 
 def byte_alphabet() -> dict[str, int]:
@@ -25,8 +25,8 @@ def byte_alphabet() -> dict[str, int]:
 def find_system(path: Path) -> str:
     """The system message that the checkpoint's chat template gives to chats without one, empty for none."""
     config, file = path / "tokenizer_config.json", path / "chat_template.jinja"
-    template = file.read_text(encoding="utf-8") if file.exists() else (
-        json.loads(config.read_text(encoding="utf-8")).get("chat_template") if config.exists() else "")
+    template = read_json(file, "copy it again", bytes.decode) if file.exists() else (
+        read_json(config, "copy it again").get("chat_template") if config.exists() else "")
     found = re.search(r"<\|im_start\|>system\\n([^'\"<{]+)<\|im_end\|>", str(template))
     return found[1] if found else ""
 
@@ -52,7 +52,9 @@ class Tokenizer:
         except Exception as e:  # tokenizers raises bare Exception
             raise UserError(f"{file} cannot be read ({e}): copy it again") from None
         vocabulary = self.inner.get_vocab(with_added_tokens=True)
-        self.n_valid = max(vocabulary.values()) + 1
+        self.n_valid = max(vocabulary.values(), default=-1) + 1
+        if not 1 <= self.n_valid <= MOST_IDS:
+            raise UserError(f"{file} must have 1 to {MOST_IDS:,} ids, not {self.n_valid:,}: copy it again")
         self.eos_ids = self.find_eos(path, vocabulary)
         self.token_bytes = self.bytes_of(vocabulary)
 
@@ -87,15 +89,19 @@ class Tokenizer:
     def find_eos(self, path: Path, vocabulary: dict[str, int]) -> list[int]:
         """End-of-text ids from generation_config.json, else the `eos_token` of tokenizer_config.json."""
         generation, config = path / "generation_config.json", path / "tokenizer_config.json"
-        ids = json.loads(generation.read_text()).get("eos_token_id") if generation.exists() else None
+        ids = read_json(generation, "copy it again").get("eos_token_id") if generation.exists() else None
         if ids is None and config.exists():
-            token = json.loads(config.read_text()).get("eos_token")
-            ids = vocabulary.get(token["content"] if isinstance(token, dict) else token)
+            token = read_json(config, "copy it again").get("eos_token")
+            token = token.get("content") if isinstance(token, dict) else token
+            ids = vocabulary.get(token) if isinstance(token, str) else None
         if ids is None:
             raise UserError(
                 f"{path} names no end-of-text token: it needs generation_config.json with eos_token_id, "
                 "or tokenizer_config.json with eos_token")
-        return ids if isinstance(ids, list) else [ids]
+        ids = ids if isinstance(ids, list) else [ids]
+        if not ids or any(type(i) is not int or not 0 <= i < self.n_valid for i in ids):
+            raise UserError(f"{generation}: eos_token_id must be ids below {self.n_valid}, not {shown(ids)}")
+        return ids
 
     def bytes_of(self, vocabulary: dict[str, int]) -> list[bytes]:
         """The bytes of each id, for finding stop strings without decoding a whole text."""

@@ -15,6 +15,7 @@ import rollout
 from data.prompts import STOP
 from data.tokenizer import Tokenizer
 from lib.files import locate
+from lib.options import Field, read_json
 from sampler import Sampler
 
 
@@ -39,9 +40,10 @@ def find(path: str, template: str = "auto") -> Source:
     place, folder, style, stop = Path(locate(path)), locate(path), "", STOP
     if sharded := (place / "checkpoints").is_dir() or (place / "weights").is_dir():
         folder, place = checkpoints.find(place)
-        made_by = json.loads((folder / "config.json").read_text())
+        made_by = read_json(folder / "config.json", "give a run", model=Field(str), prompt_style=Field(str),
+                            stop=Field(str))
         folder, style, stop = locate(made_by["model"]), made_by["prompt_style"], made_by["stop"]
-        files = {name: digest for name, digest in json.loads((place / "manifest.json").read_text()).items()
+        files = {name: digest for name, digest in read_json(place / "manifest.json", "give another").items()
                  if name.startswith("weights/")}
     shape, tokenizer = qwen.read_config(folder), Tokenizer(folder)
     if not sharded:

@@ -4,7 +4,7 @@ import json
 import os
 from pathlib import Path
 
-from lib.options import UserError
+from lib.options import Field, UserError, parse_json, typed
 
 ROOT = Path(__file__).parent.parent
 
@@ -39,7 +39,14 @@ def write_jsonl(file: Path, records: list[dict], mode: str = "w"):
                         "command goes on") from None
 
 
-def read_jsonl(file: Path) -> list[dict]:
-    """The records of a file, without a last line that is still being written. Raises OSError or
-    ValueError."""
-    return [json.loads(line) for line in file.read_bytes().split(b"\n")[:-1]]
+def read_jsonl(file: Path, remedy: str = "put back what was written", **fields: Field) -> list[dict]:
+    """The records of a file, without a last line that is still being written; each must have the fields.
+    Raises UserError."""
+    records = []
+    try:
+        for line in file.read_bytes().split(b"\n")[:-1]:
+            records.append(parse_json(line))
+            typed(records[-1], f"{file}, line {len(records)}", fields)
+    except (OSError, ValueError) as e:
+        raise UserError(f"{file} cannot be read at line {len(records) + 1} ({e}): {remedy}") from None
+    return records

@@ -1,22 +1,33 @@
-"""A program's options: the fields of a dataclass, from JSON and command line, --help from its comments."""
+"""A program's options: the fields of a dataclass, from JSON and command line, --help from its comments; and
+JSON files, whose fields are checked by type and range."""
 
 import dataclasses
 import difflib
 import inspect
 import json
-import math
 import os
 import re
 import signal
 import sys
+import textwrap
 import time
+from collections import namedtuple
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 if {"-h", "--help"} & set(sys.argv):  # a pipe that closes, as of `--help | head`, ends it without a traceback
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)
 
 DEVICES, DTYPES = ("auto", "cpu", "cuda"), ("auto", "float32", "bfloat16")
+LARGEST, LIMIT = 10**9, 10**18  # of a size, a number of seconds and the like; of any number, such as a seed
+FILE_BYTES = 2**26  # of a JSON file
+EXPECTED = {bool: "true or false", int: "a whole number of at most 18 digits", float: "a number up to 1e18",
+            str: "a string", list: "a list", tuple: "a string", dict: "an object"}
+BOOLS = {"true": True, "false": False}
+TORCHRUN = "RANK LOCAL_RANK WORLD_SIZE LOCAL_WORLD_SIZE TORCHELASTIC_RESTART_COUNT MASTER_PORT".split()
+# What a value must be: type, range of a number; and what stands for a missing or null one, if it may be
+Field = namedtuple("Field", "kind least most default", defaults=(-LIMIT, LIMIT, ...))
 
 
 class UserError(Exception):
@@ -28,8 +39,9 @@ def command(main: Callable[[], None]) -> Callable[[], None]:
     """A decorator for a command's `main`: a UserError or OSError ends the process with one line and exit
     code 2, Ctrl-C with 130."""
     def run():
-        rank = int(os.environ.get("RANK", 0))
+        rank = 0
         try:
+            rank = environment()["RANK"]
             main()
         except KeyboardInterrupt:
             print("stopped: the same command goes on from what is written", file=sys.stderr)
@@ -37,16 +49,85 @@ def command(main: Callable[[], None]) -> Callable[[], None]:
         except (UserError, OSError) as e:
             if rank:  # rank 0 says the same at once, and torchrun ends all with the first that exits
                 time.sleep(5)
-            print(f"error{f' on rank {rank}' * bool(rank)}: {e}", file=sys.stderr, flush=True)
+            said = str(e).replace("\n", "\\n")  # of a value
+            print(f"error{f' on rank {rank}' * bool(rank)}: {said}", file=sys.stderr, flush=True)
             raise SystemExit(2) from None
     return run
 
 
-def help_text(kind: type, about: str) -> str:
-    """--help, made from the comments beside the fields of the dataclass `kind`."""
-    lines = re.findall(r"^    (\w+): (\w+) = .+?  # (.+)$", inspect.getsource(kind), re.M)
-    rows = [f"  --{name:22}{type:7}{comment} [{getattr(kind, name)!r}]" for name, type, comment in lines]
-    return "\n".join([about.strip(), "", "Options, with their defaults:", *rows])
+def environment() -> dict[str, int]:
+    """The numbers that torchrun sets, 0 where it has not. Raises UserError."""
+    numbers = {k: int(v) if re.fullmatch("[0-9]{1,18}", v) else v for k, v in os.environ.items()}
+    return typed(numbers, "environment", {name: Field(int, 0, 65535, 0) for name in TORCHRUN})
+
+
+def shown(value) -> str:
+    return text if len(text := repr(value)) <= 100 else f"{text[:80]}... ({len(text):,} characters)"
+
+
+def finite(text: str) -> float:
+    if abs(number := float(text)) < float("inf"):
+        return number
+    raise ValueError(f"{text[:80]} is no finite number")
+
+
+DECODER = json.JSONDecoder(parse_float=finite, parse_constant=finite)
+
+
+def parse_json(data: bytes) -> dict:
+    """The JSON object that stands there in UTF-8. Raises ValueError."""
+    try:
+        value = DECODER.decode(data.decode("utf-8-sig"))
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+    if not isinstance(value, dict):
+        raise ValueError("it must be a JSON object")
+    return value
+
+
+def read_json(path: str | Path, remedy: str, parse: Callable[[bytes], object] = parse_json, **fields: Field):
+    """The object in a JSON file, which must have the fields; or what `parse` makes of another file. Raises
+    UserError, with the remedy."""
+    try:
+        with open(path, "rb") as f:
+            if len(data := f.read(FILE_BYTES + 1)) > FILE_BYTES:
+                raise ValueError(f"more than {FILE_BYTES:,} bytes")
+        value = parse(data)
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist: {remedy}") from None
+    except (OSError, ValueError) as e:
+        raise UserError(f"{path} cannot be read ({getattr(e, 'strerror', None) or e}): {remedy}") from None
+    return value | typed(value, path, fields) if fields else value
+
+
+def typed(raw: dict, source: str | Path, fields: dict[str, Field]) -> dict:
+    """The named values of an object, each of its type and in its range. Raises UserError."""
+    values = {}
+    for name, field in fields.items():
+        value, kind, number = raw.get(name), field.kind, field.kind in (int, float)
+        if value is None and field.default is not ...:
+            value = field.default
+        elif type(value) not in (kind, int if number else kind) or number and not (
+                field.least <= value <= field.most):
+            bounds = f" from {field.least:,} to {field.most:,}" * (number and field.most < LIMIT)
+            raise UserError(f"{source}: {name} must be {EXPECTED[kind]}{bounds}, not {shown(value)}")
+        values[name] = float(value) if kind is float and type(value) is int else value
+    return values
+
+
+def help_text(kind: type, about: str, positional: str = "") -> str:
+    """--help, from the comments beside the fields of the dataclass `kind` and the lines between them."""
+    rows = []
+    for line in inspect.getsource(kind).split("    def ")[0].splitlines():
+        if found := re.match(r"    (\w+): (\w+) = .+?  # (.+)$", line):
+            name, type, comment = found.groups()
+            flag = name.upper() if name in positional.split() else f"--{name}"
+            rows += textwrap.wrap(f"  {flag:24}{type:7}{comment} [{getattr(kind, name)!r}]", 100,
+                                  subsequent_indent=" " * 33, break_on_hyphens=False)
+        elif rows and (found := re.match(r"    # (.+)$|$", line)):
+            rows.append(found[1] or "")
+    parts = [x if x[:1] == " " else textwrap.fill(x, 100) for x in about.strip().split("\n\n")]
+    return "\n".join(["\n\n".join(parts), "", "Options, with their defaults:", *rows]).rstrip()
 
 
 def convert(config: type, name: str, value, source: str, others: tuple[str, ...] = ()):
@@ -54,73 +135,69 @@ def convert(config: type, name: str, value, source: str, others: tuple[str, ...]
     fields = {f.name: f for f in dataclasses.fields(config)}
     if name not in fields:
         near = difflib.get_close_matches(name, [*fields, *others], 1)
-        raise UserError(f"{source}: there is no option {name!r}" +
+        raise UserError(f"{source}: there is no option {shown(name)}" +
                         (f"; did you mean {near[0]!r}?" if near else "; see --help"))
     kind = fields[name].type
-    try:
-        if kind is bool and not isinstance(value, bool):
-            return {"true": True, "false": False}[str(value).lower()]
-        if isinstance(value, str) and kind is not str:
-            return kind(value)
-        if kind is float and type(value) is int:
-            return float(value)
-        if type(value) is not kind:
-            raise ValueError
-        return value
-    except (KeyError, ValueError, OverflowError):
-        expected = {bool: "true or false", int: "a whole number", float: "a number", str: "a string"}[kind]
-        raise UserError(f"{source}: {name} must be {expected}, not {value!r}") from None
+    if isinstance(value, str):
+        if re.search("[\0\ud800-\udfff]", value):
+            raise UserError(f"{source}: {name} must be UTF-8 without NUL, not {shown(value)}")
+        with suppress(KeyError, ValueError):  # refused below
+            value = (value,) if kind is tuple else BOOLS[value.lower()] if kind is bool else kind(value)
+    return typed({name: value}, source, {name: Field(kind)})[name]
 
 
-def parse(config: type, arguments: list[str], about: str):
+def parse(config: type, arguments: list[str], about: str, positional: str = ""):
     """A `config` with the values that are given, see `read`."""
-    return config(**read(config, arguments, about)[0])
+    return config(**read(config, arguments, about, positional=positional)[0])
 
 
-def read(config: type, arguments: list[str], about: str,
-         others: tuple[str, ...] = ()) -> tuple[dict, list[str]]:
+def read(config: type, arguments: list[str], about: str, others: tuple[str, ...] = (),
+         positional: str = "") -> tuple[dict, list[str]]:
     """The values from `--config FILE.json` and `--NAME VALUE` (or --NAME=VALUE), by name, later ones win; and
     the files.
 
-    about: what --help says above the options. others: of another class, to suggest. Raises UserError.
+    about: what --help says above the options. others: of another class, to suggest. positional: fields that
+    must be given, without their names, in this order; a tuple takes all that follow. Raises UserError.
     """
-    values, files, rest = {}, [], []
+    values, files, rest, places = {}, [], [], positional.split()
     for argument in arguments:
         rest += argument.split("=", 1) if argument.startswith("--") and "=" in argument else [argument]
     while rest:
         name = rest.pop(0)
         if name in ("-h", "--help"):
-            print(help_text(config, about))
+            print(help_text(config, about, positional))
             raise SystemExit(0)
+        if places and not name.startswith("-"):
+            value = convert(config, places[0], name, "command line")
+            values[places[0]] = values.get(places[0], ()) + value if isinstance(value, tuple) else value
+            places = places[isinstance(value, str):]
+            continue
         if not name.startswith("--"):
-            raise UserError(f"command line: {name!r} is no option; options are written --NAME VALUE")
+            raise UserError(f"command line: {shown(name)} is no option; options are written --NAME VALUE")
         if not rest:
             raise UserError(f"command line: {name} lacks its value")
         name, value = name[2:].replace("-", "_"), rest.pop(0)
         if name == "config":
             files.append(value)
-            try:
-                loaded = json.loads(Path(value).read_text())
-            except (OSError, ValueError) as e:
-                raise UserError(f"{value} cannot be read ({e}): give a JSON object of options") from None
-            if not isinstance(loaded, dict):
-                raise UserError(f"{value} is not a JSON object of options")
-            loaded = {k: v for k, v in loaded.items() if not k.startswith("//")}  # a comment
-            values |= {k: convert(config, k, v, value) for k, v in loaded.items()}
+            loaded = read_json(value, "give a JSON object of options")
+            values |= {k: convert(config, k, v, value) for k, v in loaded.items()
+                       if not k.startswith("//")}  # a comment
         else:
             values[name] = convert(config, name, value, "command line", others)
+    if missing := [name.upper() for name in positional.split() if name not in values]:
+        raise UserError(f"command line: {missing[0]} is missing; see --help")
     return values, files
 
 
-def check_numbers(config, positive: str = "", not_negative: str = ""):
-    """Whether the named fields, separated by spaces, are above 0, or finite and not below it. Raises
-    UserError."""
-    for name in positive.split():
-        if not getattr(config, name) > 0:
-            raise UserError(f"{name} must be positive, not {getattr(config, name)}")
-    for name in not_negative.split():
-        if not 0 <= getattr(config, name) < math.inf:
-            raise UserError(f"{name} must not be negative or infinite, is {getattr(config, name)}")
+def check_numbers(config, positive: str = "", not_negative: str = "", **ranges: tuple[float, float]):
+    """Whether the named fields, separated by spaces, are above 0, or not below it, and at most LARGEST; or
+    each in a range of its own, ends included. Raises UserError."""
+    ranges = (dict.fromkeys(positive.split(), (1e-9, LARGEST))
+              | dict.fromkeys(not_negative.split(), (0, LARGEST)) | ranges)
+    for name, (least, most) in ranges.items():
+        if not least <= (value := getattr(config, name)) <= most:
+            least = "positive" if least == 1e-9 else f"at least {least:,}"
+            raise UserError(f"{name} must be {f'at most {most:,}' if value > most else least}, not {value}")
 
 
 def check_choices(config, **choices: tuple[str, ...]):

@@ -8,42 +8,45 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from lib.options import UserError
+from lib.options import Field, UserError, read_json, shown
 
 INDEX = "model.safetensors.index.json"
 
 
 def open_weights(file: Path):
-    """A safetensors file opened to read; raises UserError, naming the file, if it is cut short."""
+    """A safetensors file opened to read; raises UserError, naming the file, if it is none or cut short."""
     try:
         return safe_open(file, framework="pt")
-    except SafetensorError as e:
+    except (OSError, SafetensorError) as e:
         raise UserError(f"{file} cannot be read ({e}): copy it again") from None
 
 
 def weight_files(path: str | Path) -> dict[str, Path]:
-    """Tensor name -> safetensors file of a checkpoint folder. UserError names a missing or cut file."""
+    """Tensor name -> safetensors file of a checkpoint folder. UserError names a missing file."""
     path = Path(path)
     index, single = path / INDEX, path / "model.safetensors"
     if index.exists():
-        try:
-            names = json.loads(index.read_text())["weight_map"]
-            files = {name: path / file for name, file in names.items()}
-        except (ValueError, KeyError, AttributeError) as e:
-            raise UserError(f"{index} is not a safetensors index ({e}): copy it again") from None
+        names = read_json(index, "copy it again", weight_map=Field(dict))["weight_map"]
+        for name, file in names.items():
+            if not isinstance(file, str) or file != Path(file).name:  # of another folder
+                raise UserError(f"{index}: {name} must be in a file of this folder, not in {shown(file)}")
+        files = {name: path / file for name, file in names.items()}
     elif single.exists():
         with open_weights(single) as f:
             files = dict.fromkeys(f.keys(), single)
     else:
         raise UserError(f"{path} has neither model.safetensors nor {INDEX}: is the download "
                         "complete?")
-    if missing := sorted({f.name for f in files.values() if not f.exists()}):
+    if missing := sorted({f.name for f in files.values() if not f.is_file()}):
         raise UserError(f"{path} lacks {', '.join(missing)}, which its index names: is the download "
                         "complete?")
-    for file in sorted(set(files.values())):
-        with open_weights(file):
-            pass
     return files
+
+
+def check_finite(x: torch.Tensor, name: str, file: Path):
+    """Raises UserError. Takes no memory: minimum and maximum are NaN where any number is."""
+    if not torch.stack(torch.aminmax(x)).isfinite().all():
+        raise UserError(f"{file}: {name} has numbers that are not finite: choose another checkpoint")
 
 
 def plan_files(model: nn.Module, itemsize: int, max_shard_bytes: int = 5 * 2**30) -> dict[str, list[str]]:

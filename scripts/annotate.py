@@ -1,6 +1,6 @@
 """How long a good answer to each query would be, and which queries are worth training on, as a model judges.
 
-    python -m scripts.annotate --task filter --queries queries.jsonl --out judged.jsonl --model MODEL
+    python -m scripts.annotate --task filter --queries all.jsonl --out judged.jsonl --model MODEL
     python -m scripts.annotate --task range --queries judged.jsonl --out prompts.jsonl --model MODEL
 
 MODEL is a Qwen2.5 checkpoint that one device holds, sampled here, or an OpenAI-compatible server, as
@@ -10,7 +10,6 @@ result as --prompts. A query that the filter rejects has `keep` false and a reas
 """
 
 import json
-import math
 import os
 import re
 import sys
@@ -288,10 +287,8 @@ def check(config: Config):
     for name in ("queries", "out", "model"):
         if not getattr(config, name):
             raise UserError(f"--{name} is missing")
-    options.check_numbers(config, "max_new_tokens top_p tries threads timeout max_sequences")
-    if not 0 <= config.temperature < math.inf or config.top_p > 1:
-        raise UserError(f"temperature {config.temperature} must not be negative or infinite, nor top_p "
-                        f"{config.top_p} above 1")
+    options.check_numbers(config, "max_new_tokens tries threads timeout", top_p=(1e-9, 1),
+                          temperature=(0, 100), max_sequences=(1, 2**16))
     if config.device == "cuda" and not torch.cuda.is_available():
         raise UserError("device is cuda, but torch sees no GPU: say --device cpu")
     if "://" in config.model:

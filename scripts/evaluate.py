@@ -35,7 +35,7 @@ from evaluation.source import Source, find, fingerprint, open_sampler
 from lib import options
 from lib.files import locate, read_jsonl
 from lib.files import replace as rewrite
-from lib.options import UserError
+from lib.options import Field, UserError, read_json
 from scheduler import Request, assign
 
 
@@ -99,11 +99,10 @@ class Job:
 def add_baselines(config: Config, records: list, data: dict) -> list:
     """The records with the answers of other evaluations beside their own baselines. Raises UserError."""
     for folder in map(Path, filter(None, config.baselines.split(","))):
-        try:
-            recorded = json.loads((folder / "settings.json").read_text())["answers"]["data"]
-            answers = {a["id"]: a["answer"] for a in read_jsonl(folder / "answers.jsonl")}
-        except (OSError, ValueError, LookupError) as e:
-            raise UserError(f"baseline {folder} holds no answers ({e}): evaluate it first") from None
+        remedy = "evaluate this baseline first"
+        recorded = read_json(folder / "settings.json", remedy, answers=Field(dict))["answers"].get("data")
+        answers = {a["id"]: a["answer"] for a in read_jsonl(folder / "answers.jsonl", remedy, id=Field(str),
+                                                            answer=Field(str))}
         if recorded != data["sha256"]:
             raise UserError(f"baseline {folder} has answers to other data than {config.data}")
         if folder.name == Path(config.out).name or any(folder.name in r.baselines for r in records):
@@ -165,16 +164,13 @@ def sampling(config: Config, model: Source, device: torch.device) -> dict:
 def read_folder(out: Path) -> tuple[dict, dict[str, dict]]:
     """(settings.json, answers by id) of what was begun there. A line that was being written is cut off.
     Raises UserError."""
-    answers, file = {}, out / "settings.json"
-    try:
-        recorded = json.loads(file.read_text()) if file.exists() else {}
-        for file in sorted(out.glob("answers*.jsonl")):
-            if not recorded:
-                raise ValueError("there is no settings.json beside it")
-            os.truncate(file, file.read_bytes().rfind(b"\n") + 1)
-            answers |= {a["id"]: a for a in read_jsonl(file)}
-    except (OSError, ValueError, LookupError, TypeError) as e:
-        raise UserError(f"{file} is of no evaluation that can go on ({e}): choose another --out") from None
+    answers, recorded, remedy = {}, {}, "choose another --out"
+    if (out / "settings.json").exists() or any(out.glob("answers*.jsonl")):
+        recorded = read_json(out / "settings.json", remedy, path=Field(str), answers=Field(dict),
+                             verdicts=Field(dict))
+    for file in sorted(out.glob("answers*.jsonl")):
+        os.truncate(file, file.read_bytes().rfind(b"\n") + 1)
+        answers |= {a["id"]: a for a in read_jsonl(file, remedy, id=Field(str))}
     return recorded, answers
 
 
@@ -291,10 +287,8 @@ def check(config: Config):
     for name in ("data", "out"):
         if not getattr(config, name):
             raise UserError(f"--{name} is missing")
-    options.check_numbers(config, "tries threads timeout tp max_sequences page_size")
-    if not config.temperature < math.inf or config.top_p > 1 or not 0 <= config.rate < math.inf:
-        raise UserError(f"temperature {config.temperature} and rate {config.rate} must be finite, rate not "
-                        f"negative, and top_p {config.top_p} at most 1")
+    options.check_numbers(config, "tries threads timeout tp", "max_new_tokens rate", top_p=(0, 1),
+                          temperature=(-100, 100), max_sequences=(1, 2**16), page_size=(1, 2**12))
     try:
         if len(config.prices) not in (0, 2) or not all(0 <= x < math.inf for x in config.prices):
             raise ValueError

@@ -8,9 +8,10 @@ run started from, which its config.json names and --model can replace. Weights a
 checkpoint, or to --dtype.
 """
 
-import argparse
 import json
+import sys
 import warnings
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -21,18 +22,32 @@ import model as qwen
 from data.tokenizer import Tokenizer, copy_files
 from lib import options, weights
 from lib.files import locate
-from lib.options import UserError
+from lib.options import Field, UserError, read_json, shown
+
+DTYPES = ("bfloat16", "float16", "float32")
+
+
+@dataclass
+class Config:
+    source: str = ""  # a run, or one of its checkpoints
+    out: str = ""  # the folder to make
+    dtype: str = ""  # of the weights: bfloat16, float16 or float32; empty: that of the checkpoint
+    model: str = ""  # folder with config.json and tokenizer; empty: what the run started from
 
 
 def export(source: Path, out: Path, dtype: str = "", model_path: str = "") -> Path:
     """Writes the folder; returns the checkpoint that it holds."""
     run, checkpoint = checkpoints.find(source)
-    start = Path(locate(model_path or json.loads((run / "config.json").read_text())["model"]))
+    recorded = read_json(run / "config.json", "give a run", model=Field(str))["model"]
+    start = Path(locate(model_path or recorded))
     config, tokenizer = qwen.read_config(start), Tokenizer(start)
     if out.exists() and any(out.iterdir()):
         raise UserError(f"{out} is not empty: choose another folder")
-    original = json.loads((start / "config.json").read_text())
-    dtype = getattr(torch, dtype or original.get("torch_dtype") or original.get("dtype") or "float32")
+    original = read_json(start / "config.json", "copy it again")
+    dtype = dtype or original.get("torch_dtype") or original.get("dtype") or "float32"
+    if dtype not in DTYPES:
+        raise UserError(f"dtype must be one of {', '.join(DTYPES)}, not {shown(dtype)}: set --dtype")
+    dtype = getattr(torch, dtype)
     with torch.device("meta"):
         model = qwen.Qwen2(config)
     shapes = {name: p.shape for name, p in model.named_parameters()}
@@ -48,21 +63,16 @@ def export(source: Path, out: Path, dtype: str = "", model_path: str = "") -> Pa
     copy_files(start, out)
     generation = {"eos_token_id": tokenizer.eos_ids, "pad_token_id": tokenizer.eos_ids[0]}
     if (start / "generation_config.json").exists():
-        generation |= json.loads((start / "generation_config.json").read_text())
+        generation |= read_json(start / "generation_config.json", "copy it again")
     (out / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
     return checkpoint
 
 
 @options.command
 def main():
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("source", type=Path, metavar="RUN_OR_CHECKPOINT")
-    parser.add_argument("out", type=Path, metavar="OUT")
-    parser.add_argument("--dtype", default="", choices=("", "bfloat16", "float16", "float32"))
-    parser.add_argument("--model", default="", help="folder with config.json and tokenizer")
-    args = parser.parse_args()
-    print(f"{args.out}: the weights of {export(args.source, args.out, args.dtype, args.model)}")
+    config = options.parse(Config, sys.argv[1:], __doc__, "source out")
+    made = export(Path(config.source), Path(config.out), config.dtype, config.model)
+    print(f"{config.out}: the weights of {made}")
 
 
 if __name__ == "__main__":

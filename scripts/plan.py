@@ -10,7 +10,6 @@ and head together are its root.
 """
 
 import inspect
-import math
 import os
 import random
 import sys
@@ -434,10 +433,7 @@ def read(arguments: list[str]) -> tuple[Plan, str]:
     config = train.parse(sum((p for p in pairs if p not in own), []), "The run's:",
                          tuple(Machine.__dataclass_fields__))
     machine = options.parse(Machine, sum(own, []), "")
-    for name in (p[0].strip("-").replace("-", "_") for p in own):
-        if not 0 < getattr(machine, name) < math.inf:
-            raise UserError(f"{name} must be positive and finite, not {getattr(machine, name)}: give what "
-                            "the machine has, or leave it out")
+    options.check_numbers(machine, " ".join(p[0].strip("-").replace("-", "_") for p in own))
     cuda = config.device == "cuda" or config.device == "auto" and (bool(own) or torch.cuda.is_available())
     here = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / GIB
     machine = replace(machine, gpus=machine.gpus or (8 if cuda else 1),

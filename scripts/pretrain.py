@@ -1,16 +1,15 @@
 """Next-token pretraining on JSONL documents: what makes the base of the embedded default.
 
-    torchrun --nproc_per_node=2 -m scripts.pretrain --documents FILE.jsonl --tokenizer FOLDER --out FOLDER
+    torchrun --nproc_per_node=2 -m scripts.pretrain --documents FILE --tokenizer FOLDER --out FOLDER
 
 Documents ({"text": ...}) are tokenised, ended, and packed into rows of one length; attention stays inside a
 document. One epoch, AdamW, linear warm-up and cosine decay. Left out: resume and streaming from disk, which
 small corpora do not need.
 """
 
-import argparse
 import dataclasses
-import json
 import random
+import sys
 import time
 from dataclasses import dataclass
 
@@ -18,8 +17,11 @@ import torch
 
 import model as qwen
 import parallel
+from data.prompts import objects
 from data.tokenizer import Tokenizer, copy_files
 from kernels import linear_logprob
+from lib import options
+from lib.options import Field, UserError, typed
 
 
 @dataclass
@@ -27,20 +29,20 @@ class Config:
     documents: str = "data/tiny/documents.jsonl"  # JSONL with `text`
     tokenizer: str = "data/tiny/base"  # folder with tokenizer.json
     out: str = ""  # folder for the Hugging Face checkpoint
-    hidden_size: int = 128
-    intermediate_size: int = 384
-    num_hidden_layers: int = 4
-    num_attention_heads: int = 4
-    num_key_value_heads: int = 2
-    max_position_embeddings: int = 2048
-    rope_theta: float = 10000.0
-    row_tokens: int = 1024
-    rows_per_step: int = 4  # global
-    lr: float = 3e-3
-    warmup: int = 100  # steps
-    weight_decay: float = 0.1
-    seed: int = 0
-    device: str = "auto"
+    hidden_size: int = 128  # this and the next six are fields of config.json
+    intermediate_size: int = 384  # of an MLP
+    num_hidden_layers: int = 4  # of attention and MLP
+    num_attention_heads: int = 4  # of queries
+    num_key_value_heads: int = 2  # shared by several queries each
+    max_position_embeddings: int = 2048  # tokens of the context
+    rope_theta: float = 10000.0  # base of the angular frequencies
+    row_tokens: int = 1024  # of documents in a row
+    rows_per_step: int = 4  # over all ranks
+    lr: float = 3e-3  # AdamW, linear warm-up and cosine decay to 5 %
+    warmup: int = 100  # steps of linear warm-up
+    weight_decay: float = 0.1  # of matrices
+    seed: int = 0  # of the weights and of the order of documents
+    device: str = "auto"  # auto, cpu or cuda
 
 
 def pack_documents(documents: list[list[int]], row_tokens: int, seed: int) -> list[list[list[int]]]:
@@ -67,12 +69,18 @@ def pack_documents(documents: list[list[int]], row_tokens: int, seed: int) -> li
 
 
 def run(config: Config):
+    options.check_numbers(config, "row_tokens rows_per_step", "lr warmup weight_decay")
+    typed(vars(config), "command line", {k: v for k, v in qwen.FIELDS.items() if k in vars(config)})
+    options.check_choices(config, device=options.DEVICES)
+    if not config.out:
+        raise UserError("--out is missing: give a folder for the checkpoint")
     world = parallel.setup(config.device)
     if config.rows_per_step % world.size:
-        raise ValueError(f"rows_per_step {config.rows_per_step} does not divide by {world.size} ranks")
+        raise UserError(f"rows_per_step {config.rows_per_step} does not divide by {world.size} ranks")
     tokenizer = Tokenizer(config.tokenizer)
-    with open(config.documents) as f:
-        documents = [tokenizer.encode(json.loads(line)["text"]) + [tokenizer.eos_ids[0]] for line in f]
+    documents = [typed(record, f"{config.documents}, line {line}", {"text": Field(str)})["text"]
+                 for line, record in objects(config.documents, "documents")]
+    documents = [tokenizer.encode(text) + [tokenizer.eos_ids[0]] for text in documents]
     rows = pack_documents(documents, config.row_tokens, config.seed)
     steps = len(rows) // config.rows_per_step
     shape = {
@@ -117,14 +125,15 @@ def run(config: Config):
     parallel.save_sharded(model, config.out, world)
     if world.main:
         copy_files(config.tokenizer, config.out)
-    parallel.close()
+
+
+@options.command
+def main():
+    try:
+        run(options.parse(Config, sys.argv[1:], __doc__))
+    finally:
+        parallel.close()
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    for field in dataclasses.fields(Config):
-        parser.add_argument(f"--{field.name}", type=type(field.default), default=field.default)
-    config = Config(**vars(parser.parse_args()))
-    if not config.out:
-        parser.exit(2, "error: --out is missing: give a folder for the checkpoint\n")
-    run(config)
+    main()

@@ -9,15 +9,16 @@ is 1000. Of two results each score is compared record by record. Writes one page
 a browser, and the same numbers as JSON beside it.
 """
 
-import argparse
 import dataclasses
 import json
+import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 from evaluation import elo
 from lib import options
 from lib.files import read_jsonl, replace
-from lib.options import UserError
+from lib.options import UserError, read_json
 from viewer import page
 
 BENCHMARKS = {"longbench_write": ("LongBench-Write", 100),  # title, scale of its scores
@@ -25,13 +26,23 @@ BENCHMARKS = {"longbench_write": ("LongBench-Write", 100),  # title, scale of it
               "arena": ("Arena-Write", 1)}
 KEPT = ("label", "folder", "benchmark", "data", "model", "sampling", "judge", "made", "code")
 
+
+@dataclass
+class Config:
+    results: tuple = ()  # folders of scripts.evaluate
+    out: str = "report.html"  # the page; the JSON stands beside it
+    pin: str = ""  # ratings of players that stay as they are: NAME=RATING,...
+    rounds: int = 1000  # of the bootstrap, for intervals
+    seed: int = 0  # of the bootstrap
+
+
 # ---------------------------------------------------------------------- reading
 
 
 def read(folder: Path) -> dict:
     """A result with its `answers` and `verdicts`. Raises UserError."""
+    result = read_json(folder / "result.json", "give folders that scripts.evaluate has finished")
     try:
-        result = json.loads((folder / "result.json").read_text(encoding="utf-8"))
         result |= {"folder": str(folder)}
         result["answers"] = read_jsonl(folder / "answers.jsonl")
         result["verdicts"] = read_jsonl(folder / "verdicts.jsonl") if result["judge"] else []
@@ -39,7 +50,7 @@ def read(folder: Path) -> dict:
             raise ValueError("answers.jsonl has other records than result.json")
         BENCHMARKS[result["benchmark"]], data_of(result), judge_of(result), result["name"]
         return result
-    except (OSError, ValueError, KeyError, TypeError) as e:
+    except (ValueError, KeyError, TypeError) as e:
         raise UserError(f"{folder} is no result ({type(e).__name__}: {e}): give folders that "
                         "scripts.evaluate has finished") from None
 
@@ -249,23 +260,18 @@ def pins(text: str, groups: dict[str, list[dict]]) -> dict[str, float]:
 
 @options.command
 def main():
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("results", type=Path, nargs="+", metavar="RESULT")
-    parser.add_argument("--out", type=Path, default=Path("report.html"))
-    parser.add_argument("--pin", default="", metavar="NAME=RATING,...")
-    parser.add_argument("--rounds", type=int, default=1000)
-    parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args()
-    if args.out.suffix != ".html":
-        raise UserError(f"--out must end in .html, not be {args.out}: the JSON stands beside it")
-    groups = grouped([read(folder) for folder in args.results])
-    pinned = pins(args.pin, groups)
-    sections = [section(group, pinned, args.rounds, args.seed) for group in groups.values()]
+    config = options.parse(Config, sys.argv[1:], __doc__, "results")
+    options.check_numbers(config, rounds=(0, 10**6))
+    out = Path(config.out)
+    if out.suffix != ".html":
+        raise UserError(f"--out must end in .html, not be {out}: the JSON stands beside it")
+    groups = grouped([read(Path(folder)) for folder in config.results])
+    pinned = pins(config.pin, groups)
+    sections = [section(group, pinned, config.rounds, config.seed) for group in groups.values()]
     readers = [reader(group, part["judged_apart"]) for group, part in zip(groups.values(), sections)]
-    replace(args.out, page.render(sections, readers))
-    replace(args.out.with_suffix(".json"), json.dumps(sections, ensure_ascii=False, indent=1) + "\n")
-    print("\n\n".join([*map(show, sections), f"{args.out}, {args.out.with_suffix('.json')}"]))
+    replace(out, page.render(sections, readers))
+    replace(out.with_suffix(".json"), json.dumps(sections, ensure_ascii=False, indent=1) + "\n")
+    print("\n\n".join([*map(show, sections), f"{out}, {out.with_suffix('.json')}"]))
 
 
 if __name__ == "__main__":

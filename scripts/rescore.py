@@ -10,7 +10,6 @@ the number alone: a reward that reads them cannot be computed here. Writes RUN/r
 JSON line.
 """
 
-import argparse
 import functools
 import importlib.util
 import json
@@ -33,12 +32,23 @@ import rollout
 from data import prompts as prompt_data
 from lib import options, scoring
 from lib.files import ROOT, locate, read_jsonl, replace
-from lib.options import UserError
+from lib.options import Field, UserError
 from sampler import Completion
 from text import structure
 from train import Config, parse
 
 MOST = 10  # samples that are shown
+FIELDS = {"prompt_id": Field(str), "sample": Field(int), "prompt": Field(str), "text": Field(str),
+          "tokens": Field(int, 0), "finish_reason": Field(str), "rewards": Field(dict),
+          "advantage": Field(float)}
+
+
+@dataclass(frozen=True)
+class Options:
+    run: str = ""  # its folder
+    rewards: str = str(ROOT / "rewards.py")  # an edited copy of rewards.py
+    reward: str = ""  # comma-separated names out of its REWARDS; empty: as the run has it
+    steps: str = ":"  # A:B, both included; A:, :B or A
 
 
 @dataclass(frozen=True)
@@ -108,24 +118,18 @@ def choose_steps(folder: Path, steps: str) -> list[Path]:
 
 def read_samples(file: Path, config: Config, prompts: dict) -> tuple[list[dict], list, list]:
     """(records, completions, prompts) of a step, empty if it is still being written. Raises UserError."""
-    try:
-        records = read_jsonl(file)
-        if len(records) < config.prompts_per_step * config.group_size:
-            return [], [], []
-        asked = [prompts.get(r["prompt_id"]) for r in records]
-        for record, prompt in zip(records, asked):
-            if prompt is None or prompt.query not in record["prompt"]:
-                raise UserError(f"{file}: prompt {record['prompt_id']!r} is not, or not like this, in "
-                                f"{config.prompts}: put back the file that the run had")
-        ids = [UnknownTokens(r["tokens"]) for r in records]
-        completions = [Completion(0, r["sample"], n, n, r["text"], r["finish_reason"], config.max_new_tokens)
-                       for r, n in zip(records, ids)]
-        return records, completions, asked
-    except UserError:
-        raise
-    except (OSError, KeyError, TypeError, AttributeError, ValueError) as e:
-        raise UserError(f"{file} cannot be read ({type(e).__name__}: {e}): leave it out with --steps"
-                        ) from None
+    records = read_jsonl(file, "leave it out with --steps", **FIELDS)
+    if len(records) < config.prompts_per_step * config.group_size:
+        return [], [], []
+    asked = [prompts.get(r["prompt_id"]) for r in records]
+    for record, prompt in zip(records, asked):
+        if prompt is None or prompt.query not in record["prompt"]:
+            raise UserError(f"{file}: prompt {record['prompt_id']!r} is not, or not like this, in "
+                            f"{config.prompts}: put back the file that the run had")
+    ids = [UnknownTokens(r["tokens"]) for r in records]
+    completions = [Completion(0, r["sample"], n, n, r["text"], r["finish_reason"], config.max_new_tokens)
+                   for r, n in zip(records, ids)]
+    return records, completions, asked
 
 
 # ---------------------------------------------------------------------- scoring
@@ -266,22 +270,16 @@ def alone():
 
 @options.command
 def main():
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", type=Path, metavar="RUN")
-    parser.add_argument("--rewards", type=Path, default=ROOT / "rewards.py", metavar="FILE")
-    parser.add_argument("--reward", default="", metavar="NAMES")
-    parser.add_argument("--steps", default=":", metavar="A:B")
-    args = parser.parse_args()
-    start = time.perf_counter()
+    args, start = options.parse(Options, sys.argv[1:], __doc__, "run"), time.perf_counter()
+    run, tables = Path(args.run), Path(args.rewards)
     try:
-        config, _ = read_run(args.run)
-        files = choose_steps(args.run, args.steps)
+        config, _ = read_run(run)
+        files = choose_steps(run, args.steps)
         option = args.reward or config.reward
-        chosen = scoring.choose_rewards(option, load_tables(args.rewards))
+        chosen = scoring.choose_rewards(option, load_tables(tables))
         asking = [reward for reward in chosen if reward.needs_model]
         kept = [] if args.reward else [reward.name for reward in asking]
-        step = functools.partial(rescore, args.run, args.rewards, option, kept)
+        step = functools.partial(rescore, run, tables, option, kept)
         if asking and args.reward:
             world = parallel.setup()
             for reward in asking:
@@ -299,7 +297,7 @@ def main():
         result = {"run": str(args.run), "rewards_file": str(args.rewards), "names": [r.name for r in chosen],
                   "steps": len(whole)} | compare(whole, chosen, config)
         result["seconds"] = round(time.perf_counter() - start, 2)
-        replace(args.run / "rescore.json", json.dumps(result, ensure_ascii=False, indent=1) + "\n")
+        replace(run / "rescore.json", json.dumps(result, ensure_ascii=False, indent=1) + "\n")
     finally:
         parallel.close()
     unfinished = f"; {len(steps) - len(whole)} still being written" * (len(steps) > len(whole))

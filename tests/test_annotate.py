@@ -307,7 +307,7 @@ def test_bad_input_gets_one_sentence(tmp_path, monkeypatch, capsys):
             (dict(queries=""), "--queries is missing"), (dict(out=""), "--out is missing"),
             (dict(queries="nowhere.jsonl"), "nowhere.jsonl cannot be read"),
             (dict(queries=parquet), "is a Parquet file"), (dict(tries=0), "tries must be positive, not 0"),
-            (dict(temperature=-1), "temperature -1.0"), (dict(top_p=1.5), "top_p 1.5"),
+            (dict(temperature=-1), "temperature must be"), (dict(top_p=1.5), "top_p must be"),
             (dict(model="ftp://x"), "'ftp://x' is no address"), (dict(model="nowhere"), "nowhere"),
             (dict(model="data/tiny/writing", device="cpu"), "writing is a reward model"),
             (dict(out=theirs), "theirs.jsonl, line 1, is no range by judge, but by None"),

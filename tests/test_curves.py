@@ -73,8 +73,9 @@ def test_what_cannot_be_drawn_is_one_sentence(tmp_path, monkeypatch, capsys):
     broken = run(tmp_path / "broken", [], "{}}\n")
     monkeypatch.chdir(tmp_path)
     other = [run(tmp_path / name, [m]) for name, m in (("list", [1]), ("none", {"reward/length": 1}))]
-    for arguments, part in (((tmp_path / "none",), "none/metrics.jsonl cannot be read"),
-                            *(((folder,), "no object with `step`") for folder in other),
+    for arguments, part in (((tmp_path / "gone",), "gone/metrics.jsonl cannot be read"),
+                            ((other[0],), "list/metrics.jsonl cannot be read at line 1 (it must be a JSON"),
+                            ((other[1],), "none/metrics.jsonl, line 1: step must be a whole number"),
                             ((broken,), "broken/metrics.jsonl cannot be read"),
                             ((one, "--metrics", "lenght"), "they have step, reward/length"),
                             ((one, "--out", tmp_path / "no" / "x.svg"), "No such file"),

@@ -60,13 +60,13 @@ OPTIONS = {  # options: what the sentence must name
     "--wandb maybe": ["wandb", "true or false", "'maybe'"],
     "--steps": ["--steps", "lacks its value"],
     "steps 5": ["'steps'", "--NAME VALUE"],
-    "--config nowhere.json": ["nowhere.json", "cannot be read"],
+    "--config nowhere.json": ["nowhere.json does not exist"],
     "--steps 0": ["steps must be positive", "0"],
-    "--temperature 0": ["temperature must be positive", "0"],
+    "--temperature 0": ["temperature must be at least 0.01, not 0.0"],
     "--micro_batch_tokens -4": ["micro_batch_tokens must be positive", "-4"],
-    "--lr -1": ["lr must not be negative", "-1"],
-    "--lr nan": ["lr must not be negative or infinite", "nan"],
-    "--beta -0.1": ["beta must not be negative", "-0.1"],
+    "--lr -1": ["lr must be at least 0, not -1"],
+    "--lr nan": ["lr must be a number up to 1e18", "nan"],
+    "--beta -0.1": ["beta must be at least 0, not -0.1"],
     "--top_p 0.9": ["top_p must be 1", "0.9", "policy that samples"],
     "--group_size 1": ["group_size", "at least 2", "1"],
     "--updates_per_batch 0": ["updates_per_batch must be positive"],
@@ -111,7 +111,7 @@ def test_an_option_that_cannot_be(options, tmp_path, capsys, monkeypatch):
 
 
 @pytest.mark.parametrize("text, parts", [
-    ('{"steps": }', ["cannot be read"]), ("[1, 2]", ["not a JSON object"]),
+    ('{"steps": }', ["cannot be read"]), ("[1, 2]", ["must be a JSON object"]),
     ('{"step": 3}', ["'step'", "did you mean 'steps'"]), ('{"steps": 2.5}', ["steps", "whole number", "2.5"]),
     ('{"wandb": 1}', ["wandb", "true or false"])])
 def test_a_config_file_that_cannot_be(text, parts, tmp_path, capsys, monkeypatch):
@@ -195,7 +195,7 @@ CHECKPOINTS = {
     "no tokenizer": (lambda f: (f / "tokenizer.json").unlink(), ["tokenizer.json does not exist"]),
     "broken tokenizer": (lambda f: write(f / "tokenizer.json", "{"), ["tokenizer.json cannot be read"]),
     "no end of text": (lambda f: write(f / "tokenizer_config.json", "{}"), ["end-of-text"]),
-    "broken config": (lambda f: write(f / "config.json", "{"), ["config.json is not JSON"]),
+    "broken config": (lambda f: write(f / "config.json", "{"), ["config.json cannot be read"]),
 }
 
 

@@ -2,8 +2,10 @@
 
 import ast
 import dataclasses
+import importlib
 import inspect
 import json
+import math
 import re
 import sys
 from pathlib import Path
@@ -15,6 +17,8 @@ import rewards
 import rollout
 import train
 from data.prompts import TEMPLATES, Prompt, language
+from lib import options
+from lib.files import read_jsonl
 from lib.options import UserError
 from lib.scoring import choose_rewards
 from parallel import World
@@ -188,8 +192,8 @@ def test_a_config_file_that_is_no_json_object_is_an_error_that_names_it(content,
 
 
 def test_a_config_file_that_is_absent_is_an_error_that_names_it(tmp_path):
-    for file in (tmp_path / "absent.json", tmp_path):
-        with pytest.raises(UserError, match="cannot be read") as e:
+    for file, why in ((tmp_path / "absent.json", "does not exist"), (tmp_path, "cannot be read")):
+        with pytest.raises(UserError, match=why) as e:
             parse(["--config", str(file)])
         assert str(file) in str(e.value)
 
@@ -201,6 +205,176 @@ def test_a_config_file_that_is_not_text_is_an_error_that_names_it(tmp_path):
         parse(["--config", str(file)])
 
 
+# ------------------------------------------------------------------------------------------ JSON
+
+FILES = {  # what stands in a JSON file: what is said of it
+    "": "Expecting value", "{": "Expecting property name", '{"a": 1} x': "Extra data",
+    "[1]": "must be a JSON object",
+    "null": "must be a JSON object", '{"a": NaN}': "NaN is no finite number",
+    '{"a": -Infinity}': "-Infinity is no finite number", '{"a": 1e999}': "1e999 is no finite number",
+    '{"a": %s}' % ("9" * 5000): "5000 digits", '{"a": %s' % ("[" * 100_000): "nested too deeply",
+    b"\xff\xfe{\0}\0": "codec can't decode", b"\x80\x81": "codec can't decode",
+    b'{"a": "\xe9"}': "codec can't decode"}
+
+
+@pytest.mark.parametrize("content", FILES, ids=range(len(FILES)))
+def test_a_json_file_that_is_none_is_one_sentence(content, tmp_path, monkeypatch):
+    file = tmp_path / "x.json"
+    file.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(UserError) as e:
+        options.read_json(file, "copy it again")
+    assert str(e.value).startswith(f"{file} cannot be read (") and str(e.value).endswith("): copy it again")
+    assert FILES[content] in str(e.value) and len(str(e.value)) < 400 and "\n" not in str(e.value)
+
+
+def test_a_json_file_that_is_missing_a_folder_or_too_large(tmp_path, monkeypatch):
+    monkeypatch.setattr(options, "FILE_BYTES", 20)
+    file = tmp_path / "x.json"
+    file.write_bytes(b'\xef\xbb\xbf{"a": "' + b"x" * 8 + b'"}')  # 20 bytes
+    assert options.read_json(file, "") == {"a": "x" * 8}
+    file.write_bytes(b'{"a": "' + b"x" * 12 + b'"}')
+    for path, why in ((file, "cannot be read (more than 20 bytes)"),
+                      (tmp_path, "cannot be read (Is a directory)"),
+                      (tmp_path / "gone", "does not exist"), (file / "x", "cannot be read (Not a directory)"),
+                      (tmp_path / ("x" * 300), "cannot be read (File name too long)"),
+                      (f"{file}\0", "cannot be read (embedded null byte)")):
+        with pytest.raises(UserError) as e:
+            options.read_json(path, "copy it")
+        assert str(e.value) == f"{path} {why}: copy it"
+
+
+FIELD = options.Field
+VALUES = [  # field, value: what it becomes, or what is said
+    (FIELD(int, 1, 9), 1, 1), (FIELD(int, 1, 9), 9, 9),
+    (FIELD(int, 1, 9), 0, "a whole number of at most 18 digits from 1 to 9, not 0"),
+    (FIELD(int, 1, 9), 10, "not 10"), (FIELD(int, 1, 9), 1.0, "not 1.0"), (FIELD(int, 1, 9), "3", "not '3'"),
+    (FIELD(int, 0, 9), True, "not True"), (FIELD(int), None, "not None"), (FIELD(int, default=4), None, 4),
+    (FIELD(int), [1], "not [1]"), (FIELD(int), 10**18, 10**18), (FIELD(int), 10**18 + 1, "at most 18 digits"),
+    (FIELD(int), 10**400, "(401 characters)"), (FIELD(float, 0, 1), 1, 1.0),
+    (FIELD(float, 0, 1), 10**400, "(401 characters)"), (FIELD(float, 0, 1), False, "not False"),
+    (FIELD(float), math.nan, "not nan"), (FIELD(float), math.inf, "not inf"),
+    (FIELD(float, 1e-3, 1), 0.0, "from 0.001 to 1, not 0.0"), (FIELD(str), "a\0", "a\0"),
+    (FIELD(str), 3, "a string, not 3"), (FIELD(bool), 1, "true or false, not 1"),
+    (FIELD(bool, default=False), None, False), (FIELD(bool), "true", "not 'true'"),
+    (FIELD(dict), [], "an object, not []"), (FIELD(list), {}, "a list, not {}"),
+    (FIELD(dict), {"a": 1}, {"a": 1})]
+
+
+@pytest.mark.parametrize("field, value, expected", VALUES, ids=range(len(VALUES)))
+def test_a_field_has_its_type_and_range_or_is_refused_by_file_name_and_value(field, value, expected):
+    for raw in [{"size": value}] + [{}] * (value is None):
+        if isinstance(expected, str) and expected != value:
+            with pytest.raises(UserError) as e:
+                options.typed(raw, "x.json", {"size": field})
+            assert str(e.value).startswith("x.json: size must be ") and expected in str(e.value)
+        else:
+            (got,) = options.typed(raw, "x.json", {"size": field}).values()
+            assert got == expected and type(got) is type(expected)
+
+
+@pytest.mark.parametrize("content, part", [
+    ("\n", "at line 1 (Expecting value"), ('{"a": 1}\n[1]\n', "at line 2 (it must be a JSON"),
+    ('{"a": 1}\n{"a": "x"}\n', ", line 2: a must be a whole"), ('{"a": NaN}\n', "NaN is no finite"),
+    ("{}\n", ", line 1: a must be a whole"),
+    (b"\xff\n", "codec can't decode")])
+def test_records_that_cannot_be_are_named_by_line(content, part, tmp_path):
+    file = tmp_path / "m.jsonl"
+    file.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(UserError) as e:
+        read_jsonl(file, "remove it", a=FIELD(int))
+    assert str(file) in str(e.value) and part in str(e.value)
+    file.write_text('{"a": 1}\n{"a": ')
+    assert read_jsonl(file, a=FIELD(int)) == [{"a": 1}], "without the line that is being written"
+
+
+# ------------------------------------------------------------------------------------------ odd values
+
+
+@pytest.mark.parametrize("name, value", [
+    ("model", "a\0b"), ("prompts", "\ud800"), ("stop", "\udcff"), ("steps", "9" * 5000), ("steps", "1" * 400),
+    ("lr", "1" * 400), ("lr", "inf"), ("temperature", "nan"), ("timeout", "1e14"), ("seed", str(10**19)),
+    ("loss", "\0"), ("wandb", "\ud800")])
+def test_an_odd_value_is_refused_in_a_short_line(name, value, tmp_path):
+    for arguments in ([f"--{name}", value], ["--config", config_file(tmp_path, {name: value})]):
+        with pytest.raises(UserError) as e:
+            parse(arguments)
+        assert name in str(e.value) and len(str(e.value)) < 300
+        str(e.value).encode()
+
+
+@pytest.mark.parametrize("name", [
+    name for name, field in FIELDS.items() if field.type in (int, float) and name != "seed"])
+def test_every_number_has_a_finite_range(name):
+    for value in (10**12, 10**400, float("inf"), float("nan"), -10**12):
+        assert name in refused(ranks=1, **{name: value})
+
+
+@pytest.mark.parametrize("name", options.TORCHRUN)
+@pytest.mark.parametrize("value", ["abc", "", "-1", "65536", "1.5", " 1", "9" * 5000])
+def test_torchruns_variables_must_be_numbers(name, value, monkeypatch, capsys):
+    monkeypatch.setenv(name, value)
+    with pytest.raises(SystemExit) as e:
+        options.command(lambda: None)()
+    (line,) = capsys.readouterr().err.splitlines()
+    assert e.value.code == 2 and line.startswith(f"error: environment: {name} must be a whole number")
+    monkeypatch.setenv(name, "3")
+    assert options.environment()[name] == 3
+
+
+def test_line_breaks_of_a_value_do_not_break_the_line(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["train.py", "--model", "a\nb", "--device", "cpu"])
+    with pytest.raises(SystemExit):
+        train.main()
+    assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+# ------------------------------------------------------------------------------------------ positional
+
+
+@dataclasses.dataclass
+class Files:
+    first: str = ""  # one file
+    # others
+    rest: tuple = ()  # more files
+
+    size: int = 3  # of them, which a sentence of so many words says that it must be wrapped somewhere
+
+
+@pytest.mark.parametrize("arguments, expected", [
+    (["a", "b"], Files("a", ("b",))), (["a", "--size", "4", "b", "c"], Files("a", ("b", "c"), 4)),
+    (["--size=4", "a", "b", "--size=5", "c"], Files("a", ("b", "c"), 5)),
+    (["a", "b=c"], Files("a", ("b=c",)))])
+def test_values_without_names_go_to_the_positional_fields(arguments, expected):
+    assert options.parse(Files, arguments, "", "first rest") == expected
+
+
+@pytest.mark.parametrize("arguments, part", [
+    ([], "FIRST is missing"), (["a"], "REST is missing"), (["a", "\0"], "rest must be UTF-8"),
+    (["a", "-b"], "no option"),
+    (["--size", "3"], "FIRST is missing")])
+def test_positional_fields_must_be_given(arguments, part):
+    with pytest.raises(UserError, match=part):
+        options.parse(Files, arguments, "", "first rest")
+
+
+def test_help_shows_positional_fields_groups_and_wrapped_lines():
+    shown = options.help_text(Files, "About.", "first rest").splitlines()
+    assert shown[3:6] == ["  FIRST                   str    one file ['']", "others",
+                          "  REST                    tuple  more files [()]"]
+    assert shown[6] == "" and len(shown) == 9 and shown[8] == " " * 33 + "wrapped somewhere [3]"
+
+
+@pytest.mark.parametrize("script", sorted(f.stem for f in (ROOT / "scripts").glob("[a-z]*.py")) + ["train"])
+def test_help_of_every_command_fits_a_hundred_columns(script, monkeypatch, capsys):
+    module = train if script == "train" else importlib.import_module(f"scripts.{script}")
+    monkeypatch.setattr(sys, "argv", [script, "--help"])
+    with pytest.raises(SystemExit) as e:
+        module.main()
+    lines = capsys.readouterr().out.splitlines()
+    assert e.value.code == 0 and "Options, with their defaults:" in lines
+    assert [line for line in lines if len(line) > 100] == []
+
+
 # ------------------------------------------------------------------------------------------ help
 
 
@@ -210,7 +384,7 @@ def test_help_lists_every_option_with_its_comment_and_default(flag, capsys):
     with pytest.raises(SystemExit) as e:
         parse(flag)
     assert e.value.code == 0
-    shown = capsys.readouterr().out.splitlines()
+    shown = re.sub(r"\n {33}", " ", capsys.readouterr().out).splitlines()  # of wrapped lines
     source = inspect.getsource(Config).splitlines()
     for name, field in FIELDS.items():
         (line,) = [x for x in source if re.match(rf"    {name}: ", x)]
@@ -264,15 +438,16 @@ def test_the_default_config_is_allowed():
     "max_sequences", "page_size", "eval_every", "save_every", "keep_checkpoints"])
 def test_what_must_be_positive_may_not_be_zero_negative_or_nan(name):
     for value in (0, -1, float("nan")):
-        assert f"{name} must be positive, not {value}" in refused(**{name: value})
+        assert re.search(rf"{name} must be (positive|at least [0.1]+), not {value}", refused(**{name: value}))
+    assert f"{name} must be at most" in refused(**{name: 10**12})
     allowed(ranks=1, **{name: 1})
 
 
 @pytest.mark.parametrize("name", ["lr", "warmup", "weight_decay", "eps_low", "eps_high", "std_floor"])
 def test_what_may_be_zero_may_not_be_negative_or_nan(name):
     for value in (-1, -1e-9, float("nan")):
-        message = refused(**{name: value})
-        assert name in message and str(value) in message and "negative" in message
+        assert f"{name} must be at least 0, not {value}" in refused(**{name: value})
+    assert f"{name} must be at most 1,000,000,000, not inf" in refused(**{name: float("inf")})
     allowed(**{name: 0})
 
 

@@ -190,9 +190,9 @@ def test_a_query_stands_in_its_prompt_exactly_as_it_was_written(style, query):
     ('{"query": "a", "range": [1, null]}', "[1, None]"), ('{"query": "a", "range": 7}', "7"),
     ('{"query": "a", "length_range": {"lo": 1}}', "length_range"), ('{"query": "a", "length": 0}', "length"),
     ('{"query": "a", "length": -5}', "-5"), ('{"query": "a", "length": "90"}', "'90'"),
-    ('{"query": "a", "length": true}', "True"), ('{"query": "a", "length": NaN}', "nan"),
+    ('{"query": "a", "length": true}', "True"), ('{"query": "a", "length": NaN}', "NaN"),
     ('{"query": "a", "id": "\\ud800"}', "surrogates"),
-    ('{"query": "a", "length": Infinity}', "inf"), ('{"query": "a", "id": "first"}', "first")])
+    ('{"query": "a", "length": Infinity}', "Infinity"), ('{"query": "a", "id": "first"}', "first")])
 def test_a_malformed_line_is_an_error_that_names_file_line_and_value(line, part, tmp_path):
     file = written(tmp_path, {"query": "fine", "id": "first"}, line, {"query": "fine too"})
     with pytest.raises(UserError) as e:

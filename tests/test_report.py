@@ -167,8 +167,8 @@ def test_what_cannot_be_reported_is_one_sentence(tmp_path, monkeypatch, capsys):
         f.write('{"id": "new"}\n')
     broken = result(tmp_path / "broken")
     (broken / "result.json").write_text("[]")
-    for arguments, part in (((tmp_path / "none",), "none is no result (FileNotFoundError"),
-                            ((broken,), "broken is no result"),
+    for arguments, part in (((tmp_path / "none",), "none/result.json does not exist: give folders"),
+                            ((broken,), "broken/result.json cannot be read (it must be a JSON object)"),
                             ((half,), "half is no result (ValueError: answers.jsonl has other records"),
                             ((a, other), "are of different data"), ((a, a), "a folder is given twice"),
                             ((a, "--pin", "human=1000"), "'human' plays no game"),

@@ -70,7 +70,7 @@ def test_a_record_gives_its_pairs(case, tmp_path):
     ({**ASKED, "chosen": "\ud800", "rejected": "b"}, "surrogates"),
     ({**ASKED, "responses": ["a", "b"]}, "needs a number under one of score,"),
     ({**ASKED, "responses": ["a", "b"], "scores": [1]}, "2 responses, but 1 scores"),
-    ({**ASKED, "responses": [{"score": 1}, {"text": "b", "score": math.nan}]}, "not nan"),
+    ({**ASKED, "responses": [{"score": 1}, {"text": "b", "score": math.nan}]}, "NaN is no finite number"),
 ])  # fmt: skip
 def test_a_record_that_is_none_is_named_by_file_and_line(record, said, tmp_path):
     path = write(tmp_path / "pairs.jsonl", [RECORDS["plain"][0], record])
@@ -225,7 +225,7 @@ def test_a_pretrained_folder_is_complete(tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("options, said", [
-    (["--lr", "-1"], "lr must not be negative"), (["--dtype", "half"], "dtype must be one of"),
+    (["--lr", "-1"], "lr must be at least 0, not -1.0"), (["--dtype", "half"], "dtype must be one of"),
     (["--out", "data/tiny/base"], "out data/tiny/base is the folder of `model`"),
     (["--model", "nowhere"], "nowhere/config.json does not exist"), (["--pairs", "nowhere"],
                                                                      "nowhere cannot"),
