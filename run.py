@@ -242,8 +242,9 @@ class Clock:
     """Seconds by phase of a step, and where the run is. `save` keeps the time of the last checkpoint.
     begun: when the process and each of its steps began."""
     def __init__(self):
-        self.step, self.phase, self.seconds, self.begun = 0, "start", {"save": 0.0}, []
+        self.seconds, self.begun = {"save": 0.0}, []
         self.begin(0)
+        self.phase = "start"
 
     def begin(self, step: int):
         self.step, self.phase = step, "log"  # whatever is no phase of its own

@@ -10,6 +10,7 @@ need.
 import faulthandler
 import math
 import os
+import re
 import signal
 import sys
 from dataclasses import dataclass
@@ -363,6 +364,8 @@ def train(config: Config, clock: run.Clock | None = None, watch: Watch | None = 
                 saver.save(step)
             evaluate(step)
     except (Stopped, RewardError) as e:  # weights are those of the last step in the log
+        if watch:
+            watch.noticed = True
         if done > saver.saved and not skipped:
             saver.save(done)
         if isinstance(e, Stopped):
@@ -372,24 +375,38 @@ def train(config: Config, clock: run.Clock | None = None, watch: Watch | None = 
     log.finish()
 
 
+def failure(e: Exception, clock: run.Clock) -> str:
+    """A sentence for a rank that has lost the others or is out of memory; empty for any other error."""
+    what = parallel.peer_failure(e)
+    if isinstance(e, RuntimeError) and re.search("out ?of ?memory|can't allocate memory", repr(e), re.I):
+        what = "is out of memory: " + (
+            "lower max_sequences" if clock.phase == "sample" else
+            "set offload_optimizer or offload_reward_model, or take more GPUs"
+            if clock.phase in ("start", "publish", "save", "log") else
+            "set recompute, offload_activations or offload_optimizer; or, in a new run_dir, lower "
+            "micro_batch_tokens")
+    where = f"rank {os.environ.get('RANK', 0)} in phase {clock.phase!r} of step {clock.step}"
+    return what and f"{where} {what}; the same command goes on from the last checkpoint"
+
+
 @options.command
 def main():
-    clock, watch, rank = run.Clock(), Watch(), os.environ.get("RANK", "0")
+    clock, watch = run.Clock(), Watch()
     faulthandler.enable(sys.__stderr__)  # where NCCL's watchdog ends a process, it says in which line
     try:
         train(parse(sys.argv[1:]), clock, watch)
     except Stopped:
         pass
-    except RuntimeError as e:
-        if not (reason := parallel.peer_failure(e)):
-            raise
-        print(f"error: rank {rank} in phase {clock.phase!r} of step {clock.step} has lost the others "
-              f"({reason}): see what they said; the same command goes on from the last checkpoint",
-              file=sys.stderr, flush=True)
-        os._exit(1)  # nobody is left to say goodbye to
+    except Exception as e:
+        sentence = failure(e, clock)
+        first = watch.end(why := sentence or f"{type(e).__name__}: {e}")
+        if not first or not parallel.peer_failure(e) and why not in first:  # or another rank says it all
+            if not sentence:
+                raise
+            print(f"error: {sentence}", file=sys.stderr, flush=True)
+        os._exit(2 if isinstance(e, (UserError, OSError)) else 1)
     finally:
         watch.close()
-        parallel.close()
 
 
 if __name__ == "__main__":
