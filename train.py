@@ -375,35 +375,35 @@ def train(config: Config, clock: run.Clock | None = None, watch: Watch | None = 
     log.finish()
 
 
-def failure(e: Exception, clock: run.Clock) -> str:
-    """A sentence for a rank that has lost the others or is out of memory; empty for any other error."""
-    what = parallel.peer_failure(e)
+ROOM = {"sample": "lower max_sequences",
+        "start": "set offload_optimizer or offload_reward_model, or take more GPUs",
+        "": "set recompute, offload_activations or offload_optimizer, or lower micro_batch_tokens in a new run"}
+
+
+def failure(e: Exception, phase: str) -> str:
+    """What has happened to a rank that has lost the others or is out of memory; empty for any other error."""
     if isinstance(e, RuntimeError) and re.search("out ?of ?memory|can't allocate memory", repr(e), re.I):
-        what = "is out of memory: " + (
-            "lower max_sequences" if clock.phase == "sample" else
-            "set offload_optimizer or offload_reward_model, or take more GPUs"
-            if clock.phase in ("start", "publish", "save", "log") else
-            "set recompute, offload_activations or offload_optimizer; or, in a new run_dir, lower "
-            "micro_batch_tokens")
-    where = f"rank {os.environ.get('RANK', 0)} in phase {clock.phase!r} of step {clock.step}"
-    return what and f"{where} {what}; the same command goes on from the last checkpoint"
+        return f"is out of memory: {ROOM.get(phase, ROOM[''])}"
+    return parallel.peer_failure(e)
 
 
 @options.command
 def main():
-    clock, watch = run.Clock(), Watch()
+    clock, watch, rank = run.Clock(), Watch(), os.environ.get("RANK", "0")
     faulthandler.enable(sys.__stderr__)  # where NCCL's watchdog ends a process, it says in which line
     try:
         train(parse(sys.argv[1:]), clock, watch)
     except Stopped:
         pass
     except Exception as e:
-        sentence = failure(e, clock)
-        first = watch.end(why := sentence or f"{type(e).__name__}: {e}")
+        what = failure(e, clock.phase)
+        why = f"it {what}" if what else f"{type(e).__name__}: {e}".splitlines()[0]
+        first = watch.end(why)
         if not first or not parallel.peer_failure(e) and why not in first:  # or another rank says it all
-            if not sentence:
+            if not what:
                 raise
-            print(f"error: {sentence}", file=sys.stderr, flush=True)
+            print(f"error: rank {rank} in phase {clock.phase!r} of step {clock.step} {what}; the same "
+                  "command goes on from the last checkpoint", file=sys.stderr, flush=True)
         os._exit(2 if isinstance(e, (UserError, OSError)) else 1)
     finally:
         watch.close()

@@ -34,9 +34,8 @@ if "TORCHELASTIC_RUN_ID" in os.environ:
 
 class Watch:
     """Shares with the other ranks, in a thread of its own, what the main thread cannot while it is inside a
-    collective: SIGNALS, which go into `stopping`, and errors. Where a rank has ended with an error, or does
-    not answer a signal because it was killed, this process ends: NCCL would wait for the dead. So it does
-    after Ctrl-C for the second time."""
+    collective: SIGNALS, which go into `stopping`, and errors. The process ends where another rank has ended
+    with an error, or does not answer a signal: NCCL would wait for the dead. Or with the second Ctrl-C."""
     def __init__(self):
         self.stopping, self.store, self.rank, self.size = [], None, 0, 1
         self.first = self.error = ""  # which rank has ended first, and why; how this one has ended
@@ -67,7 +66,7 @@ class Watch:
             self.stopping += [number for number in heard if number in SIGNALS]
             limit = min(limit, time.monotonic() + LIMIT) if self.stopping else limit
             try:
-                complete = complete or bool(self.store) and self.exchange()
+                complete |= bool(self.store) and self.exchange()
             except RuntimeError:  # whoever holds it is gone: the next collective will say so
                 self.store = None
             if time.monotonic() > limit and not complete:
@@ -80,8 +79,7 @@ class Watch:
                     os._exit(1)
 
     def exchange(self) -> bool:
-        """Tells the other ranks what this one knows, and asks for what they do. True if all have answered a
-        signal: they live, and nobody waits in vain."""
+        """Tells the other ranks what this one knows, and asks them. True if all have answered a signal."""
         if self.error or self.store.check(["error"]):
             self.first = self.store.compare_set("error", "", self.error).decode()
         if not self.stopping and self.store.check(["stop"]):
