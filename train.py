@@ -377,7 +377,7 @@ def train(config: Config, clock: run.Clock | None = None, watch: Watch | None = 
 
 ROOM = {"sample": "lower max_sequences",
         "start": "set offload_optimizer or offload_reward_model, or take more GPUs",
-        "": "set recompute, offload_activations or offload_optimizer, or lower micro_batch_tokens in a new run"}
+        "": "set recompute or offload_..., or lower micro_batch_tokens in a new run"}  # in any other phase
 
 
 def failure(e: Exception, phase: str) -> str:
