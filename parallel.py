@@ -6,13 +6,13 @@ Gradients are *summed* over ranks, never averaged: every loss divides by a globa
 different numbers of tokens. No process ever holds a whole model but the sampler's.
 """
 
+import atexit
 import itertools
 import math
 import os
 import re
 import signal
 import time
-import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -65,8 +65,8 @@ class World:
 
 def restart_prefix() -> str:
     """A name of this start of the processes. torchrun keeps one store for all of its restarts, and what the
-    processes before have left in it sends these to addresses where nobody answers. Raises UserError where
-    the nodes cannot know how often it was."""
+    processes before have left in it sends these to addresses where nobody answers; nor may an orphan of an
+    earlier torchrun at this port join. Raises UserError where the nodes cannot know how often it was."""
     environment = os.environ.get
     several_nodes = environment("GROUP_WORLD_SIZE", "1") != "1"
     shared = environment("TORCHELASTIC_USE_AGENT_STORE") == "True"
@@ -74,7 +74,8 @@ def restart_prefix() -> str:
         raise UserError("restarts on several nodes need a store of their own each time: export "
                         "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 for torchrun on every node, with "
                         "--rdzv_backend=c10d; or leave --max-restarts out")
-    return "" if several_nodes else environment("TORCHELASTIC_RESTART_COUNT", "0")
+    logs = os.path.dirname(os.path.dirname(environment("TORCHELASTIC_ERROR_FILE", "")))  # of this torchrun
+    return "" if several_nodes else environment("TORCHELASTIC_RESTART_COUNT", "0") + logs
 
 
 def setup(device: str = "auto", timeout: int = 1800, watch: Watch | None = None, replicate: int = 1) -> World:
@@ -113,14 +114,13 @@ def setup(device: str = "auto", timeout: int = 1800, watch: Watch | None = None,
                 store, rank, size = next(dist.rendezvous("env://", timeout=limit))
                 store = dist.PrefixStore(restart_prefix(), store)
             dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=limit)
+            atexit.register(close)  # not where a rank of several fails: it would wait for the others
         except (dist.DistError, ValueError) as e:
             address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
             raise UserError(f"cannot join the process group at {address} ({str(e).splitlines()[0]}): choose "
                             "another --master_port, or let torchrun do it with --standalone") from None
-        if watch:  # torchrun's store may outlive a restart: a key that only these processes know
-            key = [uuid.uuid4().hex]
-            dist.broadcast_object_list(key, src=0)
-            watch.start(store, key[0])
+        if watch:
+            watch.start(store.clone(), rank, size)
     stopping = watch.stopping if watch else []
     return World(dist.get_rank(), dist.get_world_size(), local, limit, stopping, replicate)
 
@@ -384,10 +384,11 @@ def check_stop(world: World):
 
 
 def peer_failure(e: BaseException) -> str:
-    """What a collective says that has waited too long or has lost a rank; empty for any other exception."""
-    if not isinstance(e, dist.DistError) and "gloo/" not in str(e):
+    """What to say of a collective that has waited too long or has lost a rank; empty for any other error."""
+    if not isinstance(e, dist.DistError) and not (isinstance(e, RuntimeError) and "gloo/" in str(e)):
         return ""
-    return re.sub(r"^\[.*?\] ", "", str(e).splitlines()[0]).split(". ")[0]
+    reason = re.sub(r"^\[.*?\] ", "", str(e).splitlines()[0]).split(". ")[0]
+    return f"has lost the others ({reason}): see what they said"
 
 
 def clip_grad_(model: Qwen2, max_norm: float) -> float:

@@ -268,8 +268,9 @@ class Clock:
     """Seconds spent in each phase of a step, and the current step and phase. `save` keeps the time of the
     last checkpoint. begun: start times of the process and of its steps."""
     def __init__(self):
-        self.step, self.phase, self.seconds, self.begun = 0, "start", {"save": 0.0}, []
+        self.seconds, self.begun = {"save": 0.0}, []
         self.begin(0)
+        self.phase = "start"
 
     def begin(self, step: int):
         self.step, self.phase = step, "log"  # everything outside the phases below

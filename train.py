@@ -10,6 +10,7 @@ need.
 import faulthandler
 import math
 import os
+import re
 import signal
 import sys
 from dataclasses import dataclass
@@ -363,6 +364,8 @@ def train(config: Config, clock: run.Clock | None = None, watch: Watch | None = 
                 saver.save(step)
             evaluate(step)
     except (Stopped, RewardError) as e:  # weights are those of the last step in the log
+        if watch:
+            watch.noticed = True
         if done > saver.saved and not skipped:
             saver.save(done)
         log.reward_error(getattr(e, "details", ""))
@@ -373,6 +376,18 @@ def train(config: Config, clock: run.Clock | None = None, watch: Watch | None = 
     log.finish()
 
 
+ROOM = {"sample": "lower max_sequences",
+        "start": "set offload_optimizer or offload_reward_model, or take more GPUs",
+        "": "set recompute or offload_..., or lower micro_batch_tokens in a new run"}  # in any other phase
+
+
+def failure(e: Exception, phase: str) -> str:
+    """What has happened to a rank that has lost the others or is out of memory; empty for any other error."""
+    if isinstance(e, RuntimeError) and re.search("out ?of ?memory|can't allocate memory", repr(e), re.I):
+        return f"is out of memory: {ROOM.get(phase, ROOM[''])}"
+    return parallel.peer_failure(e)
+
+
 @options.command
 def main():
     clock, watch, rank = run.Clock(), Watch(), os.environ.get("RANK", "0")
@@ -381,16 +396,18 @@ def main():
         train(parse(sys.argv[1:]), clock, watch)
     except Stopped:
         pass
-    except RuntimeError as e:
-        if not (reason := parallel.peer_failure(e)):
-            raise
-        print(f"error: rank {rank} in phase {clock.phase!r} of step {clock.step} has lost the others "
-              f"({reason}): see what they said; the same command goes on from the last checkpoint",
-              file=sys.stderr, flush=True)
-        os._exit(1)  # nobody is left to say goodbye to
+    except Exception as e:
+        what = failure(e, clock.phase)
+        why = f"it {what}" if what else f"{type(e).__name__}: {e}".splitlines()[0]
+        first = watch.end(why)
+        if not first or not parallel.peer_failure(e) and why not in first:  # or another rank says it all
+            if not what:
+                raise
+            print(f"error: rank {rank} in phase {clock.phase!r} of step {clock.step} {what}; the same "
+                  "command goes on from the last checkpoint", file=sys.stderr, flush=True)
+        os._exit(2 if isinstance(e, (UserError, OSError)) else 1)
     finally:
         watch.close()
-        parallel.close()
 
 
 if __name__ == "__main__":

@@ -1,11 +1,15 @@
 """Does a run survive? It is killed again and again; its end is compared with one that nobody disturbed.
 
-    python -m bench.chaos [kills | nodes] [--number 30] [--seed 0]
+    python -m bench.chaos [kills | deaths | nodes] [--number 30] [--seed 0]
 
 kills: a signal at a random moment (a step of the sampler, a reward, a backward, a checkpoint's files, its
     rename, any time), `--number` times: kill -9 of one of two ranks, after which torchrun starts both again,
     or of torchrun; SIGINT or SIGHUP to either. Where torchrun has ended, no rank may be left after 15 s, and
     the same command is given again.
+deaths: as with NCCL, a rank that has lost another waits for it and never returns. One of two ranks raises an
+    exception, is out of memory, is killed, told to stop, or torchrun is killed while its ranks start; with a
+    static or a c10d rendezvous at a fixed port. Every process must be gone 15 s later, the cause be said, and
+    the same command, given at once, go on.
 nodes: two torchrun agents with two ranks each and a replica of the weights (HSDP) on each; the one that does
     not host the rendezvous is killed with its ranks in the middle of a step, and started again.
 
@@ -13,6 +17,7 @@ Runs the embedded default on small settings, in a temporary folder. Ends with on
 """
 
 import argparse
+import ctypes
 import importlib
 import json
 import os
@@ -45,8 +50,9 @@ MOMENTS = {  # what is called then, and its calls in two to four steps of SMALL 
 }
 
 
-def strike(moment: str, nth: int, sign: int = signal.SIGKILL, pid: int = 0):
-    """This process sends itself, or another, a signal at the nth call of what happens at this moment."""
+def strike(moment: str, nth: int, sign: int | Exception = signal.SIGKILL, pid: int = 0):
+    """This process sends itself, or another, a signal at the nth call of what happens at this moment, or
+    raises an exception there. The file CHAOS_STRUCK is made then."""
     path, name = MOMENTS[moment][0].rsplit(".", 1)
     try:
         owner = importlib.import_module(path)
@@ -57,10 +63,47 @@ def strike(moment: str, nth: int, sign: int = signal.SIGKILL, pid: int = 0):
     def fatal(*args, **kwargs):
         calls.append(1)
         if len(calls) == nth:
+            Path(os.environ.get("CHAOS_STRUCK", os.devnull)).touch()
+            if isinstance(sign, Exception):
+                raise sign
             os.kill(pid or os.getpid(), sign)
         return real(*args, **kwargs)
 
     setattr(owner, name, fatal)
+
+
+def as_nccl():
+    """Where gloo says at once that a rank is gone, this process waits in C for ever, whatever the signal."""
+    import parallel
+    real = parallel.peer_failure
+
+    def peer_failure(e: BaseException) -> str:
+        while real(e):
+            ctypes.CDLL(None).pause()
+        return ""
+
+    parallel.peer_failure = peer_failure
+
+
+DEATHS = {  # how, and what is on the screen then
+    "raises": (KeyError("ours"), "KeyError: 'ours'"),
+    "out of memory": (RuntimeError("CUDA out of memory"), " is out of memory: "),
+    "SIGKILL": (signal.SIGKILL, "error: a rank was killed: "),
+    "SIGTERM": (signal.SIGTERM, ""),
+    "torchrun SIGKILL": (None, ""),
+    "nothing": (None, ""),
+}
+
+
+def victim():
+    """A rank of `deaths`: train.py, with the death that CHAOS_DEATH describes."""
+    import train
+
+    as_nccl()
+    rank, how, moment, nth = json.loads(os.environ["CHAOS_DEATH"])
+    if int(os.environ["RANK"]) == rank and DEATHS[how][0] is not None:
+        strike(moment, nth, DEATHS[how][0])
+    train.main()
 
 
 def worker():
@@ -143,6 +186,55 @@ def kills(folder: Path, number: int, seed: int) -> dict:
             "differ": differences(folder / "calm", folder / "wild") if code == 0 else lines[-60:]}
 
 
+def deaths(folder: Path, number: int, seed: int) -> dict:
+    rng, port, start = random.Random(seed), free_port(), time.time()
+    launches = {
+        "static": ["--rdzv_backend=static", "--nnodes=1", "--master_addr=127.0.0.1", f"--master_port={port}"],
+        "c10d": ["--rdzv_backend=c10d", "--nnodes=1", f"--rdzv_endpoint=127.0.0.1:{port}", "--rdzv_id=chaos"]}
+    long = [*SMALL, "--steps", str(number), "--save_every", "1"]
+    calm = torchrun("--standalone", "--nproc_per_node=2", "train.py", *long, "--run_dir",
+                    str(folder / "calm_deaths"), log=folder / "calm.log")
+    assert calm.wait() == 0, (folder / "calm.log").read_text()
+    run, counts, slowest, late, orphans = folder / "deaths", Counter(), 0.0, [], {}
+    for trial in range(number + 1):
+        how = rng.choice([*DEATHS][:-1]) if trial < number else "nothing"
+        moment, launch, rank = rng.choice([*MOMENTS]), rng.choice([*launches]), rng.randrange(2)
+        rank = 0 if moment == "rename" else rank
+        death = [rank, how, moment, rng.randint(1, MOMENTS[moment][1] // 2)]
+        struck, log = folder / f"struck_{trial}", folder / f"deaths_{trial}.log"
+        agent = torchrun(*launches[launch], "--nproc_per_node=2", "-m", "bench.chaos", "victim", *long,
+                         "--run_dir", str(run), log=log, CHAOS_DEATH=json.dumps(death),
+                         CHAOS_STRUCK=str(struck))
+        while gone_by := {pid: t for pid, t in orphans.items() if Path(f"/proc/{pid}").exists()}:
+            assert time.time() < max(gone_by.values()), (trial, gone_by)  # of the torchrun before
+            time.sleep(0.1)
+        if how == "torchrun SIGKILL":
+            time.sleep(rng.uniform(0, 12))
+            orphans = dict.fromkeys(children(agent.pid), time.time() + 15)
+            agent.kill()
+            agent.wait()
+            launch += f", {len(orphans)} ranks"
+        else:
+            code, orphans = agent.wait(), {}
+            if struck.exists():
+                slowest = max(slowest, seconds := round(time.time() - struck.stat().st_mtime, 1))
+                late += [(death, seconds)] * (seconds > 15)
+                assert not left(run), (death, log.read_text()[-3000:])
+                assert DEATHS[how][1] in log.read_text(), (death, log.read_text()[-3000:])
+            elif trial < number:
+                how += ", too late"
+        counts.update((how, moment, launch))
+    return {"exit_code": code, "deaths": number, "drawn": {m: counts[m] for m in sorted(counts)},
+            "slowest_end_s": slowest, "later_than_15_s": late, "seconds": round(time.time() - start),
+            "differ": differences(folder / "calm_deaths", run) if code == 0 else log.read_text()[-3000:]}
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
 def children(pid: int) -> list[int]:
     return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
@@ -154,11 +246,6 @@ def nodes(folder: Path, kill_after: int = 5, steps: int = 10) -> dict:
         return torchrun("--nnodes=2", "--nproc_per_node=2", "--max-restarts=3", "--rdzv_backend=c10d",
                         f"--rdzv_endpoint=127.0.0.1:{port}", "train.py", *options, "--run_dir",
                         str(folder / run), log=folder / log, TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1")
-
-    def free_port() -> int:
-        with socket.socket() as s:
-            s.bind(("127.0.0.1", 0))
-            return s.getsockname()[1]
 
     for run in ("nodes", "nodes_calm"):
         port = free_port()
@@ -184,20 +271,20 @@ def nodes(folder: Path, kill_after: int = 5, steps: int = 10) -> dict:
 
 
 def main():
-    if sys.argv[1:2] == ["worker"]:
-        del sys.argv[1]
-        return worker()
+    if sys.argv[1:2] in (["worker"], ["victim"]):
+        return {"worker": worker, "victim": victim}[sys.argv.pop(1)]()
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", nargs="?", choices=("kills", "nodes", "both"), default="both")
+    parser.add_argument("what", nargs="?", choices=("kills", "deaths", "nodes", "all"), default="all")
     parser.add_argument("--number", type=int, default=30)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     result = {"bench": "chaos", **hardware()}
     with tempfile.TemporaryDirectory() as folder:
-        if args.what != "nodes":
-            result["kills"] = kills(Path(folder), args.number, args.seed)
-        if args.what != "kills":
+        for what, measure in (("kills", kills), ("deaths", deaths)):
+            if args.what in (what, "all"):
+                result[what] = measure(Path(folder), args.number, args.seed)
+        if args.what in ("nodes", "all"):
             result["nodes"] = nodes(Path(folder))
     print(json.dumps(result))
 

@@ -11,6 +11,7 @@ import signal
 import sys
 import textwrap
 import time
+import traceback
 from collections import namedtuple
 from collections.abc import Callable
 from contextlib import suppress
@@ -37,21 +38,29 @@ class UserError(Exception):
 
 def command(main: Callable[[], None]) -> Callable[[], None]:
     """A decorator for a command's `main`: a UserError or OSError ends the process with one line and exit
-    code 2, Ctrl-C with 130."""
+    code 2, Ctrl-C with 130. A rank of several ends there and then after any error: whatever waits for the
+    others, who may be in a collective, would never return."""
     def run():
-        rank = 0
+        rank, alone = 0, True
         try:
-            rank = environment()["RANK"]
-            main()
+            rank, alone = environment()["RANK"], environment()["WORLD_SIZE"] <= 1
+            return main()
         except KeyboardInterrupt:
             print("stopped: the same command goes on from what is written", file=sys.stderr)
-            raise SystemExit(130) from None
+            code = 130
         except (UserError, OSError) as e:
-            if rank:  # rank 0 says the same at once, and torchrun ends all with the first that exits
-                time.sleep(5)
+            if rank and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
+                time.sleep(5)  # rank 0 says the same at once, and torchrun ends all with the first that exits
             said = str(e).replace("\n", "\\n")  # of a value
             print(f"error{f' on rank {rank}' * bool(rank)}: {said}", file=sys.stderr, flush=True)
-            raise SystemExit(2) from None
+            code = 2
+        except Exception:
+            if alone:
+                raise
+            traceback.print_exc()
+            code = 1
+        sys.stdout.flush()
+        (sys.exit if alone else os._exit)(code)
     return run
 
 

@@ -309,8 +309,6 @@ def main():
         evaluate(config, parallel.setup(config.device, WAIT))
     except sqlite3.Error as e:
         raise UserError(f"cache {config.cache} cannot be used ({e}): choose another") from None
-    finally:
-        parallel.close()
 
 
 if __name__ == "__main__":

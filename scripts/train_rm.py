@@ -250,10 +250,7 @@ def run(config: Config) -> dict:
 
 @options.command
 def main():
-    try:
-        run(options.parse(Config, sys.argv[1:], __doc__))
-    finally:
-        parallel.close()
+    run(options.parse(Config, sys.argv[1:], __doc__))
 
 
 if __name__ == "__main__":

@@ -77,7 +77,8 @@ def test_state_and_manifest_are_on_the_disk_before_the_checkpoint_has_its_name(t
     assert {Path(name).name for name in named} <= set(events), "the weights too"
 
 
-@pytest.mark.parametrize("manifest, named", [("{}", "manifest.json: state.json must be a string"), (None, "does not list optimizer/odd")])
+@pytest.mark.parametrize("manifest, named", [
+    ("{}", "manifest.json: state.json must be a string"), (None, "does not list optimizer/odd")])
 def test_what_its_manifest_does_not_list_makes_a_checkpoint_unusable(tmp_path, world, manifest, named):
     """The reader of shards takes every file of a folder."""
     model, optimizer = trained(1)

@@ -243,7 +243,7 @@ def test_ctrl_c_ends_at_once_when_it_is_the_second_and_a_signal_that_is_ignored_
     codes, said = forks(tmp_path, ranks=1, only=True, code="""
 signal.signal(signal.SIGHUP, signal.SIG_IGN)
 watch = parallel.Watch()
-watch.start(None, "")
+watch.start(None, 0, 1)
 for sign in (signal.SIGHUP, signal.SIGINT, signal.SIGINT):
     os.kill(os.getpid(), sign)
     time.sleep(0.7)
@@ -261,16 +261,20 @@ def test_ctrl_c_while_train_py_is_imported_leaves_no_traceback(tmp_path):
 
 
 def test_a_rank_whose_torchrun_dies_before_they_have_met_ends_too():
-    """It would wait for a store that is gone. What sees that is imported before what takes seconds."""
-    child = "import os, time; from lib import stop; stop.Watch(); print(os.getpid(), flush=True);" \
-            " time.sleep(60)"
-    parent = f"import subprocess, sys; p = subprocess.Popen([sys.executable, '-c', {child!r}]," \
-             " stdout=subprocess.PIPE); print(p.stdout.readline().decode())"
-    done = subprocess.run([sys.executable, "-c", parent], cwd=ROOT, stdout=subprocess.PIPE, text=True,
-                          env={**os.environ, "TORCHELASTIC_RUN_ID": "1"})
-    wait_for(lambda: not Path(f"/proc/{int(done.stdout)}").exists(), 10)
+    """It would wait for a store that is gone, or meet the ranks of the next. What sees that is imported
+    before what takes seconds, even too late."""
+    watched = f"{sys.executable} -c 'from lib import stop; import time; time.sleep(60)' & echo $!; sleep 2"
+    for parent in (watched, f"(sleep 1; {watched}) & echo $!"):
+        done = subprocess.run(["sh", "-c", parent], cwd=ROOT, stdout=subprocess.PIPE, text=True,
+                              env={**os.environ, "TORCHELASTIC_RUN_ID": "1"})
+        assert len(done.stdout.split()) == 1 + (parent != watched)
+        wait_for(lambda: not any(map(alive, done.stdout.split())), 10)  # noqa: B023
     source = (ROOT / "train.py").read_text()
     assert source.index("\nfrom lib.stop import") < source.index("\nimport torch")
+
+
+def alive(pid: str) -> bool:
+    return Path(f"/proc/{pid}/cmdline").exists() and b"lib" in Path(f"/proc/{pid}/cmdline").read_bytes()
 
 
 KILL_AFTER = """
@@ -367,6 +371,11 @@ def test_restarts_on_several_nodes_need_a_store_of_their_own(monkeypatch):
                         ("TORCHELASTIC_RESTART_COUNT", "2")):
         monkeypatch.setenv(name, value)
     assert parallel.restart_prefix() == "2"
+    prefixes = []
+    for torchrun, rank in (("one", 0), ("one", 1), ("next", 0)):
+        monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", f"/tmp/{torchrun}/attempt_2/{rank}/error.json")
+        prefixes.append(parallel.restart_prefix())
+    assert prefixes[0] == prefixes[1] != prefixes[2], "an orphan must not meet the ranks of the next torchrun"
     monkeypatch.setenv("GROUP_WORLD_SIZE", "2")
     with pytest.raises(UserError, match="TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1"):
         parallel.restart_prefix()
@@ -389,9 +398,88 @@ def hangs(*a, real=train.backward):
 train.backward = hangs"""
     codes, said = forks(tmp_path / "run", "--timeout", "3", code=code)
     assert codes == [1, 1]
-    for rank, why in enumerate(("Timed out waiting 3000ms", "")):
-        where = rf"error: rank {rank} in phase '(logprob|backward|update)' of step 1"
-        assert re.search(rf"{where} has lost the others \({why}", said[rank])
+    where = r"error: rank 0 in phase '(logprob|backward|update)' of step 1"
+    assert re.search(rf"{where} has lost the others \(Timed out waiting 3000ms", said[0])
+    assert said[1].startswith("error: rank 0 has ended (it has lost the others (Timed out waiting 3000ms")
+    assert said[1].count("\n") == 1
+
+
+NCCL = """
+from bench.chaos import as_nccl
+from lib import stop
+as_nccl()
+stop.LIMIT = 2.0
+signal.alarm(60)
+"""
+ENDS_TOO = "rank {} ends too, and the same command goes on from the last checkpoint\n"
+
+
+def test_a_death_ends_the_rank_that_waits_for_the_dead_in_c_and_the_cause_is_said(forks, undisturbed,
+                                                                                  tmp_path):
+    """As NCCL does. The run goes on, though nothing of it was in the hands of Python."""
+    for victim, death, moment, nth, cause, other in (
+            (1, "KeyError('ours')", "backward", 3, r"^Traceback (?s:.*)\nKeyError: 'ours'\n$",
+             r"error: rank 1 has ended \(KeyError: 'ours'\): "),
+            (0, "UserError('mine')", "backward", 1, "\nerror: mine\n$",
+             r"error: rank 0 has ended \(UserError: mine\): "),
+            (1, "torch.OutOfMemoryError()", "sampling", 10, "^error: rank 1 in phase 'sample' of step . is "
+             "out of memory: lower max_sequences; the same command goes on from the last checkpoint\n$",
+             r"error: rank 1 has ended \(it is out of memory: lower max_sequences\): "),
+            (1, "signal.SIGKILL", "backward", 1, "^$", "error: a rank was killed: ")):
+        code = f"{NCCL}from lib.options import UserError\n" \
+               f"rank == {victim} and strike('{moment}', {nth}, {death})"
+        codes, said = forks(tmp_path / "run", "--save_every", "1", code=code)
+        assert codes[victim] == {"U": 2, "s": -9}.get(death[0], 1) and codes[1 - victim] == 1, (codes, said)
+        assert re.search(cause, said[victim]), said
+        assert re.search(rf"(^|\n){other}{ENDS_TOO.format(1 - victim)}$", said[1 - victim]), said
+    codes, said = forks(tmp_path / "run")
+    assert codes == [0, 0] and "resumed after step" in said[0], said
+    assert differences(tmp_path / "run", undisturbed) == []
+
+
+def test_a_rank_that_is_out_of_memory_says_what_helps_in_its_phase():
+    with pytest.raises(RuntimeError) as cpu:
+        torch.empty(2**60, dtype=torch.uint8)
+    for error, phase, remedy in ((torch.OutOfMemoryError(), "sample", "lower max_sequences"),
+                                 (torch.OutOfMemoryError("CUDA out of memory."), "start", "take more GPUs"),
+                                 (cpu.value, "backward", "lower micro_batch_tokens in a new run")):
+        said = train.failure(error, phase)
+        assert said.startswith("is out of memory: ") and remedy in said
+    assert train.run.Clock().phase == "start" and train.failure(ValueError("out of memory"), "start") == ""
+
+
+def test_a_rank_that_saves_or_computes_while_all_have_answered_a_signal_is_left_alone(forks, tmp_path):
+    """However long it takes to come to a check, and then to write."""
+    slow = NCCL.replace("2.0", "1.0") + """
+stop.GRACE = 0.5
+def slowly(*a, real=train.backward):
+    time.sleep(3)
+    return real(*a)
+def save(self, step, real=checkpoints.Checkpoints.save):
+    time.sleep(3)
+    real(self, step)
+checkpoints.Checkpoints.save = save
+strike("backward", 3 if rank else 99, signal.SIGTERM)
+if rank == 0:
+    train.backward = slowly
+"""
+    codes, said = forks(tmp_path / "run", "--save_every", "100", code=slow)
+    assert codes == [0, 0] and "stopped by SIGTERM: step 1 is kept" in said[0] and not said[1], said
+
+
+def test_scripts_of_several_ranks_say_what_is_wrong_before_they_wait_for_each_other(forks, tmp_path):
+    """Where a rank is gone, NCCL's goodbye never returns."""
+    code = f"""
+import scripts.train_rm
+signal.alarm(40)
+scripts.train_rm.%s = lambda *a: 1 / rank and time.sleep(30)
+parallel.dist.destroy_process_group = signal.pause
+sys.argv = ["train_rm", "--device", "cpu", "--out", "{tmp_path}/out", "--pairs", "nowhere.jsonl"]
+scripts.train_rm.main()"""
+    codes, said = forks(tmp_path, only=True, code=code % "nothing")
+    assert codes == [2, -signal.SIGTERM] and said[0].startswith("error: ") and not said[1], (codes, said)
+    codes, said = forks(tmp_path, only=True, code=code % "split")
+    assert codes == [1, -signal.SIGTERM] and "\nZeroDivisionError: " in said[0] and not said[1], (codes, said)
 
 
 # ---------------------------------------------------------------------- disks and files
