@@ -19,10 +19,10 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
 
+from lib.distributed import World, broadcast, gather, raise_on_all_ranks
 from lib.files import write_durably
 from lib.options import Field, UserError, read_json
 from model import Qwen2
-from parallel import World, broadcast, gather, raise_on_all_ranks
 
 
 class BadCheckpoint(UserError):

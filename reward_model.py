@@ -15,6 +15,7 @@ import grpo
 import parallel
 from data.prompts import frame
 from data.tokenizer import Tokenizer
+from lib import distributed
 from lib.options import UserError
 from model import SCORER, ModelConfig, RewardModel, check_tensors, packed, read_config
 
@@ -52,14 +53,14 @@ def forward(model: RewardModel, rows: list[list[int]], device) -> torch.Tensor:
 def scores(model: RewardModel, rows: list[list[int]], budget: int, world) -> list[float]:
     """The score of each of this rank's rows of ids. All ranks enter together, each with its own; each then
     scores as many micro-batches of at most `budget` tokens, whoever's rows they are."""
-    everyone = parallel.gather(rows, world)
+    everyone = distributed.gather(rows, world)
     first, rows = sum(map(len, everyone[:world.rank])), sum(everyone, [])
     found = dict.fromkeys(range(len(rows)), 0.0)
     for parts in micro_batches([[len(row)] for row in rows], model.config, budget, world.size):
         mine = parts[world.rank]
         found |= zip(mine, forward(model, [rows[i] for i in mine], world.device).tolist())
     parallel.reshard(model)
-    found = parallel.total(found, world)  # of each score one rank knows
+    found = distributed.total(found, world)  # of each score one rank knows
     return [found[i] for i in range(first, first + len(everyone[world.rank]))]
 
 
@@ -89,7 +90,7 @@ class Scorer:
         self.budget, self.world = budget, world
         dtype = torch.bfloat16 if world.device.type == "cuda" else torch.float32
         self.model = parallel.load_sharded(path, world, dtype)
-        self.present = parallel.Offloaded(self.model) if offload else nullcontext()
+        self.present = offload.Offloaded(self.model) if offload else nullcontext()
 
     def __call__(self, texts: list[tuple[str, str]]) -> list[float]:
         """The score of each (query, answer) of this rank. All ranks enter together."""
@@ -97,7 +98,7 @@ class Scorer:
         encoded = [encode(self.tokenizer, *text, most) for text in texts]
         with self.present:
             found = scores(self.model, [ids for ids, _ in encoded], self.budget, self.world)
-        cut = parallel.total({"cut": sum(cut for _, cut in encoded)}, self.world)["cut"]
+        cut = distributed.total({"cut": sum(cut for _, cut in encoded)}, self.world)["cut"]
         if cut and self.world.main:
             print(f"warning: {cut:.0f} answers exceed the {most} tokens of the writing model and were scored "
                   "without their middle", file=sys.stderr, flush=True)

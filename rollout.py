@@ -21,8 +21,10 @@ import model as qwen
 import parallel
 from data.prompts import TOKENS_PER_WORD
 from data.tokenizer import Tokenizer
+from lib import distributed
+from lib.progress import Progress
 from lib.scoring import Remote, Reward, RewardError, score
-from run import Clock, Log, Progress
+from run import Clock, Log
 from sampler import Completion, Sampler
 from scheduler import Request, assign
 from text import count_words, length_score, statistics, structure
@@ -78,7 +80,7 @@ def generate(sampler: Sampler, requests: list[Request], world) -> Iterator[Compl
     if model.group is None:
         yield from sampler.generate(requests)
         return
-    gathered = parallel.gather(requests, world, model.group)
+    gathered = distributed.gather(requests, world, model.group)
     first = sum(map(len, gathered[:model.tp_rank]))
     stream = sampler.generate(sum(gathered, []))
     try:
@@ -119,9 +121,9 @@ def await_servers(pools: list[Remote], since: float, label: str, log: Log, world
     seconds instead of waiting in one collective, which would time out while servers are down."""
     reported = None
     while pools:
-        with parallel.raise_on_all_ranks(world):
+        with distributed.raise_on_all_ranks(world):
             waiting = [pool.wait(since, world.check_stop) for pool in pools]
-        waiting = sum(parallel.gather(waiting, world), [])
+        waiting = sum(distributed.gather(waiting, world), [])
         down, now = next(filter(None, waiting), ""), time.monotonic()
         if down and (reported is None or now - reported >= 30):
             reported = now
@@ -172,7 +174,7 @@ def sample_and_score(sampler: Sampler, prompts: list, rewards: list[Reward], n: 
     progress = Progress(label, len(answered), world.main)
     with clock("sample"), ExitStack() as stack:
         remote = [(r, stack.enter_context(Remote(reward))) for r, reward in columns if reward.remote]
-        with parallel.in_rounds(world, sampler.model.group) as sampler.interrupt:
+        with distributed.in_rounds(world, sampler.model.group) as sampler.interrupt:
             try:
                 with closing(generate(sampler, requests, world)) as stream:  # closed on any exception
                     for c in stream:
@@ -192,18 +194,18 @@ def sample_and_score(sampler: Sampler, prompts: list, rewards: list[Reward], n: 
         sampled = time.monotonic()
         for r, reward in columns:
             if reward.batched:  # may be a sharded model, which all ranks must call together
-                with parallel.raise_on_all_ranks(world), clock("score"):
+                with distributed.raise_on_all_ranks(world), clock("score"):
                     values = score(reward, completions, answered)
                     reward_NR[:, r] = torch.tensor(values, dtype=torch.float64)
         with clock("score"):
             await_servers([pool for _, pool in remote], sampled, label, log, world)
-        with parallel.raise_on_all_ranks(world), clock("score"):
+        with distributed.raise_on_all_ranks(world), clock("score"):
             for r, pool in remote:
                 values, failures[pool.reward.name] = pool.collect(answered)
                 reward_NR[:, r] = torch.tensor(values, dtype=torch.float64)
     clock.seconds["sample"] -= clock.seconds["score"] + clock.seconds["idle"]
     for name, errors in failures.items():
-        if reasons := Counter(sum(parallel.gather(errors, world), [])):
+        if reasons := Counter(sum(distributed.gather(errors, world), [])):
             shown = "; ".join(f"{count} x {reason}" for reason, count in reasons.most_common(2))
             log.warn(f"warning: {label}: reward {name!r} is missing for {reasons.total()} samples, because "
                      f"it failed: {shown}")
@@ -222,18 +224,18 @@ def all_gather(local: Groups, world) -> Groups:
     """The groups of all ranks, in the order of the batch. Token ids, logprobs and numbers go to every rank as
     tensors; texts go to the main rank alone."""
     B, G, _ = local.rewards_BGR.shape
-    place_B = parallel.gather_rows(torch.tensor(local.indices), world).argsort()
+    place_B = distributed.gather_rows(torch.tensor(local.indices), world).argsort()
 
     def batch_order(x: torch.Tensor) -> torch.Tensor:
-        return parallel.gather_rows(x, world)[place_B]
+        return distributed.gather_rows(x, world)[place_B]
 
     def ragged(rows: list[torch.Tensor], groups: bool) -> list[torch.Tensor]:
-        lengths = parallel.gather_rows(torch.tensor([len(row) for row in rows]), world).tolist()
-        parts = parallel.gather_rows(torch.cat(rows), world).split(lengths)
+        lengths = distributed.gather_rows(torch.tensor([len(row) for row in rows]), world).tolist()
+        parts = distributed.gather_rows(torch.cat(rows), world).split(lengths)
         return [parts[b * G + g] for b in place_B for g in range(G)] if groups else [
             parts[b] for b in place_B]
 
-    texts = parallel.gather_to_main([local.texts[b * G:(b + 1) * G] for b in range(B)], world)
+    texts = distributed.gather_to_main([local.texts[b * G:(b + 1) * G] for b in range(B)], world)
     texts = sum(texts, [])
     return Groups(
         list(range(len(place_B))), ragged(local.prompt_ids, False), ragged(local.token_ids, True),

@@ -15,7 +15,6 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from datetime import timedelta
 from functools import cached_property
 from pathlib import Path
 
@@ -23,15 +22,15 @@ import torch
 
 import checkpoints
 import model as qwen
-import parallel
 import replica
 from data import prompts as prompt_data
 from data.tokenizer import Tokenizer
+from lib import distributed
+from lib.distributed import World, broadcast, raise_on_all_ranks
 from lib.endpoint import model_names
 from lib.files import ROOT, locate, read_jsonl, replace, write_jsonl
 from lib.options import Field, UserError, read_json
 from lib.wandb_log import Wandb, open_wandb
-from parallel import World, broadcast, raise_on_all_ranks
 
 # Options that may differ when a run is resumed: the steps do not depend on them.
 MAY_DIFFER = {"run_dir", "resume", "steps", "save_every", "keep_checkpoints", "keep_every", "device", "wandb",
@@ -156,7 +155,7 @@ def choose_folder(config, restarted: bool) -> Path:
 def open_run(config, inputs: Inputs, world: World) -> tuple[Path, tuple[Path, dict] | None]:
     """The run's folder, and its newest whole checkpoint with its state. Raises UserError on all ranks."""
     restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))  # 0 on a node that has just come back
-    restarted, folder = parallel.largest({"restarts": restarts}, world)["restarts"] > 0, None
+    restarted, folder = distributed.largest({"restarts": restarts}, world)["restarts"] > 0, None
     with raise_on_all_ranks(world):
         folder = choose_folder(config, restarted) if world.main else None
     folder = broadcast(folder, world)
@@ -238,32 +237,6 @@ def cut_back(folder: Path, step: int):
 # ---------------------------------------------------------------------- clock
 
 
-class Progress:
-    """Progress of sampling with the estimated time left: on a terminal one line that is overwritten,
-    elsewhere a line every 30 seconds."""
-    def __init__(self, label: str, total: int, show: bool, what: str = "samples"):
-        self.label, self.total, self.show, self.what = label, total, show, what
-        self.start = self.last = time.perf_counter()
-        self.terminal = sys.stderr.isatty()
-
-    def update(self, stats):
-        now = time.perf_counter()
-        if not self.show or now - self.last < (0.2 if self.terminal else 30):
-            return
-        self.last = now
-        rate = stats.new_tokens / (now - self.start)
-        left = (now - self.start) * (self.total - stats.finished) / max(1, stats.finished)
-        line = (f"{self.label}: {stats.finished}/{self.total} {self.what}, {stats.new_tokens:,} tokens, "
-                f"{rate:,.0f} tok/s on this rank"
-                + f", about {timedelta(seconds=round(left))} left" * (stats.finished > 0))
-        start, end = ("\r", "\033[K") if self.terminal else ("", "\n")
-        print(f"{start}{line}", end=end, file=sys.stderr, flush=True)
-
-    def close(self):
-        if self.show and self.terminal:
-            print("\r\033[K", end="", file=sys.stderr, flush=True)
-
-
 class Clock:
     """Seconds spent in each phase of a step, and the current step and phase. `save` keeps the time of the
     last checkpoint. begun: start times of the process and of its steps."""
@@ -291,7 +264,7 @@ class Clock:
 def costs(clock: Clock, groups, world: World) -> dict[str, float]:
     """Seconds by phase of the slowest rank, tokens per second over all ranks, largest peak memory of a
     rank."""
-    slowest = parallel.largest(clock.seconds | {"total": time.perf_counter() - clock.begun[-1],
+    slowest = distributed.largest(clock.seconds | {"total": time.perf_counter() - clock.begun[-1],
                                                 "memory": peak_memory_gb(world.device)}, world)
     new = sum(map(len, groups.token_ids))
     prompt = sum(map(len, groups.prompt_ids)) * groups.rewards_BGR.shape[1]
@@ -403,7 +376,7 @@ class Log:
     def bad_batch(self, step: int, samples: list):
         """Writes the samples of skipped updates, each line the fields of a grpo.Sample."""
         with raise_on_all_ranks(self.world):
-            if self.world.main:
+            if self.world.main and samples:
                 (self.folder / "bad_batches").mkdir(exist_ok=True)
                 write_jsonl(self.folder / "bad_batches" / f"step_{step:06d}.jsonl",
                             [{name: x.tolist() if isinstance(x, torch.Tensor) else x

@@ -10,7 +10,6 @@ need.
 import faulthandler
 import math
 import os
-import re
 import signal
 import sys
 from dataclasses import dataclass
@@ -35,7 +34,7 @@ import run
 from checkpoints import Checkpoints
 from data import prompts as prompt_data
 from kernels import linear_logprob
-from lib import options
+from lib import distributed, offload, options
 from lib.files import locate
 from lib.options import UserError
 from lib.scoring import RewardError, choose_rewards
@@ -129,7 +128,7 @@ def parse(arguments: list[str], about: str = __doc__, others: tuple[str, ...] = 
     return config
 
 
-def check(config: Config, world: parallel.World):
+def check(config: Config, world: distributed.World):
     """Checks everything that can be known without reading a file. Raises UserError."""
     options.check_numbers(
         config,
@@ -224,6 +223,12 @@ class Update:
     taken: list[bool | None]  # of each optimiser step; None: all samples masked, False: skipped
     skipped: list[grpo.Sample]  # those of the skipped ones
 
+    def skipped_in_a_row(self, before: int) -> int:
+        """Skipped optimiser steps since the last applied one, `before` of them in earlier steps."""
+        for applied in self.taken:
+            before = before if applied is None else 0 if applied else before + 1
+        return before
+
 
 def update(model, reference, optimizer, samples: list[grpo.Sample], parts: list[list[int]], config: Config,
            n_valid: int, world, clock: run.Clock) -> Update:
@@ -242,7 +247,7 @@ def update(model, reference, optimizer, samples: list[grpo.Sample], parts: list[
               for part in parts]
     old = {}  # each sample's logprobs before the first optimiser step, where there is a second
     for part in (part for plan in plans for part in plan if len(plans) > 1):
-        parallel.check_stop(world)
+        distributed.check_stop(world)
         batch = grpo.collate([samples[i] for i in part], world.device)
         with torch.no_grad(), clock("logprob"):
             old |= zip(part, logprobs(model, batch, config, n_valid)[0].split(batch.lengths))
@@ -255,7 +260,7 @@ def update(model, reference, optimizer, samples: list[grpo.Sample], parts: list[
             continue
         for part in plan:
             if True not in taken:
-                parallel.check_stop(world)
+                distributed.check_stop(world)
             if config.replicate > 1:  # replicas add up their gradients once
                 model.set_requires_all_reduce(part is plan[-1])
             batch = grpo.collate([samples[i] for i in part], world.device)
@@ -271,13 +276,13 @@ def update(model, reference, optimizer, samples: list[grpo.Sample], parts: list[
             if taken[-1]:
                 optimizer.step()
             optimizer.zero_grad()
-    sums, gaps = parallel.total(sums, world), parallel.total(gaps, world)  # of each gap one rank knows
+    sums, gaps = distributed.total(sums, world), distributed.total(gaps, world)  # of each gap one rank knows
     tokens = max(1, sum(count["tokens"] for count in counts))
     metrics = {"loss": sums["loss"] / max(1, len(norms)), "grad_norm": sum(norms) / max(1, len(norms)),
                "skipped_updates": len(taken) - taken.count(True),
                "clip_share": sums["clipped"] / tokens, "entropy": sums["entropy"] / tokens,
                "gap/mean": sums["gap/mean"] / tokens, "gap/k3": sums["gap/k3"] / tokens,
-               **parallel.largest({"gap/max": gap_max}, world), **balance}
+               **distributed.largest({"gap/max": gap_max}, world), **balance}
     if reference:
         parallel.reshard(reference)
         metrics["kl"] = sums["kl"] / tokens
@@ -292,8 +297,8 @@ def update(model, reference, optimizer, samples: list[grpo.Sample], parts: list[
 
 def train(config: Config, clock: run.Clock | None = None, watch: Watch | None = None):
     clock = clock or run.Clock()
-    world = parallel.setup(config.device, config.timeout, watch, config.replicate)
-    with parallel.raise_on_all_ranks(world):
+    world = distributed.setup(config.device, config.timeout, watch, config.replicate)
+    with distributed.raise_on_all_ranks(world):
         check(config, world)
         rewards, inputs = choose_rewards(config.reward, reward_file), run.read_inputs(config, world)
         rollout.check_rewards(rewards, config, inputs.prompts, inputs.tokenizer)
@@ -312,7 +317,7 @@ def train(config: Config, clock: run.Clock | None = None, watch: Watch | None = 
     if newest:
         checkpoints.load(newest[0], model, optimizer)
     if config.offload_optimizer:
-        parallel.offload_(optimizer)
+        offload.offload_(optimizer)
     rollout.prepare_rewards(rewards, config, world)
     sampler = rollout.make_sampler(model.config, inputs.tokenizer, config, world)
     parallel.publish(model, sampler.model)
@@ -351,15 +356,11 @@ def train(config: Config, clock: run.Clock | None = None, watch: Watch | None = 
                 groups, prompts, rewards, advantage=advantage_BG.flatten().tolist(), gap_mean=updated.gap_N,
                 advantages=[dict(zip(names, row)) for row in per_reward_BGR.flatten(0, 1).tolist()]))
             done = step
-            for taken in updated.taken:
-                skipped = skipped if taken is None else 0 if taken else skipped + 1
-            if updated.skipped:
-                log.bad_batch(step, updated.skipped)
+            skipped = updated.skipped_in_a_row(skipped)
+            log.bad_batch(step, updated.skipped)
             if skipped >= config.max_skipped:
-                raise UserError(f"{skipped} updates in a row were skipped, the last with a gradient of norm "
-                               f"{stats['grad_norm']:.3g}: look at their samples in {folder}/bad_batches, at "
-                               f"the rewards and at lr; the same command goes on after step "
-                               f"{saver.saved}")
+                raise UserError(f"{skipped} updates in a row were skipped: look at {folder}/bad_batches, "
+                                f"rewards and lr; the same command goes on after step {saver.saved}")
             if saver.due(step) and not skipped:
                 saver.save(step)
             evaluate(step)
@@ -376,36 +377,17 @@ def train(config: Config, clock: run.Clock | None = None, watch: Watch | None = 
     log.finish()
 
 
-ROOM = {"sample": "lower max_sequences",
-        "start": "set offload_optimizer or offload_reward_model, or take more GPUs",
-        "": "set recompute or offload_..., or lower micro_batch_tokens in a new run"}  # in any other phase
-
-
-def failure(e: Exception, phase: str) -> str:
-    """What has happened to a rank that has lost the others or is out of memory; empty for any other error."""
-    if isinstance(e, RuntimeError) and re.search("out ?of ?memory|can't allocate memory", repr(e), re.I):
-        return f"is out of memory: {ROOM.get(phase, ROOM[''])}"
-    return parallel.peer_failure(e)
-
-
 @options.command
 def main():
-    clock, watch, rank = run.Clock(), Watch(), os.environ.get("RANK", "0")
+    clock, watch = run.Clock(), Watch()
     faulthandler.enable(sys.__stderr__)  # where NCCL's watchdog ends a process, it says in which line
     try:
         train(parse(sys.argv[1:]), clock, watch)
     except Stopped:
         pass
     except Exception as e:
-        what = failure(e, clock.phase)
-        why = f"it {what}" if what else f"{type(e).__name__}: {e}".splitlines()[0]
-        first = watch.end(why)
-        if not first or not parallel.peer_failure(e) and why not in first:  # or another rank says it all
-            if not what:
-                raise
-            print(f"error: rank {rank} in phase {clock.phase!r} of step {clock.step} {what}; the same "
-                  "command goes on from the last checkpoint", file=sys.stderr, flush=True)
-        os._exit(2 if isinstance(e, (UserError, OSError)) else 1)
+        distributed.leave(e, watch, clock.phase, clock.step)
+        raise
     finally:
         watch.close()
 

@@ -16,11 +16,11 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
-import parallel
 import reward_model
 import rewards
 from bench import hardware
 from data import prompts as prompt_data
+from lib import distributed
 from lib.files import ROOT, locate, read_jsonl
 
 DATA = "data/tiny/eval_prompts.jsonl"
@@ -38,14 +38,15 @@ def evaluate(model: Path | str, out: Path, opponents: list[Path], judge: str):
 def scored(folders: list[Path], judge: str) -> dict[str, dict[str, float]]:
     """Mean rewards of each folder's answers."""
     prompts, found = {p.id: p for p in prompt_data.read(locate(DATA), "think", 256)[0]}, {}
-    score = reward_model.Scorer(locate(judge), reward_model.check(locate(judge)), 8192, parallel.setup("cpu"))
+    world = distributed.setup("cpu")
+    score = reward_model.Scorer(locate(judge), reward_model.check(locate(judge)), 8192, world)
     for folder in folders:
         answers = read_jsonl(folder / "answers.jsonl")
         given = {name: [rule(SimpleNamespace(text=a["response"]), prompts[a["id"]]) for a in answers]
                  for name, rule in RULES.items()}
         given["writing"] = score([(a["query"], a["answer"]) for a in answers if a["answer"]])
         found[folder.name] = {name: sum(values) / len(values) for name, values in given.items()}
-    parallel.close()
+    distributed.close()
     return found
 
 

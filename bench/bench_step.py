@@ -32,12 +32,12 @@ import torch.distributed as dist
 
 import checkpoints
 import model as qwen
-import parallel
 import rewards
 import run
 import train
 from bench import ROOT, hardware, shapes
 from data.tokenizer import Tokenizer
+from lib import distributed
 from lib.files import locate
 from scripts import plan as planner
 
@@ -93,11 +93,11 @@ def planned(config: train.Config, shape: qwen.ModelConfig, world, prompt_tokens:
 def measure(folder: Path, options: list[str], shape: str, tokenizer: Path):
     """Trains as the options say; prints figures and the JSON line."""
     config = train.parse([*options, "--run_dir", f"{folder}/run"])
-    world = parallel.setup(config.device)
-    folder = Path(parallel.broadcast(str(folder), world))
+    world = distributed.setup(config.device)
+    folder = Path(distributed.broadcast(str(folder), world))
     if shape:
         made = make(folder, shape, tokenizer) if world.main else None
-        options = [*parallel.broadcast(made, world), *options]
+        options = [*distributed.broadcast(made, world), *options]
     base = ["--steps", "6", "--eval_prompts", ""]
     config = train.parse([*base, *options, "--run_dir", str(folder / "run")])
     if config.reward == "varied":
@@ -118,7 +118,7 @@ def measure(folder: Path, options: list[str], shape: str, tokenizer: Path):
     model = qwen.read_config(locate(config.model))
     encode = Tokenizer(locate(config.model)).encode
     dist.barrier()  # nobody removes the folder before all have read it
-    parallel.close()
+    distributed.close()
     if not world.main:
         return
     steady = lines[1:] or lines

@@ -36,6 +36,7 @@ from pathlib import Path
 from safetensors import safe_open
 
 from bench import hardware
+from lib import distributed
 
 ROOT = Path(__file__).parent.parent
 SMALL = ["--prompts_per_step", "4", "--group_size", "4", "--max_new_tokens", "48", "--unreachable", "keep",
@@ -74,15 +75,14 @@ def strike(moment: str, nth: int, sign: int | Exception = signal.SIGKILL, pid: i
 
 def as_nccl():
     """Where gloo says at once that a rank is gone, this process waits in C for ever, whatever the signal."""
-    import parallel
-    real = parallel.peer_failure
+    real = distributed.peer_failure
 
     def peer_failure(e: BaseException) -> str:
         while real(e):
             ctypes.CDLL(None).pause()
         return ""
 
-    parallel.peer_failure = peer_failure
+    distributed.peer_failure = peer_failure
 
 
 DEATHS = {  # how, and what is on the screen then

@@ -12,15 +12,14 @@ from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
-import parallel
 import reward_model
 import rollout
-import run
 from evaluation import benchmarks
 from evaluation.benchmarks import Record
 from evaluation.source import Source, find, fingerprint, open_sampler
-from lib import endpoint
+from lib import distributed, endpoint
 from lib.options import UserError
+from lib.progress import Progress
 from scheduler import Request, Stats
 
 SCORED = 8192  # tokens of a reward model's micro-batch
@@ -143,7 +142,7 @@ def ask_servers(config, cache: Cache, texts: list[str]) -> dict[str, str]:
         return raw, usage.get("prompt_tokens", 0), usage.get("completion_tokens", 0)
 
     failed, stats = {}, Stats()
-    progress = run.Progress(f"{config.out}: verdicts", len(texts), True, "questions")
+    progress = Progress(f"{config.out}: verdicts", len(texts), True, "questions")
     for text, t, error in endpoint.each(lambda text: cache.tried(text, call), texts, config.threads):
         failed |= {text: str(error)} if error else {}
         stats.finished += 1
@@ -165,7 +164,7 @@ def ask_sampler(config, cache: Cache, texts: list[str], world) -> dict[str, str]
                 and len(cache.tried(text).raw) == attempt]
         requests = [Request(ids[text], 1, room[text], s["temperature"], s["top_p"],
                             seed=rollout.request_seed(s["seed"], "judge", text, attempt)) for text in todo]
-        progress = run.Progress(f"{config.out}: try {attempt + 1}", len(todo), world.main, "questions")
+        progress = Progress(f"{config.out}: try {attempt + 1}", len(todo), world.main, "questions")
         for c in rollout.generate(sampler, requests, world):
             text = todo[c.prompt_index]
             cache.put(text, attempt, c.text, len(ids[text]), len(c.token_ids))
@@ -173,7 +172,7 @@ def ask_sampler(config, cache: Cache, texts: list[str], world) -> dict[str, str]
         progress.close()
     failed = {text: f"the question exceeds the judge's context of {context}"
               for text in ids if room[text] <= 0}
-    return {text: why for theirs in parallel.gather(failed, world) for text, why in theirs.items()}
+    return {text: why for theirs in distributed.gather(failed, world) for text, why in theirs.items()}
 
 
 def compare(judge: Judge, pairs: list[tuple[str, str, str]], world) -> list[JudgeResult]:
@@ -182,7 +181,7 @@ def compare(judge: Judge, pairs: list[tuple[str, str, str]], world) -> list[Judg
     mine, scores = texts[world.rank::world.size], {}
     folder = judge.source.folder
     found = reward_model.Scorer(folder, reward_model.check(folder), SCORED, world)(mine)
-    for theirs in parallel.gather(dict(zip(mine, found)), world):
+    for theirs in distributed.gather(dict(zip(mine, found)), world):
         scores |= theirs
     both = [(scores[query, a], scores[query, b]) for query, a, b in pairs]
     return [JudgeResult([], {"winner": "tie" if a == b else "A" if a > b else "B", "scores": [a, b]})
@@ -208,7 +207,7 @@ def ask(config, judge: Judge, records: list[Record], answers: list[dict], world)
     else:
         cache = Cache(config, judge)
         before, open = sum(len(cache.tried(text).raw) for text in todo), list(filter(cache.open, todo))
-        if judge.source and (open := parallel.broadcast(open, world)):
+        if judge.source and (open := distributed.broadcast(open, world)):
             failed = ask_sampler(config, cache, open, world)
         elif open:
             failed = ask_servers(config, cache, open)

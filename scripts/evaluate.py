@@ -24,7 +24,6 @@ import torch
 
 import checkpoints
 import model as qwen
-import parallel
 import replica
 import rollout
 import run
@@ -32,10 +31,11 @@ from data.prompts import STYLES, TOKENS_PER_WORD, render
 from evaluation import benchmarks, scores
 from evaluation.judge import Cache, Judge, ask, find_judge, greet
 from evaluation.source import Source, find, fingerprint, open_sampler
-from lib import options
+from lib import distributed, options
 from lib.files import locate, read_jsonl
 from lib.files import replace as rewrite
 from lib.options import Field, UserError, read_json
+from lib.progress import Progress
 from scheduler import Request, assign
 
 
@@ -205,8 +205,8 @@ def generate(config: Config, job: Job, world) -> list[dict]:
                                     s["top_p"], s["top_k"], tuple(s["stop"]),
                                     rollout.request_seed(s["seed"], config.benchmark, r.id)))
         fitting = [i for i, request in enumerate(requests) if request.max_new_tokens > 0]
-        progress = run.Progress(f"{out}: answers", len(fitting), world.main, "answers")
-        with parallel.raise_on_all_ranks(world):
+        progress = Progress(f"{out}: answers", len(fitting), world.main, "answers")
+        with distributed.raise_on_all_ranks(world):
             with (out / f"answers.part-{world.rank}.jsonl").open("a", encoding="utf-8") as f:
 
                 def keep(record, text: str, reason: str, tokens: int):
@@ -220,8 +220,8 @@ def generate(config: Config, job: Job, world) -> list[dict]:
                     keep(mine[fitting[c.prompt_index]], c.text, c.finish_reason, len(c.token_ids))
                     progress.update(sampler.stats)
             progress.close()
-    with parallel.raise_on_all_ranks(world):
-        for theirs in parallel.gather(answers, world):
+    with distributed.raise_on_all_ranks(world):
+        for theirs in distributed.gather(answers, world):
             answers |= theirs
         lines = [answers[r.id] for r in job.records]
         if world.main:
@@ -242,12 +242,12 @@ def jsonl(lines: list[dict]) -> str:
 
 
 def evaluate(config: Config, world):
-    with parallel.raise_on_all_ranks(world):
+    with distributed.raise_on_all_ranks(world):
         job = prepare(config, world.device) if world.main else None
-    job = parallel.broadcast(job, world)
+    job = distributed.broadcast(job, world)
     answers, out, verdicts, judged = generate(config, job, world), Path(config.out), None, None
     if not (job.judge and job.judge.source):  # what is left, one process does, however long it takes
-        parallel.close()
+        distributed.close()
         if not world.main:
             return
     # Where neither side wrote anything there is no game
@@ -306,7 +306,7 @@ def main():
     try:
         config = options.parse(Config, sys.argv[1:], __doc__)
         check(config)
-        evaluate(config, parallel.setup(config.device, WAIT))
+        evaluate(config, distributed.setup(config.device, WAIT))
     except sqlite3.Error as e:
         raise UserError(f"cache {config.cache} cannot be used ({e}): choose another") from None
 

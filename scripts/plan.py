@@ -20,12 +20,11 @@ from pathlib import Path
 
 import torch
 
-import parallel
 import rewards
 import rollout
 import train
 from kernels.logprob import CHUNK_BYTES
-from lib import options, scoring
+from lib import distributed, options, scoring
 from lib.files import ROOT, locate
 from lib.options import UserError
 from model import ModelConfig, Qwen2, read_config
@@ -457,7 +456,7 @@ def show(arguments: list[str]):
     plan, note = read(arguments)
     machine, config = plan.machine, plan.config
     os.environ["LOCAL_WORLD_SIZE"] = str(machine.gpus)
-    train.check(config, parallel.World(0, plan.ranks, torch.device("cuda" if plan.cuda else "cpu")))
+    train.check(config, distributed.World(0, plan.ranks, torch.device("cuda" if plan.cuda else "cpu")))
     device = f"GPUs of {machine.gpu_memory:g} GiB" if plan.cuda else "processes"
     print(f"{config.model}: {plan.shape.num_parameters:,} parameters{note}\n{machine.nodes} x {machine.gpus} "
           f"{device}; weights over {plan.shards}, a sampler over {config.tp}; micro-batches of up to "

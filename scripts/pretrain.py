@@ -20,7 +20,7 @@ import parallel
 from data.prompts import objects
 from data.tokenizer import Tokenizer, copy_files
 from kernels import linear_logprob
-from lib import options
+from lib import distributed, options
 from lib.options import Field, UserError, typed
 
 
@@ -74,7 +74,7 @@ def run(config: Config):
     options.check_choices(config, device=options.DEVICES)
     if not config.out:
         raise UserError("--out is missing: give a folder for the checkpoint")
-    world = parallel.setup(config.device)
+    world = distributed.setup(config.device)
     if config.rows_per_step % world.size:
         raise UserError(f"rows_per_step {config.rows_per_step} does not divide by {world.size} ranks")
     tokenizer = Tokenizer(config.tokenizer)
@@ -107,7 +107,7 @@ def run(config: Config):
         tokens = torch.tensor([t for piece in pieces for t in piece], device=world.device)
         targets = torch.tensor([t for piece in pieces for t in piece[1:] + [-1]], device=world.device)
         keep = targets >= 0
-        count = parallel.total({"tokens": keep.sum().item()}, world)["tokens"]
+        count = distributed.total({"tokens": keep.sum().item()}, world)["tokens"]
         hidden = model(tokens, qwen.packed([len(piece) for piece in pieces], world.device))
         logp, _ = linear_logprob(hidden[keep], model.head_weight, targets[keep])
         loss = -logp.sum() / count
@@ -118,7 +118,7 @@ def run(config: Config):
         optimizer.step()
         optimizer.zero_grad()
         if step % 100 == 0 or step == steps - 1:
-            mean = parallel.total({"loss": loss.item()}, world)["loss"]
+            mean = distributed.total({"loss": loss.item()}, world)["loss"]
             if world.main:
                 print(f"step {step + 1}/{steps}  loss {mean:.3f}  {time.perf_counter() - start:.0f} s",
                       flush=True)
@@ -132,7 +132,7 @@ def main():
     try:
         run(options.parse(Config, sys.argv[1:], __doc__))
     finally:
-        parallel.close()
+        distributed.close()
 
 
 if __name__ == "__main__":

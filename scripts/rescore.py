@@ -26,11 +26,10 @@ import numpy as np
 import torch
 
 import grpo
-import parallel
 import rewards
 import rollout
 from data import prompts as prompt_data
-from lib import options, scoring
+from lib import distributed, options, scoring
 from lib.files import ROOT, locate, read_jsonl, replace
 from lib.options import Field, UserError
 from sampler import Completion
@@ -281,7 +280,7 @@ def main():
         kept = [] if args.reward else [reward.name for reward in asking]
         step = functools.partial(rescore, run, tables, option, kept)
         if asking and args.reward:
-            world = parallel.setup()
+            world = distributed.setup()
             for reward in asking:
                 if hasattr(reward.function, "check"):
                     reward.function.check(config)
@@ -299,7 +298,7 @@ def main():
         result["seconds"] = round(time.perf_counter() - start, 2)
         replace(run / "rescore.json", json.dumps(result, ensure_ascii=False, indent=1) + "\n")
     finally:
-        parallel.close()
+        distributed.close()
     unfinished = f"; {len(steps) - len(whole)} still being written" * (len(steps) > len(whole))
     print(f"{args.run}: {result['samples']:,} samples of {len(whole)} steps in {result['seconds']:.1f} s"
           f"{unfinished}\n{show(result)}\n\nall of it: {args.run}/rescore.json")

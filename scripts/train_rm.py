@@ -28,7 +28,7 @@ import parallel
 import reward_model
 from data.preferences import Pair, read
 from data.tokenizer import Tokenizer, copy_files
-from lib import options
+from lib import distributed, options
 from lib.options import UserError
 from text import count_words
 
@@ -134,7 +134,7 @@ def fit(model: qwen.RewardModel, pairs: list[Pair], encode, config: Config, worl
         optimizer.step()
         optimizer.zero_grad()
         if step % 10 == 9 or step == len(steps) - 1:
-            s, seen = parallel.total(seen, world), dict.fromkeys(seen, 0.0)
+            s, seen = distributed.total(seen, world), dict.fromkeys(seen, 0.0)
             if world.main:
                 print(f"step {step + 1}/{len(steps)}  loss {s['loss'] / s['pairs']:.3f}  accuracy "
                       f"{s['right'] / s['pairs']:.3f}  {time.perf_counter() - start:.0f} s", flush=True)
@@ -195,7 +195,7 @@ def evaluate(model: qwen.RewardModel, pairs: list[Pair], encode, config: Config,
     """The report on pairs, of which each rank encodes its share."""
     mine = pairs[world.rank::world.size]
     rows = [encode(pair, side) for pair in mine for side in ("chosen", "rejected")]
-    found = parallel.gather(reward_model.scores(model, rows, config.micro_batch_tokens, world), world)
+    found = distributed.gather(reward_model.scores(model, rows, config.micro_batch_tokens, world), world)
     scores = [0.0] * (2 * len(pairs))
     for rank, part in enumerate(found):
         scores[2 * rank::2 * world.size], scores[2 * rank + 1::2 * world.size] = part[::2], part[1::2]
@@ -207,7 +207,7 @@ def evaluate(model: qwen.RewardModel, pairs: list[Pair], encode, config: Config,
 
 def run(config: Config) -> dict:
     check(config)
-    world = parallel.setup(config.device, config.timeout)
+    world = distributed.setup(config.device, config.timeout)
     shape, tokenizer = qwen.read_config(config.model), Tokenizer(config.model)
     tokenizer.check_rows(shape.vocab_size, config.model)
     if config.max_tokens > shape.max_position_embeddings:
@@ -215,7 +215,7 @@ def run(config: Config) -> dict:
                         f"{shape.max_position_embeddings}")
     training, held_out, dropped = split(config)
     saved = config.out if config.epochs else ""
-    with parallel.raise_on_all_ranks(world):  # before the training, not after it
+    with distributed.raise_on_all_ranks(world):  # before the training, not after it
         try:
             if saved and world.main:
                 Path(saved).mkdir(parents=True, exist_ok=True)
@@ -236,7 +236,7 @@ def run(config: Config) -> dict:
               *notes, sep=", ", flush=True)
     fit(model, training, encode, config, world)
     found = evaluate(model, held_out, encode, config, world)
-    cut = set(itertools.chain(*parallel.gather(cut, world)))
+    cut = set(itertools.chain(*distributed.gather(cut, world)))
     if saved:
         parallel.save_sharded(model, saved, world, getattr(torch, config.dtype))
         if world.main:

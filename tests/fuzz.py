@@ -38,7 +38,7 @@ import run
 import train
 from data import prompts as prompt_data
 from data.tokenizer import Tokenizer
-from lib import options
+from lib import distributed, options
 from lib.options import UserError
 from lib.scoring import choose_rewards
 from sampler import Request, Sampler
@@ -383,8 +383,8 @@ def option_sets(rng: random.Random, folder: Path) -> tuple[str, object]:
 # ------------------------------------------------------------------------------------------ running
 
 
-def world() -> parallel.World:
-    return parallel.setup("cpu")
+def world() -> distributed.World:
+    return distributed.setup("cpu")
 
 
 PARTS = {"prompts": prompts, "models": models, "options": option_sets}

@@ -8,6 +8,7 @@ import torch
 
 import model as qwen
 import parallel
+from lib import distributed
 
 
 class Peak:
@@ -26,7 +27,7 @@ class Peak:
         return 1024 * int(next(line.split()[1] for line in lines if line.startswith(f"{name}:")))
 
 
-def measure(path: Path, world: parallel.World) -> dict[str, float]:
+def measure(path: Path, world: distributed.World) -> dict[str, float]:
     """Peaks of this rank and what bounds them, in bytes."""
     peak = Peak()
     model = parallel.load_sharded(path, world)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import checkpoints
-import parallel
+from lib import distributed
 from lib.options import UserError
 
 
@@ -26,7 +26,7 @@ def trained(updates: int):
 
 @pytest.fixture(scope="module")
 def world():
-    return parallel.setup("cpu")
+    return distributed.setup("cpu")
 
 
 def test_a_loaded_optimiser_goes_on_as_the_saved_one_would(tmp_path, world):

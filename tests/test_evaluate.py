@@ -389,7 +389,7 @@ def test_a_reward_model_compares_evaluations(data, tmp_path, run):
     assert [game[1:3] for game in found["games"]] == [["base", i] for i in playing] and len(playing) < 24
     keys = [(i, f"base/{order}") for i in mine if mine[i] for order in (0, 1)]
     assert [(v["id"], v["key"]) for v in verdicts] == keys
-    world = evaluate.parallel.setup("cpu")
+    world = evaluate.distributed.setup("cpu")
     scorer = reward_model.Scorer("data/tiny/writing", reward_model.check("data/tiny/writing"), 4096, world)
     for name, _, i, points in found["games"]:
         given_verdicts = [v["verdict"] for v in verdicts if v["id"] == i]
@@ -401,7 +401,7 @@ def test_a_reward_model_compares_evaluations(data, tmp_path, run):
         a, b = scorer([(query, mine[i]), (query, theirs[i])])
         assert given_verdicts[0]["scores"] == pytest.approx([a, b], abs=1e-5)
         assert given_verdicts[1]["scores"] == given_verdicts[0]["scores"][::-1] and points == float(a > b)
-    evaluate.parallel.close()
+    evaluate.distributed.close()
     assert run(tmp_path / "twin", judge="data/tiny/writing", baselines=tmp_path / "base",
                **given)[0] == 0
     assert {game[3] for game in result(tmp_path / "twin")["games"]} == {0.5}

@@ -4,7 +4,7 @@ import time
 
 import pytest
 
-import parallel
+from lib import distributed
 from lib.options import UserError
 from tests import fuzz
 
@@ -12,7 +12,7 @@ from tests import fuzz
 @pytest.fixture(autouse=True)
 def group():
     yield
-    parallel.close()
+    distributed.close()
 
 
 @pytest.mark.parametrize("part, number", [("prompts", 8), ("models", 12), ("options", 8)])

@@ -17,6 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import model as qwen
 import parallel
+from lib import distributed
 from lib.options import UserError
 
 TINY = {"vocab_size": 131, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
@@ -281,11 +282,11 @@ def test_a_tensor_that_the_index_does_not_place_in_its_file_is_missing(place, tm
     content["weight_map"] |= {name: place} if place else {}
     index.write_text(json.dumps(content))
     assert old != place and name in load_file(tmp_path / old)
-    world = parallel.setup("cpu")
+    world = distributed.setup("cpu")
     for load in (qwen.load, lambda path: parallel.load_sharded(path, world)):
         with pytest.raises(UserError, match=f"index.json, .* fit config.json: missing {name}$"):
             load(tmp_path)
-    parallel.close()
+    distributed.close()
 
 
 def test_a_tied_models_weights_under_an_untied_config_are_refused(tmp_path):

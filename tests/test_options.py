@@ -18,10 +18,10 @@ import rollout
 import train
 from data.prompts import TEMPLATES, Prompt, language
 from lib import options
+from lib.distributed import World
 from lib.files import read_jsonl
 from lib.options import UserError
 from lib.scoring import choose_rewards
-from parallel import World
 from rewards import REQUIRED, REWARDS, TRANSFORMS
 from train import Config, check, parse
 

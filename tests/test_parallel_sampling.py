@@ -41,7 +41,7 @@ from replica import tp_slice
 from sampler import Sampler
 from scheduler import Request
 
-world = parallel.setup("cpu")
+world = distributed.setup("cpu")
 group = parallel.tp_group(2)
 whole = qwen.load(sys.argv[1])
 model = qwen.Qwen2(whole.config, group).requires_grad_(False)
@@ -52,7 +52,7 @@ sampler = Sampler(model)
 out = sorted((c.sample_index, c.token_ids) for c in sampler.generate(requests))
 with open(f"{sys.argv[2]}/{world.rank}.json", "w") as f:  # lines of four processes mix on one stdout
     json.dump(out, f)
-parallel.close()
+distributed.close()
 """
 
 

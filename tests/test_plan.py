@@ -26,6 +26,7 @@ import model as qwen
 import parallel
 import train
 from kernels import backend
+from lib import distributed
 from lib.options import UserError
 from model import ModelConfig, Qwen2
 from scripts import plan as planner
@@ -39,10 +40,10 @@ SMALL = ModelConfig(1000, 140, 70, 3, 10, 2)  # nothing in it divides by 64
 @contextmanager
 def fake_ranks(rank: int, size: int):
     """This process as one of many, whose collectives do nothing."""
-    parallel.close()  # what a test before may have left
+    distributed.close()  # what a test before may have left
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=size)
     try:
-        yield parallel.World(rank, size, torch.device("cpu"))
+        yield distributed.World(rank, size, torch.device("cpu"))
     finally:
         dist.destroy_process_group()
 
@@ -156,8 +157,8 @@ CASES = [  # the first peaks in a layer's backward, the others in logprobs
 @pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("shape, lengths", CASES, ids=["layer", "logprobs", "tied"])
 def test_the_peak_of_a_real_update_is_within_a_tenth_of_torchs_tracker(shape, lengths, recompute):
-    planned, seen = measured(shape, lengths, recompute, parallel.setup("cpu"))
-    parallel.close()
+    planned, seen = measured(shape, lengths, recompute, distributed.setup("cpu"))
+    distributed.close()
     assert planned == pytest.approx(seen, rel=0.1)
 
 
@@ -165,12 +166,12 @@ TWO_RANKS = """
 import json, sys
 import parallel
 from tests.test_plan import CASES, measured
-world = parallel.setup("cpu")
+world = distributed.setup("cpu")
 found = [measured(*CASES[0], recompute, world) for recompute in (False, True)]
 if world.main:
     with open(sys.argv[1], "w") as f:
         json.dump(found, f)
-parallel.close()
+distributed.close()
 """
 
 

@@ -105,7 +105,7 @@ def test_an_answer_that_fills_the_budget_to_the_last_token_is_reachable(tmp_path
 def test_prompts_are_loaded_if_there_are_enough_and_each_fits_into_the_context_with_its_answer(tmp_path):
     file = written(tmp_path, {"query": "one"}, {"query": "two", "keep": False}, {"query": "three"})
     config = SimpleNamespace(prompts=str(file), prompt_style="direct", max_new_tokens=100, unreachable="drop")
-    letters = SimpleNamespace(encode=list)  # a token a character
+    letters = SimpleNamespace(encode=list, token_bytes=[b"a"])  # a token a character
     longest = len(render("three", "direct")) + 100
     prompts, dropped = load(config, "prompts", 2, "a step", letters, longest)
     assert [p.query for p in prompts] == ["one", "three"] and dropped == {"rejected": 1}

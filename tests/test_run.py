@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,12 +15,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import parallel
 import rewards
 import run
 import train
 from data.tokenizer import Tokenizer
-from lib import scoring
+from lib import distributed, scoring
+from lib.progress import Progress
 from tests.test_docs import undocumented_metrics
 from text import length_score
 
@@ -437,8 +438,8 @@ def test_threads_that_wait_leave_their_core_to_others_unless_told_otherwise(chos
 
 
 def test_the_time_left_is_that_of_the_samples_left_at_the_rate_so_far(monkeypatch, capsys):
-    monkeypatch.setattr(run.time, "perf_counter", lambda: 1000.0)
-    progress = run.Progress("step 1", 8, True)
+    monkeypatch.setattr(time, "perf_counter", lambda: 1000.0)
+    progress = Progress("step 1", 8, True)
     progress.start, progress.last = 940.0, 0.0
     progress.update(SimpleNamespace(new_tokens=1200, finished=2))
     assert "20 tok/s on this rank, about 0:03:00 left" in capsys.readouterr().err
@@ -449,8 +450,8 @@ def test_the_time_left_is_that_of_the_samples_left_at_the_rate_so_far(monkeypatc
 
 def test_progress_is_shown_and_not_logged(tmp_path, capsys):
     stats = SimpleNamespace(new_tokens=9, finished=1)
-    log = run.Log(tmp_path, train.Config(), [], run.Clock(), parallel.setup("cpu"))
-    progress = run.Progress("step 1", 2, True)
+    log = run.Log(tmp_path, train.Config(), [], run.Clock(), distributed.setup("cpu"))
+    progress = Progress("step 1", 2, True)
     progress.last -= 60
     progress.update(stats)
     log.warn("warning: so")
@@ -459,7 +460,7 @@ def test_progress_is_shown_and_not_logged(tmp_path, capsys):
 
 
 def test_where_the_log_cannot_be_written_lines_are_still_shown(tmp_path, capsys):
-    run.Log(tmp_path / "nowhere", train.Config(), [], run.Clock(), parallel.setup("cpu")).say("a line")
+    run.Log(tmp_path / "nowhere", train.Config(), [], run.Clock(), distributed.setup("cpu")).say("a line")
     assert capsys.readouterr().out == "a line\n"
 
 
@@ -472,7 +473,7 @@ STEP = {"step": 10, "reward/length": 0.5, "reward/format": 1.0, "reward/writing"
 
 def test_a_line_of_a_step_says_how_long_it_took_and_how_long_the_run_will(monkeypatch):
     """Loading took 100 s, steps 9 and 10, the first since a resume, 1,000 s each."""
-    monkeypatch.setattr(run.time, "perf_counter", lambda: 3100.0)
+    monkeypatch.setattr(time, "perf_counter", lambda: 3100.0)
     line = run.describe(STEP, 150, ["length", "format", "writing"], [1000.0, 1100.0, 2100.0])
     assert "all 910.0s  elapsed 35min left 2333min" in line and len(line) <= 205
     assert "elapsed 35min left" in run.describe(STEP, 10, ["length"], [1000.0])  # of a step before a resume

@@ -15,6 +15,7 @@ import grpo
 import model as qwen
 import parallel
 import train
+from lib import distributed
 from lib.options import UserError
 from replica import tp_slice
 from run import Clock
@@ -64,7 +65,7 @@ def replica(config: qwen.ModelConfig, group=None, dtype=torch.float32) -> qwen.Q
 
 def worker(folder: Path):
     """What each rank does: `folder` holds the checkpoint `odd`, and then what the tests compare."""
-    world, found = parallel.setup("cpu"), {}
+    world, found = distributed.setup("cpu"), {}
     if world.size == 2:  # of `odd` only so that all of torch is there that is loaded at first use
         found["memory"] = [resident.measure(folder / name, world) for name in ("odd", "deep", "wide")][1:]
     for copies in sorted({1, world.size // 2}):
@@ -85,7 +86,7 @@ def worker(folder: Path):
     save_file(dict(sampler.named_parameters()), folder / f"slice_{world.size}_{world.rank}.safetensors")
     in_process(folder / f"run_{world.size}", *STEP, *RUNS[world.size])
     (folder / f"found_{world.size}_{world.rank}.json").write_text(json.dumps(found))
-    parallel.close()
+    distributed.close()
 
 
 def staged_errors(model, sampler, world):
@@ -135,7 +136,7 @@ CASES = pytest.mark.parametrize("ranks, name", [(2, "2x1"), (4, "4x1"), (4, "2x2
 @CASES
 def test_ranks_and_replicas_have_the_loss_and_the_gradients_of_one_process(folder, ranks, name):
     """Samples of very different lengths, a rank without any; with replicas also recomputed and offloaded."""
-    world = parallel.setup("cpu")
+    world = distributed.setup("cpu")
     expected, one = gradients(parallel.load_sharded(folder / "odd", world), world)
     actual = load_file(folder / f"gradients_{name}.safetensors")
     assert actual.keys() == expected.keys() and one["grad_norm"] > 0.1
@@ -168,7 +169,7 @@ def test_what_is_read_in_shards_is_published_and_saved_bit_for_bit(folder, ranks
     assert equal(dict(qwen.load(folder / f"saved_{name}").named_parameters()), dict(base.named_parameters()))
     assert len(list((folder / f"saved_{name}").glob("*.safetensors"))) > 2
     sampler = replica(ODD, dtype=torch.bfloat16)
-    parallel.setup("cpu")
+    distributed.setup("cpu")
     fingerprint = parallel.publish(base, sampler)
     assert {rank[name]["fingerprint"] for rank in found(folder, ranks)} == {fingerprint}
 
@@ -179,7 +180,7 @@ def test_tensor_parallel_slices_have_the_fingerprint_of_the_whole(folder, ranks)
     for rank in range(ranks):
         part = load_file(folder / f"slice_{ranks}_{rank}.safetensors")
         assert equal(part, {k: tp_slice(k, p.detach(), rank % 2, 2) for k, p in base.named_parameters()})
-    parallel.setup("cpu")
+    distributed.setup("cpu")
     assert {rank["tp"] for rank in found(folder, ranks)} == {parallel.publish(base, replica(base.config))}
 
 
@@ -205,7 +206,7 @@ def test_a_rank_needs_little_more_memory_than_its_shard_to_load_and_a_layer_or_t
 
 
 def test_the_fingerprint_sees_what_a_wrong_copy_would_change():
-    parallel.setup("cpu")
+    distributed.setup("cpu")
     base = qwen.load(BASE)
 
     def of(change) -> int:

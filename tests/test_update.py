@@ -25,6 +25,7 @@ import run
 import train
 from data.prompts import Prompt
 from data.tokenizer import Tokenizer
+from lib import distributed
 from lib.scoring import Reward
 from sampler import Completion
 from scheduler import Stats
@@ -319,9 +320,9 @@ def test_seconds_of_sampling_scoring_and_waiting_for_others_do_not_overlap(monke
         now[0] += 100
 
     monkeypatch.setattr(time, "perf_counter", lambda: now[0])
-    monkeypatch.setattr(parallel, "in_rounds", in_rounds)
+    monkeypatch.setattr(distributed, "in_rounds", in_rounds)
     config = train.Config(prompts_per_step=1, group_size=2, max_new_tokens=20)
-    clock, world = run.Clock(), parallel.setup("cpu")
+    clock, world = run.Clock(), distributed.setup("cpu")
     sampler, prompt = Slow(Tokenizer(BASE)), Prompt("1", "Write.", "Write.", None, "en")
     rollout.sample_and_score(sampler, [prompt], [Reward("ten", ten, 1.0)], 2, 1, "step 1", rollout.lengths,
                              config, clock, None, world)

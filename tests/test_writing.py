@@ -20,6 +20,7 @@ from data import prompts
 from data.preferences import Pair
 from data.tiny.pairs import pairs
 from data.tokenizer import Tokenizer
+from lib import distributed, offload
 from lib.options import UserError
 from sampler import Completion
 from scripts import train_rm
@@ -91,7 +92,7 @@ def trained(folder: Path, out: Path) -> dict:
 
 def worker(folder: Path):
     """What each rank scores: rank 0 has seven rows, rank 1 two, and then none has any, or one alone."""
-    world, rows = parallel.setup("cpu"), rows_of([9, 80, 3, 44, 10, 10, 31, 2, 50])
+    world, rows = distributed.setup("cpu"), rows_of([9, 80, 3, 44, 10, 10, 31, 2, 50])
     model = parallel.load_sharded(folder / "rm", world)
     mine = rows[:7] if world.rank == 0 else rows[7:]
     found = [reward_model.scores(model, part, 90, world)
@@ -100,7 +101,7 @@ def worker(folder: Path):
     fresh = parallel.load_sharded(folder / "policy", world, scalar_head=True)
     found += [fresh.score.weight.full_tensor().tolist(), trained(folder, folder / "trained")]
     (folder / f"found_{world.rank}.json").write_text(json.dumps(found))
-    parallel.close()
+    distributed.close()
 
 
 def test_two_ranks_score_as_one_packed_as_one_by_one_and_save_the_same_bits(tmp_path, capsys):
@@ -113,12 +114,12 @@ def test_two_ranks_score_as_one_packed_as_one_by_one_and_save_the_same_bits(tmp_
     script = tmp_path / "ranks.py"
     script.write_text("import pathlib, sys, tests.test_writing as t; t.worker(pathlib.Path(sys.argv[1]))")
     torchrun(2, script, tmp_path)
-    rows, world = rows_of([9, 80, 3, 44, 10, 10, 31, 2, 50]), parallel.setup("cpu")
+    rows, world = rows_of([9, 80, 3, 44, 10, 10, 31, 2, 50]), distributed.setup("cpu")
     with torch.no_grad():
         single = [model(torch.tensor(row), qwen.packed([len(row)])).item() for row in rows]
     whole = parallel.load_sharded(tmp_path / "rm", world)
     assert reward_model.scores(whole, rows, 10**6, world) == pytest.approx(single, rel=1e-5, abs=1e-6)
-    waiting = parallel.Offloaded(whole)
+    waiting = offload.Offloaded(whole)
     for _ in range(2):
         assert {x.untyped_storage().nbytes() for x in waiting.shards} == {0}, "weights wait elsewhere"
         with waiting:
@@ -147,7 +148,7 @@ def test_the_reward_is_the_answer_bodys_raw_score(monkeypatch, capsys):
     """Thinking and tags are not read; without a body it is the lowest; what does not fit into the model is
     counted."""
     config = train.parse(["--micro_batch_tokens", "300"])
-    world, reward = parallel.setup("cpu"), rewards.Writing()
+    world, reward = distributed.setup("cpu"), rewards.Writing()
     reward.check(config)
     with monkeypatch.context() as once:
         once.setattr(reward_model, "Tokenizer", None)  # what `check` has read is not read again
@@ -182,7 +183,7 @@ def test_a_folder_whose_tokenizer_is_anothers_is_refused(tmp_path):
 def test_the_default_writing_model_keeps_its_accuracy_on_held_out_pairs():
     """0.9 over all and 0.8 for each kind, with names and fillers that it was not trained on."""
     held_out = [Pair(r["prompt"], r["chosen"], r["rejected"], r["kind"]) for r in pairs("bar", 200, True)]
-    tokenizer, world = Tokenizer(DEFAULT), parallel.setup("cpu")
+    tokenizer, world = Tokenizer(DEFAULT), distributed.setup("cpu")
     model = parallel.load_sharded(DEFAULT, world)
 
     def encode(pair, side):
