@@ -109,7 +109,7 @@ def test_prompts_are_loaded_if_there_are_enough_and_each_fits_into_the_context_w
     longest = len(render("three", "direct")) + 100
     prompts, dropped = load(config, "prompts", 2, "a step", letters, longest)
     assert [p.query for p in prompts] == ["one", "three"] and dropped == {"rejected": 1}
-    said = f"prompt .3. has {longest - 100} tokens, .* context of {longest - 1}"
+    said = f"prompt .3. has {longest - 100} tokens or more, .* context of {longest - 1}"
     with pytest.raises(UserError, match=said):
         load(config, "prompts", 2, "a step", letters, longest - 1)
     with pytest.raises(UserError, match="has 2 usable prompts .*'rejected': 1.*, but a step needs 3"):
