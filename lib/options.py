@@ -51,7 +51,8 @@ def command(main: Callable[[], None]) -> Callable[[], None]:
         except (UserError, OSError) as e:
             if rank and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
                 time.sleep(5)  # rank 0 says the same at once, and torchrun ends all with the first that exits
-            said = str(e).replace("\n", "\\n")  # of a value
+            said = str(e).replace("\n", "\\n")  # of a value, which may be long
+            said = said if len(said) < 3000 else f"{said[:2000]} [...] {said[-500:]}"
             print(f"error{f' on rank {rank}' * bool(rank)}: {said}", file=sys.stderr, flush=True)
             code = 2
         except Exception:

@@ -15,6 +15,7 @@ import json
 import math
 import os
 import random
+import re
 import shutil
 import signal
 import sys
@@ -39,14 +40,12 @@ import train
 from data import prompts as prompt_data
 from data.tokenizer import Tokenizer
 from lib import distributed, options
-from lib.options import UserError
 from lib.scoring import choose_rewards
 from sampler import Request, Sampler
 
 ROOT = Path(__file__).parent.parent
 TINY = ROOT / "data" / "tiny"
 LIMIT = 20  # seconds of a case
-LONGEST = 4000  # characters of a sentence
 DEEP = b"[" * 100_000
 ODD = [None, True, False, 0, 1, 2, -1, 7, 10**12, -10**12, 10**400, 2**31, 2**63, 0.0, 0.5, 1.5, -0.5, 1e-40,
        1e300, math.nan, math.inf, -math.inf, "", "text", "3", "-1", "nan", "true", "\0", "a\0b", "\ud800",
@@ -395,14 +394,16 @@ def attempt(read, what: str, found: dict):
     start = time.perf_counter()
     signal.signal(signal.SIGALRM, hang)
     signal.alarm(LIMIT)
+    said = io.StringIO()
     try:
-        with contextlib.redirect_stdout(io.StringIO()):
-            read()
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(said):
+            options.command(read)()
         found["accepted"] += 1
-    except (UserError, OSError) as e:
+    except SystemExit as e:
         found["refused"] += 1
-        if not str(e) or len(str(e)) > LONGEST:
-            found["tracebacks"].append(f"{what}: a sentence of {len(str(e))} characters")
+        *_, last = said.getvalue().splitlines() or [""]
+        if e.code != 2 or not re.fullmatch(r"error: .{10,4000}", last):
+            found["tracebacks"].append(f"{what}: exit code {e.code}, after {last!r:.300}")
     except CannotTrain as e:
         found["accepted that cannot train"].append(f"{what}: {e}")
     except Hang:

@@ -77,17 +77,11 @@ def test_state_and_manifest_are_on_the_disk_before_the_checkpoint_has_its_name(t
     assert {Path(name).name for name in named} <= set(events), "the weights too"
 
 
-@pytest.mark.parametrize("manifest, named", [
-    ("{}", "manifest.json: state.json must be a string"), (None, "does not list optimizer/odd")])
-def test_what_its_manifest_does_not_list_makes_a_checkpoint_unusable(tmp_path, world, manifest, named):
+def test_a_file_that_its_manifest_does_not_list_makes_a_checkpoint_unusable(tmp_path, world):
     """The reader of shards takes every file of a folder."""
-    model, optimizer = trained(1)
-    checkpoints.save(tmp_path, model, optimizer, {"step": 2}, world, 9)
-    if manifest:
-        (tmp_path / "step_000002" / "manifest.json").write_text(manifest)
-    else:
-        (tmp_path / "step_000002" / "optimizer" / "odd").touch()
-    with pytest.raises(checkpoints.BadCheckpoint, match=named):
+    checkpoints.save(tmp_path, *trained(1), {"step": 2}, world, 9)
+    (tmp_path / "step_000002" / "optimizer" / "odd").touch()
+    with pytest.raises(checkpoints.BadCheckpoint, match="does not list optimizer/odd"):
         checkpoints.verify(tmp_path / "step_000002")
 
 
@@ -116,3 +110,26 @@ def test_where_what_a_failed_save_left_cannot_be_removed_the_failure_is_said_all
     monkeypatch.setattr(checkpoints.shutil, "rmtree", rmtree)
     with pytest.raises(UserError, match="step_000002 cannot be written .No space left on device"):
         checkpoints.save(tmp_path, model, optimizer, {"step": 2}, world, 9)
+
+
+@pytest.mark.parametrize("name, content, said", [
+    ("manifest.json", "{", "cannot be read"), ("manifest.json", "[]", "must be a JSON object"),
+    ("manifest.json", "{}", "state.json must be a string"),
+    ("manifest.json", '{"state.json": 3}', "must be a string"),
+    ("manifest.json", '{"state.json": "0", "a\\u0000": "0"}', "null byte"),
+    ("manifest.json", None, "does not exist"),
+    ("manifest.json", '{"state.json": "0", "weights": "0"}', "Is a directory"),
+    ("state.json", '{"step": "3", "updates": 1}', "step must be a whole number"),
+    ("state.json", "{}", "step must be"),
+    ("state.json", '{"step": -1, "updates": 1}', "not -1"),
+    ("state.json", '{"step": 3, "updates": NaN}', "NaN"),
+    ("state.json", '{"step": 3, "updates": true}', "updates must be")])
+def test_a_checkpoint_with_an_odd_record_is_incomplete(name, content, said, tmp_path, world):
+    checkpoints.save(tmp_path, *trained(1), {"step": 3}, world, 2)
+    path = tmp_path / "step_000003"
+    (path / name).unlink()
+    if content is not None:
+        (path / name).write_text(content)
+    with pytest.raises(checkpoints.BadCheckpoint, match="step_000003 is incomplete") as e:
+        checkpoints.verify(path)
+    assert said in str(e.value)

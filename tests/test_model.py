@@ -7,7 +7,10 @@ Not exercised here: CUDA, FSDP and the sampler's paged plan.
 
 import json
 import logging
+import math
+import shutil
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,6 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import model as qwen
 import parallel
+from data.tokenizer import Tokenizer
 from lib import distributed
 from lib.options import UserError
 
@@ -357,6 +361,129 @@ def test_an_index_that_is_none_is_named(tmp_path):
         (tmp_path / "model.safetensors.index.json").write_text(text)
         with pytest.raises(UserError, match="model.safetensors.index.json"):
             qwen.load(tmp_path)
+
+
+ODD = [None, True, 0, -1, 10**12, 10**400, 1.5, "3", "text", [], {}, [1]]  # no size of a model
+CONFIGS = [  # changes in config.json, what is said
+    *(({name: odd}, f"{name} must be a whole number") for name in (
+        "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
+        "num_attention_heads") for odd in ODD),
+    *(({name: odd}, f"{name} must be") for name, odds in {
+        "num_key_value_heads": ODD[1:], "max_position_embeddings": ODD[1:],
+        "rms_norm_eps": [0, -1e-6, 2, "1e-6", True],
+        "rope_theta": [0, 1, -1e4, 1e300, "1e6", [1e4]], "tie_word_embeddings": [1, 0, "true", []],
+        "initializer_range": [-1, "0.02"], "rope_scaling": [3, "yarn", [1]],
+        "rope_parameters": [3, "yarn", [1]],
+        "architectures": [3, "Qwen2ForSequenceClassification", {}]}.items() for odd in odds),
+    *(({"rope_scaling": {"type": "yarn", **YARN, name: odd}}, f"YaRN: {name} must be") for name, odds in {
+        "factor": [None, "4", 0, -4, 0.5, 1e300, True, [4]], "beta_fast": [0, -1, "32"],
+        "beta_slow": [0, -1, "1"],
+        "original_max_position_embeddings": [0, -1, 1.5, "32", True, [32]],
+        "attention_factor": [0, -1, "1", True],
+        "truncate": [1, "true"]}.items() for odd in odds),
+    ({"num_attention_heads": 64}, "a head's size is odd"),
+    ({"num_attention_heads": 3}, "do not divide each other"),
+    ({"num_key_value_heads": 3}, "do not divide each other"),
+    ({"model_type": ["qwen2"]}, "model_type ['qwen2']"),
+    ({"model_type": "x" * 999}, "(1,001 characters)"), ({"hidden_act": 3}, "silu"),
+    ({"rope_scaling": {"type": ["yarn"]}}, "rope type ['yarn']"),
+    ({"rope_scaling": {"type": "yarn", **YARN, "mscale": 1}}, "YaRN's 'mscale' is not supported")]
+
+
+@pytest.mark.parametrize("changes, said", CONFIGS, ids=[f"{c!r:.70}" for c, _ in CONFIGS])
+def test_an_odd_config_json_is_refused_by_field_and_value(changes, said, tmp_path):
+    write_config(tmp_path, **TINY)
+    raw = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(raw | changes))
+    with pytest.raises(UserError) as e:
+        qwen.read_config(tmp_path)
+    assert str(e.value).startswith(f"{tmp_path}/config.json") and said in str(e.value)
+
+
+@pytest.mark.parametrize("file",
+    [".", "..", "../model.safetensors", "/etc/passwd", "", 3, None, [], "folder"])
+def test_an_index_names_files_of_its_own_folder(file, tmp_path):
+    qwen.save(random_model(), tmp_path, max_shard_bytes=60_000)
+    (tmp_path / "folder").mkdir()
+    index = tmp_path / "model.safetensors.index.json"
+    content = json.loads(index.read_text())
+    content["weight_map"]["model.norm.weight"] = file
+    index.write_text(json.dumps(content))
+    with pytest.raises(UserError) as e:
+        qwen.load(tmp_path)
+    said = str(e.value)
+    assert str(tmp_path) in said and any(part in said for part in (
+        "model.norm.weight must be in a file of this folder", "which its index names"))
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.bool, torch.complex64, torch.int64, torch.float8_e4m3fn])
+def test_weights_are_floating_point_numbers(dtype, tmp_path):
+    qwen.save(random_model(), tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    tensors["model.norm.weight"] = tensors["model.norm.weight"].to(dtype)
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match="model.norm.weight has dtype [A-Z].*, not one of F64, F32, BF16"):
+        qwen.load(tmp_path)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("name", ["model.norm.weight", "model.embed_tokens.weight", "lm_head.weight"])
+def test_weights_that_are_not_finite_are_refused_by_name(name, value, tmp_path):
+    """The last of them. fp64 and fp16 are read; what is too large for fp32 is not finite in it."""
+    qwen.save(random_model(), tmp_path)
+    file = tmp_path / "model.safetensors"
+    tensors = load_file(file)
+    for dtype in (torch.float64, torch.float16):
+        save_file(tensors | {name: tensors[name].to(dtype)}, file)
+        qwen.load(tmp_path)
+    for x, bad in ((tensors[name].clone(), value), (tensors[name].double(), 1e300)):
+        x.view(-1)[-1] = bad
+        save_file(tensors | {name: x}, file)
+        for load in (qwen.load, lambda path: parallel.load_sharded(path, parallel.setup("cpu"))):
+            with pytest.raises(UserError, match=f"model.safetensors: {name} has numbers that are not finite"):
+                load(tmp_path)
+    parallel.close()
+
+
+BASE = Path(__file__).parent.parent / "data" / "tiny" / "base"
+EOS = [(True, "ids below 1024, not [True]"), (-1, "not [-1]"), (1024, "not [1024]"), ([], "not []"),
+    ([0, 1024], "1024]"),
+       (0.0, "not [0.0]"), ("0", "not ['0']"), ([[0]], "not [[0]]"), ({}, "not [{}]"),
+       (10**400, "(403 characters)")]
+
+
+@pytest.mark.parametrize("eos, said", EOS, ids=range(len(EOS)))
+def test_ids_that_end_a_text_are_ids(eos, said, tmp_path):
+    shutil.copytree(BASE, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": eos}))
+    with pytest.raises(UserError, match="eos_token_id must be") as e:
+        Tokenizer(tmp_path)
+    assert said in str(e.value)
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [1023, 0]}')
+    assert Tokenizer(tmp_path).eos_ids == [1023, 0]
+
+
+@pytest.mark.parametrize("name, content, said", [
+    ("generation_config.json", "[]", "must be a JSON object"),
+    ("generation_config.json", b"\xff", "cannot be read"),
+    ("tokenizer_config.json", "{", "cannot be read"),
+    ("tokenizer_config.json", '{"eos_token": ["<|endoftext|>"]}', "end-of-text"),
+    ("tokenizer_config.json", '{"eos_token": {"content": []}}', "end-of-text"),
+    ("tokenizer.json", "{}", "cannot be read"),
+    ("tokenizer.json", b"\xff", "cannot be read"), ("tokenizer.json", None, "cannot be read"),
+    ("tokenizer.json", '{"model": {"type": "BPE", "vocab": {}, "merges": []}}', "1 to 16,777,216 ids, not 0"),
+    ("tokenizer.json", '{"model": {"type": "BPE", "vocab": {"a": 4294967295}, "merges": []}}',
+     "4,294,967,296")])
+def test_an_odd_file_of_a_tokenizer_is_refused(name, content, said, tmp_path):
+    shutil.copytree(BASE, tmp_path, dirs_exist_ok=True)
+    (tmp_path / name).unlink(missing_ok=True)
+    if content is None:
+        (tmp_path / name).mkdir()
+    else:
+        (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(UserError) as e:
+        Tokenizer(tmp_path)
+    assert str(tmp_path) in str(e.value) and said in str(e.value)
 
 
 # -------------------------------------------------------------------------------- counts

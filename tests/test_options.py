@@ -322,10 +322,12 @@ def test_torchruns_variables_must_be_numbers(name, value, monkeypatch, capsys):
 
 
 def test_line_breaks_of_a_value_do_not_break_the_line(monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["train.py", "--model", "a\nb", "--device", "cpu"])
-    with pytest.raises(SystemExit):
-        train.main()
-    assert len(capsys.readouterr().err.splitlines()) == 1
+    for name in ("a\nb", "x\n" * 9999):
+        monkeypatch.setattr(sys, "argv", ["train.py", "--reward", name, "--device", "cpu"])
+        with pytest.raises(SystemExit):
+            train.main()
+        (line,) = capsys.readouterr().err.splitlines()
+        assert len(line) < 3000 and line.endswith(", ".join(REWARDS))
 
 
 # ------------------------------------------------------------------------------------------ positional

@@ -8,9 +8,12 @@ from types import SimpleNamespace
 import pytest
 
 from data.prompts import QUERY_FIELDS, STYLES, TEMPLATES, language, load, order, read, render
+from data.tokenizer import Tokenizer
 from lib.options import UserError
 from scripts.pretrain import pack_documents
+from train import Config
 
+BASE = Path(__file__).parent.parent / "data" / "tiny" / "base"
 LONGBENCH = Path(__file__).parents[2] / "shared" / "data" / "longbench_write"
 
 
@@ -192,6 +195,14 @@ def test_a_query_stands_in_its_prompt_exactly_as_it_was_written(style, query):
     ('{"query": "a", "length": -5}', "-5"), ('{"query": "a", "length": "90"}', "'90'"),
     ('{"query": "a", "length": true}', "True"), ('{"query": "a", "length": NaN}', "NaN"),
     ('{"query": "a", "id": "\\ud800"}', "surrogates"),
+    ('{"query": "a", "id": {"a": 1}}', "an id must be a string or a"),
+    ('{"query": "a", "id": [1]}', "not [1]"), ('{"query": "a", "id": true}', "not True"),
+    (f'{{"query": "a", "range": [{10**400}, {10**401}]}}', "characters)"),
+    ('{"query": "a", "range": [1, 10000000]}', "< 1e7"),
+    (f'{{"query": "a", "length": {10**400}}}', "characters)"),
+    (f'{{"query": "a", "x": {"[" * 9999}{"]" * 9999}}}', "deeply"),
+    ('{"query": "a", "length": 1e999}', "1e999"),
+    (f'{{"query": "a", "x": {"9" * 5000}}}', "5000 digits"),
     ('{"query": "a", "length": Infinity}', "Infinity"), ('{"query": "a", "id": "first"}', "first")])
 def test_a_malformed_line_is_an_error_that_names_file_line_and_value(line, part, tmp_path):
     file = written(tmp_path, {"query": "fine", "id": "first"}, line, {"query": "fine too"})
@@ -343,3 +354,16 @@ def test_packing_shuffles_by_its_seed_and_leaves_its_argument_alone():
 
 def test_too_few_tokens_make_no_row():
     assert pack_documents([], 8, 0) == pack_documents([[1, 2, 3], [4]], 8, 0) == []
+
+
+def test_a_prompt_of_ten_megabytes_is_refused_without_being_tokenised(tmp_path):
+    """Its beginning is: what the longest tokens can hold of a context, and one more."""
+    tokenizer, asked = Tokenizer(BASE), []
+    encode = tokenizer.encode
+    tokenizer.encode = lambda text: asked.append(len(text)) or encode(text)
+    file = written(tmp_path, {"query": "a" * 10**7, "id": "x" * 999})
+    config = Config(prompts=str(file), max_new_tokens=100)
+    with pytest.raises(UserError,
+        match=r"\(1,001 characters\) has \d+ tokens or more, and with max_new") as e:
+        load(config, "prompts", 1, "a step", tokenizer, 2048)
+    assert max(asked) < 100_000 and len(str(e.value)) < 500
