@@ -209,7 +209,9 @@ def deaths(folder: Path, number: int, seed: int) -> dict:
             assert time.time() < max(gone_by.values()), (trial, gone_by)  # of the torchrun before
             time.sleep(0.1)
         if how == "torchrun SIGKILL":
-            time.sleep(rng.uniform(0, 12))
+            while not children(agent.pid):
+                time.sleep(0.05)
+            time.sleep(rng.uniform(0, 8))
             orphans = dict.fromkeys(children(agent.pid), time.time() + 15)
             agent.kill()
             agent.wait()
