@@ -78,7 +78,7 @@ def defined(nodes: list[ast.stmt], name: str) -> bool:
 def options(file: str) -> set[str]:
     """Those of a program, without dashes."""
     fields = {n.target.id for c in tree(file).body if isinstance(c, ast.ClassDef)
-              and c.name in ("Config", "Machine") for n in c.body if isinstance(n, ast.AnnAssign)}
+              and c.name in ("Config", "Machine", "Options") for n in c.body if isinstance(n, ast.AnnAssign)}
     source = (ROOT / file).read_text(encoding="utf-8")
     named = {"help", *re.findall(r'add_argument\(\s*"--([\w-]+)"', source), *["config"] * bool(fields)}
     passed_on = "parse_known_args" in source or file == "scripts/plan.py"
