@@ -1,9 +1,7 @@
-"""torch.distributed, in one place: process group, FSDP2, weights from and to Hugging Face folders, and their
-handoff to the sampler.
+"""A model over several ranks: FSDP2, weights from and to Hugging Face folders, publishing to the sampler.
 
-One path for every world size: without torchrun the process group has one rank, and FSDP2 runs all the same.
-Gradients are *summed* over ranks, never averaged: every loss divides by a global count, so ranks may hold
-different numbers of tokens. No process ever holds a whole model but the sampler's.
+Gradients are *summed* over ranks, never averaged: every loss is divided by a global count, so ranks may hold
+different numbers of tokens. No process holds a whole model except the sampler's replica.
 """
 
 import math
@@ -26,8 +24,8 @@ from replica import tp_dim, tp_slice
 
 
 def shard(model: Qwen2, world: World) -> Qwen2:
-    """FSDP2, a unit per layer and one for embedding, norm and head. fp32 master weights; bf16 compute and
-    fp32 reduction on CUDA. A process alone on a CPU has nothing to share or to cast: it is spared FSDP's
+    """Applies FSDP2 with one unit per layer and one for embedding, norm and head: fp32 master weights, on
+    CUDA bf16 compute and fp32 reduction. A single process on a CPU is left as it is, without FSDP's
     copies."""
     if world.size == 1 and world.device.type == "cpu":
         return model
@@ -36,18 +34,18 @@ def shard(model: Qwen2, world: World) -> Qwen2:
         policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
     for module in (*model.layers, model):
         fully_shard(module, mesh=world.mesh, mp_policy=policy)
-        if world.size > 1:  # a sum is a mean of one, but dividing by 1 copies the gradient
+        if world.size > 1:  # sum; with one rank the mean is the sum, and dividing by 1 would copy
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
-    # Forward: gather a layer before the one in front of it is launched, not after, or a host that is not
-    # ahead of its GPU leaves the network idle. Backward: FSDP's default does the same.
+    # Forward: start to gather a layer before the previous one is launched; otherwise the network idles while
+    # the host is not ahead of the GPU. In backward FSDP does so by default.
     for module, following in zip((model, *model.layers), model.layers):
         module.set_modules_to_forward_prefetch([following])
     return model
 
 
 def reshard(model: Qwen2):
-    """Frees embedding and head, which FSDP keeps whole after a forward without a backward."""
+    """Frees embedding and head, which FSDP keeps gathered after a forward without a backward."""
     if isinstance(model, FSDPModule):
         model.reshard()
 
@@ -63,8 +61,8 @@ def entire(x: torch.Tensor) -> torch.Tensor:
 
 
 def shard_of(p: torch.Tensor) -> tuple[torch.Tensor, int, int]:
-    """This rank's rows of a parameter, the first one's number, and the rows of a full shard: FSDP cuts as
-    torch.chunk does, so that the last ranks may have fewer rows, or none."""
+    """This rank's rows of a parameter, the index of the first, and the rows of a full shard. FSDP splits like
+    torch.chunk: the last ranks may have fewer rows, or none."""
     if not isinstance(p, DTensor):
         return p.detach(), 0, len(p)
     mesh = p.device_mesh["shard"]
@@ -74,10 +72,10 @@ def shard_of(p: torch.Tensor) -> tuple[torch.Tensor, int, int]:
 
 def load_sharded(path: str | Path, world: World, dtype: torch.dtype = torch.float32,
                  scalar_head: bool = False) -> Qwen2:
-    """A Hugging Face checkpoint as a sharded model. Each rank reads its own rows and no others. Raises
+    """Loads a Hugging Face checkpoint as a sharded model; each rank reads only its own rows. Raises
     UserError.
 
-    scalar_head: of a policy, make a RewardModel; its head starts as N(0, 1 / (C + 1)) (arXiv 2009.01325).
+    scalar_head: make a RewardModel of a policy, with a head from N(0, 1 / (C + 1)) (arXiv 2009.01325).
     """
     config = read_config(path)
     files = check_tensors(config, path)
@@ -92,7 +90,7 @@ def load_sharded(path: str | Path, world: World, dtype: torch.dtype = torch.floa
                     print(f"{path} has no scalar head: a new one starts at random", flush=True)
                 whole = torch.randn(p.shape, generator=torch.Generator().manual_seed(0))
                 local.copy_(whole[first:first + len(local)] * (p.shape[1] + 1)**-0.5)
-            elif len(local):  # opened for each: what was read of a mapped file is resident until it is closed
+            elif len(local):  # opened for each: pages of a mapped file stay resident until it is closed
                 with safe_open(files[name], framework="pt") as f:
                     local.copy_(f.get_slice(name)[first:first + len(local)])
                 check_finite(local, name, files[name])
@@ -101,8 +99,8 @@ def load_sharded(path: str | Path, world: World, dtype: torch.dtype = torch.floa
 
 def save_sharded(model: Qwen2, path: str | Path, world: World, dtype: torch.dtype = torch.float32,
                  max_shard_bytes: int = 5 * 2**30):
-    """Writes a Hugging Face folder, as model.save does. The ranks take the files in turn, each holds the one
-    that it writes and a tensor beside it."""
+    """Writes a Hugging Face folder, as model.save does. The ranks take turns in writing files; a rank holds
+    the file that it writes and one more tensor."""
     files, parameters = plan_files(model, dtype.itemsize, max_shard_bytes), dict(model.named_parameters())
     for i, (file, names) in enumerate(files.items()):
         tensors = {}
@@ -120,8 +118,7 @@ def save_sharded(model: Qwen2, path: str | Path, world: World, dtype: torch.dtyp
 
 
 def tp_group(tp: int, timeout: timedelta | None = None):
-    """The process group of the ranks that share this rank's sampler: tp consecutive ones, so that a node
-    holds them all. None for 1."""
+    """The process group of the tp consecutive ranks that share a tensor-parallel sampler; None for tp 1."""
     return dist.new_subgroups(tp, timeout=timeout)[0] if tp > 1 else None
 
 
@@ -130,9 +127,9 @@ def clip_grad_(model: Qwen2, max_norm: float) -> float:
     grads = [own(p.grad) for p in model.parameters() if p.grad is not None]
     mesh = getattr(next(model.parameters()), "device_mesh", None)
     replicas = mesh.size() // mesh["shard"].size() if mesh else 1
-    pieces = (x for g in grads for x in g.flatten().split(2**22))  # in fp64 the whole is twice its size
+    pieces = (x for g in grads for x in g.flatten().split(2**22))  # fp64 doubles the size
     square = torch.stack([x.double().square().sum() for x in pieces]).sum()
-    dist.all_reduce(square)  # over replicas too, so that all have the same bits
+    dist.all_reduce(square)  # over replicas too, so that all get the same bits
     norm = (square / replicas).sqrt().item()
     if norm > max_norm:
         for g in grads:
@@ -147,23 +144,24 @@ def warmup_cosine(step: int, steps: int, warmup: int, peak: float) -> float:
     return peak * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup))))
 
 
-# ---------------------------------------------------------------------- handoff
+# ---------------------------------------------------------------------- publish
 
 
 @dataclass(frozen=True)
 class Piece:
-    """Some columns of a parameter as this rank's shard has them; a bias is a column."""
+    """Some columns of this rank's shard of a parameter; a bias counts as one column."""
 
     name: str
     local: torch.Tensor
-    first: tuple[int, int]  # row and column of its corner in the whole
+    first: tuple[int, int]  # row and column of its first element in the parameter
     rows: int  # of a full shard
     whole_rows: int
 
 
 def buckets(model: Qwen2) -> Iterator[list[Piece]]:
-    """All parameters in order, in buckets of half a layer or a quarter of the embedding, because a gathered
-    one exists up to three times (inside gloo, by rank, by row); what is larger goes by columns."""
+    """All parameters in order, in buckets of at most half a layer or a quarter of the embedding, because a
+    gathered bucket exists up to three times (inside gloo, by rank, by row). Larger ones are split by
+    columns."""
     limit = max(2 * sum(p.numel() for p in model.layers[0].parameters()), model.head_weight.numel()) // 4
     bucket, size = [], 0
     for name, p in model.named_parameters():
@@ -181,11 +179,11 @@ def buckets(model: Qwen2) -> Iterator[list[Piece]]:
 
 @torch.no_grad()
 def publish(trainer: Qwen2, sampler: Qwen2) -> int:
-    """Copies the trainer's sharded weights into the sampler's replica, or its tensor-parallel slice of one:
-    cast, then gathered inside the shard group, half a layer at a time. Returns the fingerprint of both.
+    """Copies the trainer's sharded weights into the sampler's replica or tensor-parallel slice: cast, then
+    gathered within the shard group, half a layer at a time. Returns the fingerprint of the weights.
 
-    Takes less memory than max(two layers, one embedding matrix) in the sampler's dtype. Raises UserError
-    on all ranks if the weights of one are not what was sent.
+    Needs less memory than max(two layers, one embedding matrix) in the sampler's dtype. Raises UserError on
+    all ranks if a rank's weights differ from what was sent.
     """
     reshard(trainer)
     head, target = sampler.head_weight, dict(sampler.named_parameters())
@@ -197,23 +195,23 @@ def publish(trainer: Qwen2, sampler: Qwen2) -> int:
         for piece, part in zip(bucket, mine.split(sizes)):
             part = part.view(piece.rows, -1)[:len(piece.local)].copy_(piece.local)
             sent[piece.name] += bits(part, *piece.first)
-        everyone = DTensor.from_local(mine, mesh, [Shard(0)]).full_tensor() if mesh else mine
-        for piece, part in zip(bucket, everyone.view(-1, len(mine)).split(sizes, dim=1)):
+        gathered = DTensor.from_local(mine, mesh, [Shard(0)]).full_tensor() if mesh else mine
+        for piece, part in zip(bucket, gathered.view(-1, len(mine)).split(sizes, dim=1)):
             width, column = piece.local.shape[1], piece.first[1]
             whole, to = part.reshape(-1, width)[:piece.whole_rows], target[piece.name]
             to.view(len(to), -1)[:, column:column + width].copy_(
                 tp_slice(piece.name, whole, sampler.tp_rank, sampler.tp))
     for name, p in target.items():
         part, dim = p.view(len(p), -1), tp_dim(name)
-        if dim is not None or sampler.tp_rank == 0:  # what every rank of a tp group has counts once
+        if dim is not None or sampler.tp_rank == 0:  # replicated parameters count once per tp group
             corner = [sampler.tp_rank * part.shape[i] if i == dim else 0 for i in (0, 1)]
             received[name] = bits(part, *corner)
     return agreement(sent, received, mesh and mesh.get_group(), sampler.group)
 
 
 def bits(x_RC: torch.Tensor, row: int, column: int) -> torch.Tensor:
-    """The bit patterns of a part of a matrix, each times odd numbers of its row and its column, summed mod
-    2^64: the sums of parts add up to that of the whole, however it is cut."""
+    """Sum of a matrix part's bit patterns, each times odd numbers of its row and column, mod 2^64. The sums
+    of parts add up to the sum of the whole matrix, however it is split."""
     x_RC = x_RC.view({2: torch.int16, 4: torch.int32}[x_RC.element_size()])
     odd_R, odd_C = (2 * torch.arange(first, first + n, device=x_RC.device) + 1
                     for first, n in zip((row, column), x_RC.shape))
@@ -223,8 +221,8 @@ def bits(x_RC: torch.Tensor, row: int, column: int) -> torch.Tensor:
 
 
 def agreement(sent: dict[str, torch.Tensor], received: dict[str, torch.Tensor], shard_group, tp_group) -> int:
-    """One number for the weights, the same for any number of ranks; raises UserError on all if some rank's
-    disagree. 53 bits, which every reader of JSON keeps."""
+    """Fingerprint of the weights, the same for any number of ranks, in 53 bits, which JSON readers keep
+    exactly. Raises UserError on all ranks if sums differ."""
     sums = []
     for parts, group in ((sent, shard_group), (received, tp_group)):
         sum_P = torch.stack(list(parts.values()))
@@ -233,9 +231,9 @@ def agreement(sent: dict[str, torch.Tensor], received: dict[str, torch.Tensor], 
         sums.append(sum_P.tolist())
     mine = sum((2 * i + 1) * number for i, number in enumerate(sums[0])) % 2**53
     differ = [name for name, a, b in zip(sent, *sums) if a != b]
-    everyone = gather((mine, differ), None, dist.group.WORLD)
-    for rank, (number, names) in enumerate(everyone):
-        if names or number != everyone[0][0]:
+    gathered = gather((mine, differ), None, dist.group.WORLD)
+    for rank, (number, names) in enumerate(gathered):
+        if names or number != gathered[0][0]:
             what = f"the sampler's {names[0]} is not the trainer's" if names else "weights are not rank 0's"
             raise UserError(f"publish: on rank {rank} {what}. A machine or a change of the code is at "
                             "fault; the same command goes on from the last checkpoint")

@@ -30,7 +30,7 @@ class World:
     size: int
     device: torch.device
     timeout: timedelta = timedelta(minutes=30)  # of a collective
-    stopping: list[int] = field(default_factory=list)  # signals that tell it to, see Watch
+    stopping: list[int] = field(default_factory=list)  # signals received, see Watch
     replicate: int = 1  # copies of the sharded weights; more than 1: HSDP
 
     @property
@@ -38,13 +38,13 @@ class World:
         return self.rank == 0
 
     def check_stop(self):
-        """Raises Stopped if this rank has been told to stop; `raise_on_all_ranks` passes it on."""
+        """Raises Stopped if a stop signal has arrived at this rank; `raise_on_all_ranks` raises it on all."""
         if self.stopping:
             raise Stopped(self.stopping[0])
 
     @cached_property
     def mesh(self) -> DeviceMesh:
-        """Shard groups are consecutive ranks, so that only sums of gradients have to cross nodes."""
+        """Device mesh of FSDP2. Shard groups are consecutive ranks, so only gradient sums cross nodes."""
         shape, names = (self.replicate, self.size // self.replicate), ("replicate", "shard")
         dims = slice(0 if self.replicate > 1 else 1, 2)
         mesh = dist.init_device_mesh(self.device.type, shape[dims], mesh_dim_names=names[dims])
@@ -54,9 +54,9 @@ class World:
 
 
 def restart_prefix() -> str:
-    """A name of this start of the processes. torchrun keeps one store for all of its restarts, and what the
-    processes before have left in it sends these to addresses where nobody answers; nor may an orphan of an
-    earlier torchrun at this port join. Raises UserError where the nodes cannot know how often it was."""
+    """A store prefix that is unique to this start of the processes. torchrun keeps one store for all its
+    restarts, whose old entries point to processes that are gone, and an orphan of an earlier torchrun on the
+    same port must not join. Raises UserError where the nodes cannot agree on the number of restarts."""
     environment = os.environ.get
     several_nodes = environment("GROUP_WORLD_SIZE", "1") != "1"
     shared = environment("TORCHELASTIC_USE_AGENT_STORE") == "True"
@@ -121,7 +121,7 @@ def close():
 
 
 def total(values: dict[str, float], world: World, op=dist.ReduceOp.SUM) -> dict[str, float]:
-    """Sums (or with `op` maxima) of the named numbers over all ranks, in fp64. Every rank passes the same
+    """Sums (or another `op`) of the named numbers over all ranks, in fp64. Every rank must pass the same
     names in the same order."""
     tensor = torch.tensor(list(values.values()), dtype=torch.float64, device=world.device)
     dist.all_reduce(tensor, op)
@@ -152,9 +152,9 @@ def gather_rows(x: torch.Tensor, world: World) -> torch.Tensor:
     counts = gather(len(x), world)
     padded = x.new_zeros(max(counts), *x.shape[1:])
     padded[:len(x)] = x
-    everyone = [torch.empty_like(padded) for _ in counts]
-    dist.all_gather(everyone, padded)
-    return torch.cat([rows[:n] for rows, n in zip(everyone, counts)])
+    gathered = [torch.empty_like(padded) for _ in counts]
+    dist.all_gather(gathered, padded)
+    return torch.cat([rows[:n] for rows, n in zip(gathered, counts)])
 
 
 def gather_to_main(value, world: World) -> list:
@@ -166,8 +166,8 @@ def gather_to_main(value, world: World) -> list:
 
 @contextmanager
 def raise_on_all_ranks(world: World) -> Iterator[None]:
-    """A UserError, OSError or Stopped that the body raises on one rank is raised on all, so that none waits
-    for another; Stopped only where there is no other."""
+    """Raises a UserError, OSError or Stopped of one rank's body on all ranks, so that none waits for another
+    in a collective. Other errors take precedence over Stopped."""
     error = None
     try:
         yield
@@ -180,12 +180,13 @@ def raise_on_all_ranks(world: World) -> Iterator[None]:
 
 @contextmanager
 def in_rounds(world: World, group=None) -> Iterator[Callable[[], None]]:
-    """`raise_on_all_ranks` for a body that may last longer on some ranks than a collective may take.
+    """`raise_on_all_ranks` for a body whose duration may differ between ranks by more than the timeout of a
+    collective.
 
-    Yields a function that the body calls often. Every 5 seconds it meets the other ranks in a collective,
-    where a rank that is done waits for the rest, and raises Stopped on all ranks if one has been told to stop
-    or has raised. group: ranks whose calls are in step with each other (a tensor-parallel sampler's); they
-    decide together when to meet.
+    Yields a function that the body must call often. Every 5 seconds it runs a collective with the other
+    ranks, in which ranks that are done wait for the rest, and raises Stopped on all ranks if one has received
+    a signal or raised an error. group: ranks whose calls are in lockstep (a tensor-parallel sampler's); they
+    decide together when to run the collective.
     """
     period = min(5.0, world.timeout.total_seconds() / 4)
     due, over, error, calls = time.monotonic() + period, False, None, itertools.count(1)
@@ -223,7 +224,7 @@ def in_rounds(world: World, group=None) -> Iterator[Callable[[], None]]:
 
 
 def check_stop(world: World):
-    """Raises Stopped on all ranks if one of them has been told to stop."""
+    """Raises Stopped on all ranks if a stop signal has arrived at one of them."""
     stop = torch.tensor(max(world.stopping, default=0))  # on the CPU: by gloo, so that no GPU waits for it
     dist.all_reduce(stop, dist.ReduceOp.MAX)
     if stop:
@@ -231,7 +232,8 @@ def check_stop(world: World):
 
 
 def peer_failure(e: BaseException) -> str:
-    """What to say of a collective that has waited too long or has lost a rank; empty for any other error."""
+    """Description of a collective's error after a timeout or the loss of a rank; empty for any other
+    error."""
     if not isinstance(e, dist.DistError) and not (isinstance(e, RuntimeError) and "gloo/" in str(e)):
         return ""
     reason = re.sub(r"^\[.*?\] ", "", str(e).splitlines()[0]).split(". ")[0]
@@ -258,7 +260,7 @@ def leave(e: Exception, watch: Watch, phase: str, step: int):
 
 
 def failure(e: Exception, phase: str) -> str:
-    """What has happened to a rank that has lost the others or is out of memory; empty for any other error."""
+    """Description of an out-of-memory error, or of a collective that failed; empty for any other error."""
     if isinstance(e, RuntimeError) and re.search("out ?of ?memory|can't allocate memory", repr(e), re.I):
         return f"is out of memory: {ROOM.get(phase, ROOM[''])}"
     return peer_failure(e)
