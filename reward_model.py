@@ -1,6 +1,6 @@
-"""Writing quality by a model: Qwen2.5 with a scalar head, trained on preferences (scripts/train_rm.py).
-
-It reads a request and the body of an answer, never the thinking, and is sharded over the ranks that train.
+"""The reward model of the writing reward: a policy's shape with a scalar head, trained on preferences
+(scripts/train_rm.py). It reads the request and the answer body, never the thinking, and is sharded over all
+ranks.
 
 Shapes: T tokens of a micro-batch, S sequences in it.
 """
@@ -16,13 +16,14 @@ import parallel
 from data.prompts import frame
 from data.tokenizer import Tokenizer
 from lib import distributed
+from lib.offload import Offloaded
 from lib.options import UserError
 from model import SCORER, ModelConfig, RewardModel, check_tensors, packed, read_config
 
 
 def encode(tokenizer: Tokenizer, query: str, answer: str, max_tokens: int) -> tuple[list[int], bool]:
-    """Ids of `<|user|>: {query} <|assistant|>: {answer}` and the end of text, and whether they were cut: what
-    exceeds max_tokens is taken from the middle of the answer (and of a query that fills half of them)."""
+    """Ids of `<|user|>: {query} <|assistant|>: {answer}` with the end of text, and whether they were cut. Ids
+    beyond max_tokens are removed from the middle of the answer (and of a query longer than half of them)."""
     asked, written = tokenizer.encode(frame(query)), tokenizer.encode(" " + answer)
     head = without_middle(asked, max_tokens // 2) if len(asked) + len(written) >= max_tokens else asked
     body = without_middle(written, max_tokens - 1 - len(head))
@@ -30,20 +31,20 @@ def encode(tokenizer: Tokenizer, query: str, answer: str, max_tokens: int) -> tu
 
 
 def without_middle(ids: list[int], most: int) -> list[int]:
-    """At most so many ids, of the beginning and of the end."""
+    """At most `most` ids, from the start and the end."""
     return ids if len(ids) <= most else ids[:most - most // 2] + ids[len(ids) - most // 2:]
 
 
 def micro_batches(lengths: list[list[int]], config, budget: int, ranks: int) -> list[list[list[int]]]:
-    """Rounds of one micro-batch for each rank, of about equal flops (grpo.pack), out of sequences or pairs of
-    them, given by their lengths."""
+    """Packs sequences, or pairs of sequences, given by their lengths, into rounds of one micro-batch per rank
+    with about equal flops (grpo.pack)."""
     flops = [sum(n * config.flops_per_token(n // 2) for n in unit) for unit in lengths]
     return grpo.pack(list(range(len(lengths))), list(map(sum, lengths)), flops, budget, ranks)
 
 
 def forward(model: RewardModel, rows: list[list[int]], device) -> torch.Tensor:
-    """score_S of a micro-batch. No rows make one of one token, which keeps the collectives in step, and no
-    scores, on which a gradient still depends."""
+    """score_S of a micro-batch. Without rows it runs on one token, to keep the ranks' collectives in step,
+    and returns an empty tensor that still has a gradient."""
     ids = rows or [[0]]
     tokens_T = torch.tensor([i for row in ids for i in row], device=device)
     return model(tokens_T, packed([len(row) for row in ids], device))[:len(rows)]
@@ -51,21 +52,21 @@ def forward(model: RewardModel, rows: list[list[int]], device) -> torch.Tensor:
 
 @torch.no_grad()
 def scores(model: RewardModel, rows: list[list[int]], budget: int, world) -> list[float]:
-    """The score of each of this rank's rows of ids. All ranks enter together, each with its own; each then
-    scores as many micro-batches of at most `budget` tokens, whoever's rows they are."""
-    everyone = distributed.gather(rows, world)
-    first, rows = sum(map(len, everyone[:world.rank])), sum(everyone, [])
+    """Scores of this rank's rows of ids. All ranks must call it together; the rows of all are rebalanced over
+    the ranks in micro-batches of at most `budget` tokens."""
+    gathered = distributed.gather(rows, world)
+    first, rows = sum(map(len, gathered[:world.rank])), sum(gathered, [])
     found = dict.fromkeys(range(len(rows)), 0.0)
     for parts in micro_batches([[len(row)] for row in rows], model.config, budget, world.size):
         mine = parts[world.rank]
         found |= zip(mine, forward(model, [rows[i] for i in mine], world.device).tolist())
     parallel.reshard(model)
-    found = distributed.total(found, world)  # of each score one rank knows
-    return [found[i] for i in range(first, first + len(everyone[world.rank]))]
+    found = distributed.total(found, world)  # each score is known to one rank
+    return [found[i] for i in range(first, first + len(gathered[world.rank]))]
 
 
 def check(path: str) -> tuple[ModelConfig, Tokenizer]:
-    """Shape and tokenizer of a reward model's folder, of whose weights only headers are read. Raises
+    """Shape and tokenizer of a reward model's folder; reads only the headers of its weights. Raises
     UserError."""
     if not Path(path, "config.json").exists():
         raise UserError(f"reward_model: {path}/config.json does not exist: give a reward model's "
@@ -81,8 +82,8 @@ def check(path: str) -> tuple[ModelConfig, Tokenizer]:
 
 
 class Scorer:
-    """A reward model over all ranks, in bf16 on CUDA, of which `known` is what `check` found.
-    offload: between calls its weights wait in pinned host memory."""
+    """A reward model sharded over all ranks, in bf16 on CUDA. known: the result of `check`. offload: keep its
+    weights in pinned host memory between calls."""
 
     def __init__(self, path: str, known: tuple[ModelConfig, Tokenizer], budget: int, world,
                  offload: bool = False):
@@ -90,10 +91,10 @@ class Scorer:
         self.budget, self.world = budget, world
         dtype = torch.bfloat16 if world.device.type == "cuda" else torch.float32
         self.model = parallel.load_sharded(path, world, dtype)
-        self.present = offload.Offloaded(self.model) if offload else nullcontext()
+        self.present = Offloaded(self.model) if offload else nullcontext()
 
     def __call__(self, texts: list[tuple[str, str]]) -> list[float]:
-        """The score of each (query, answer) of this rank. All ranks enter together."""
+        """Scores of this rank's (query, answer) pairs. All ranks must call it together."""
         most = self.shape.max_position_embeddings
         encoded = [encode(self.tokenizer, *text, most) for text in texts]
         with self.present:
