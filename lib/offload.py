@@ -30,8 +30,8 @@ def offload_(optimizer: torch.optim.Optimizer):
 
 
 class Offloaded:
-    """Context manager that holds the weights of a frozen model on its device; outside they stay in pinned host
-    memory."""
+    """Context manager that holds the weights of a frozen model on its device; outside they stay in pinned
+    host memory."""
 
     def __init__(self, model: nn.Module):
         whole = [p.detach() for p in model.parameters()]
