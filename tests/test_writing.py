@@ -219,3 +219,8 @@ def test_of_a_text_that_is_too_long_the_answers_middle_is_left_out():
     assert tokenizer.decode(ids[:50]).endswith(" <|assistant|>:"), "of a long query too"
 
 
+def test_a_scorer_whose_weights_wait_in_host_memory_scores_as_one_that_keeps_them():
+    world, known = distributed.setup("cpu"), reward_model.check(str(DEFAULT))
+    keeps, waits = (reward_model.Scorer(str(DEFAULT), known, 512, world, wait) for wait in (False, True))
+    texts = [("Write a story.", "Once there was a dog."), ("Write.", "A cat.")]
+    assert waits(texts) == keeps(texts) and not any(p.untyped_storage() for p in waits.model.parameters())
