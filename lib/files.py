@@ -39,7 +39,7 @@ def write_jsonl(file: Path, records: list[dict], mode: str = "w"):
                         "command goes on") from None
 
 
-def read_jsonl(file: Path, remedy: str = "put back what was written", **fields: Field) -> list[dict]:
+def read_jsonl(file: Path, remedy: str = "put it back", /, **fields: Field) -> list[dict]:
     """The records of a file, without a last line that is still being written; each must have the fields.
     Raises UserError."""
     records = []
