@@ -191,7 +191,7 @@ def test_kills_at_any_moment_change_nothing(forks, undisturbed, tmp_path):
         start = time.monotonic()
         codes, said = forks(tmp_path / "run", code=f"rank == {victim} and strike('{moment}', {nth})")
         assert codes[victim] == -signal.SIGKILL and codes[1 - victim] == 1, (moment, codes, said)
-        assert time.monotonic() - start < 30, "the other rank does not wait for one that is gone"
+        assert time.monotonic() - start < 60, "the other rank does not wait for one that is gone"
         assert f"error: rank {1 - victim} in phase " in said[1 - victim], said
     codes, said = forks(tmp_path / "run")
     assert codes == [0, 0] and "resumed after step 2" in said[0], said
