@@ -30,8 +30,8 @@ class BadCheckpoint(UserError):
 
 
 def tensors_of(model: Qwen2, optimizer: torch.optim.Optimizer) -> dict[str, dict[str, torch.Tensor]]:
-    """Weights and AdamW's moments by parameter name; moments that do not exist yet are made, so that a
-    checkpoint can be read into them."""
+    """Weights and AdamW's moments by parameter name. Missing moments are created, so that a checkpoint can be
+    read into them."""
     moments = {}
     for name, p in model.named_parameters():
         state = optimizer.state[p]
@@ -51,12 +51,12 @@ def digest(file: Path) -> str:
 
 def save(folder: Path, model: Qwen2, optimizer: torch.optim.Optimizer, state: dict, world: World, keep: int,
          keep_every: int = 0):
-    """Writes `folder`/step_NNNNNN for state["step"]: beside it first, then renamed, so that a crash leaves no
-    half checkpoint.
+    """Writes `folder`/step_NNNNNN for state["step"], under another name first and then renamed, so that a
+    crash leaves no partial checkpoint.
 
-    Each rank writes its shards as safetensors through DCP and hashes what it wrote; the manifest names every
-    file with its sha256. The last `keep` are kept, and those of every `keep_every`th step. Raises UserError
-    on all ranks, with the checkpoints before it as they were.
+    Each rank writes its shards as safetensors through DCP and hashes them; the manifest lists every file with
+    its sha256. Keeps the last `keep` checkpoints and those of every `keep_every`th step. On failure raises
+    UserError on all ranks and leaves earlier checkpoints untouched.
     """
     final, beside = folder / f"step_{state['step']:06d}", folder / f"writing_{state['step']:06d}"
     tensors = tensors_of(model, optimizer)
@@ -100,7 +100,7 @@ def save(folder: Path, model: Qwen2, optimizer: torch.optim.Optimizer, state: di
 
 
 class Checkpoints:
-    """The checkpoints of a run. saved: the step of the newest; 0 without one."""
+    """The checkpoints of a run. saved: step of the newest, 0 without one."""
 
     def __init__(self, folder: Path, model: Qwen2, optimizer, saved: int, config, inputs: dict, code: str,
                  clock, world: World):
@@ -108,7 +108,7 @@ class Checkpoints:
         self.config, self.inputs, self.code, self.clock, self.world = config, inputs, code, clock, world
 
     def due(self, step: int) -> bool:
-        """Whether a multiple of save_every has passed since the newest."""
+        """Whether a multiple of save_every, or the last step, has been reached since the newest."""
         every = self.config.save_every
         return step // every > self.saved // every or step == self.config.steps
 
@@ -127,27 +127,26 @@ def step_of(path: Path) -> int:
 
 
 def named(folder: Path) -> list[Path]:
-    """Whatever has a checkpoint's name, newest first."""
+    """Paths that have the name of a checkpoint, newest first."""
     return sorted((p for p in folder.glob("step_*") if re.fullmatch(r"step_\d{6,}", p.name)), key=step_of,
                   reverse=True)
 
 
 def complete(folder: Path) -> list[Path]:
-    """Checkpoints that were written to their end, newest first."""
+    """Completely written checkpoints, newest first."""
     return [path for path in named(folder) if (path / "manifest.json").is_file()]
 
 
 def verify(path: Path, world: World | None = None) -> dict:
-    """Returns the state of a checkpoint whose files all match its manifest; raises BadCheckpoint for one that
-    was cut or changed. The ranks of a world share the hashing and its verdict."""
+    """Returns the state of a checkpoint whose files match its manifest; raises BadCheckpoint if they do not.
+    The ranks of a world share the hashing and its result."""
     with raise_on_all_ranks(world) if world else nullcontext():
         try:
             fields = {"state.json": Field(str)}, {"step": Field(int, 0), "updates": Field(float, 0)}
             manifest, state = (read_json(path / f"{name}.json", "copy it again", **needed)
                                for name, needed in zip(("manifest", "state"), fields))
-            there = {str(f.relative_to(path)) for f in path.rglob("*") if f.is_file()} - {"manifest.json"}
-            unlisted = sorted(there - manifest.keys())
-            files = sorted(manifest.items())
+            shards = {str(file.relative_to(path)) for file in path.rglob("*.safetensors")}
+            unlisted, files = sorted(shards - manifest.keys()), sorted(manifest.items())
             bad = [name for name, expected in (files[world.rank::world.size] if world else files)
                    if digest(path / name) != expected]
         except (OSError, ValueError, UserError) as e:
@@ -160,8 +159,8 @@ def verify(path: Path, world: World | None = None) -> dict:
 
 
 def newest(folder: Path, world: World | None = None) -> tuple[Path, dict] | None:
-    """The newest checkpoint that is whole, and its state; warns of each newer one that is not. None where
-    there is none yet; BadCheckpoint where none is whole."""
+    """The newest valid checkpoint and its state, with a warning for each newer one that is not valid. None
+    without checkpoints; raises BadCheckpoint if none is valid."""
     paths = broadcast(named(folder), world) if world else named(folder)
     for path in paths:
         try:
@@ -176,7 +175,7 @@ def newest(folder: Path, world: World | None = None) -> tuple[Path, dict] | None
 
 
 def load(path: Path, model: Qwen2, optimizer: torch.optim.Optimizer) -> dict:
-    """Reads weights and optimiser state in place, whatever number of ranks wrote them; returns the state."""
+    """Reads weights and optimiser state in place, written by any number of ranks; returns the state."""
     state = read_json(path / "state.json", "copy it again")
     for part, tensors in tensors_of(model, optimizer).items():
         dcp.load(tensors, storage_reader=HuggingFaceStorageReader(str(path / part)))
@@ -186,8 +185,8 @@ def load(path: Path, model: Qwen2, optimizer: torch.optim.Optimizer) -> dict:
 
 
 def find(path: Path) -> tuple[Path, Path]:
-    """(run folder, newest complete checkpoint in it, or the one that is named). Raises UserError or
-    BadCheckpoint."""
+    """(run folder, checkpoint): the newest of a run, or the checkpoint that the path names. Raises
+    UserError."""
     if not path.is_dir():
         raise UserError(f"{path} is no folder: give a run, or one of its checkpoints")
     run = path if (path / "checkpoints").is_dir() else path.parent.parent

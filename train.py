@@ -18,8 +18,8 @@ from pathlib import Path
 from lib.stop import Stopped, Watch
 
 if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until Watch hears it, Ctrl-C ends without a traceback
-# Before torch loads OpenMP: threads that spin at every barrier starve each other where cores are busy.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback from Ctrl-C while torch is imported
+# Set before torch loads OpenMP: on busy cores, threads that spin at barriers starve each other.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import torch
@@ -94,10 +94,10 @@ class Config:
     device: str = "auto"  # auto, cpu or cuda
     timeout: int = 1800  # seconds that a rank waits for the others before the run ends
     wandb: bool = False  # log to Weights & Biases too (offline without a key)
-    files = ()  # that it was read from; no option
+    files = ()  # the files that it was read from (not an option)
 
     def __post_init__(self):
-        """What is_ratio's paper says stands for what is not given."""
+        """Fills loss and clip that are not given with those of is_ratio's paper."""
         published = zip(("loss", "eps_low", "eps_high"), grpo.FORMS.get(self.is_ratio, grpo.FORMS["token"]))
         for name, value in published:
             if getattr(self, name) is None:
@@ -112,8 +112,8 @@ class Config:
 
 
 def parse(arguments: list[str], about: str = __doc__, others: tuple[str, ...] = ()) -> Config:
-    """What is not given is as the run in run_dir has it, if there is one; else, without --model and --config,
-    as configs/tiny.json has it; else Config's. Raises UserError."""
+    """Config from a command line. Options that are not given come from the run in run_dir, if there is one;
+    else, without --model and --config, from configs/tiny.json; else they are Config's. Raises UserError."""
     given, files = options.read(Config, arguments, about, others)
     folder = given.get("run_dir")
     if folder and (record := Path(folder, "config.json")).exists():
@@ -129,7 +129,7 @@ def parse(arguments: list[str], about: str = __doc__, others: tuple[str, ...] = 
 
 
 def check(config: Config, world: distributed.World):
-    """Checks everything that can be known without reading a file. Raises UserError."""
+    """Checks the options, as far as that is possible without reading a file. Raises UserError."""
     options.check_numbers(
         config,
         "steps prompts_per_step max_new_tokens clip_grad updates_per_batch micro_batch_tokens tp replicate "
@@ -179,7 +179,7 @@ def learning_rate(step: int, config: Config) -> float:
 
 
 def logprobs(model, batch: grpo.Batch, config: Config, n_valid: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """logp_N and entropy_N of a micro-batch's trained tokens, at the sampling temperature."""
+    """(logp_N, entropy_N) of a micro-batch's trained tokens at the sampling temperature."""
     hidden_TC = model(batch.tokens_T, batch.attention)
     return linear_logprob(hidden_TC[batch.mask_T], model.head_weight, batch.targets_T[batch.mask_T],
                           config.temperature, n_valid=n_valid)
@@ -187,10 +187,11 @@ def logprobs(model, batch: grpo.Batch, config: Config, n_valid: int) -> tuple[to
 
 def backward(model, reference, batch: grpo.Batch, old_N: torch.Tensor | None, count: dict[str, int],
              config: Config, n_valid: int, clock: run.Clock) -> tuple[dict[str, float], torch.Tensor]:
-    """Adds the gradient of one micro-batch: (sums over its tokens, |logprob gap| of each token).
+    """Accumulates the gradient of one micro-batch. Returns (sums over its tokens, |logprob gap| of each
+    token).
 
-    old_N: logprobs of the policy that sampled, by the trainer; None while it is the one that is trained.
-    count: samples and tokens that are trained in the whole batch.
+    old_N: the trainer's logprobs under the policy that sampled; None if that is the current policy.
+    count: trained samples and tokens of the whole batch.
     """
     with clock("logprob"):
         logp_N, entropy_N = logprobs(model, batch, config, n_valid)
@@ -216,26 +217,26 @@ def backward(model, reference, batch: grpo.Batch, old_N: torch.Tensor | None, co
 
 @dataclass(frozen=True)
 class Update:
-    """What a step's optimiser steps did."""
+    """Result of a step's optimiser steps."""
 
     metrics: dict[str, float]  # over all samples
     gap_N: list[float | None]  # mean |logprob gap| of each sample; None: not trained
-    taken: list[bool | None]  # of each optimiser step; None: all samples masked, False: skipped
-    skipped: list[grpo.Sample]  # those of the skipped ones
+    applied: list[bool | None]  # per optimiser step; False: skipped, None: all of its samples are masked
+    skipped: list[grpo.Sample]  # samples of skipped optimiser steps
 
     def skipped_in_a_row(self, before: int) -> int:
         """Skipped optimiser steps since the last applied one, `before` of them in earlier steps."""
-        for applied in self.taken:
+        for applied in self.applied:
             before = before if applied is None else 0 if applied else before + 1
         return before
 
 
 def update(model, reference, optimizer, samples: list[grpo.Sample], parts: list[list[int]], config: Config,
            n_valid: int, world, clock: run.Clock) -> Update:
-    """Trains on the samples of all ranks: an optimiser step for each part, given by indices.
+    """Trains on the samples of all ranks, with one optimiser step for each part (indices of samples).
 
-    Samples are rebalanced across ranks by FLOPs. An optimiser step is skipped where the gradient is not
-    finite or its norm is above skip_grad. Raises Stopped, on all ranks, before the first that changes
+    Samples are rebalanced across ranks by FLOPs. An optimiser step is skipped if the gradient is not finite
+    or its norm exceeds skip_grad. Raises Stopped on all ranks, but only before the first change of the
     weights.
     """
     lengths = [len(s.prompt_ids) + len(s.token_ids) for s in samples]
@@ -245,7 +246,7 @@ def update(model, reference, optimizer, samples: list[grpo.Sample], parts: list[
     plans = [[micro_batch[world.rank] for micro_batch in plan] for plan in plans]
     counts = [{"samples": len(part), "tokens": sum(len(samples[i].token_ids) for i in part)}
               for part in parts]
-    old = {}  # each sample's logprobs before the first optimiser step, where there is a second
+    old = {}  # logprobs of each sample before the first optimiser step, if there are several
     for part in (part for plan in plans for part in plan if len(plans) > 1):
         distributed.check_stop(world)
         batch = grpo.collate([samples[i] for i in part], world.device)
@@ -253,15 +254,15 @@ def update(model, reference, optimizer, samples: list[grpo.Sample], parts: list[
             old |= zip(part, logprobs(model, batch, config, n_valid)[0].split(batch.lengths))
 
     sums = dict.fromkeys(("loss", "clipped", "entropy", "gap/mean", "gap/k3", "kl", "capped"), 0.0)
-    gap_max, gaps, norms, taken = 0.0, dict.fromkeys(range(len(samples)), 0.0), [], []
+    gap_max, gaps, norms, applied = 0.0, dict.fromkeys(range(len(samples)), 0.0), [], []
     for plan, count in zip(plans, counts):
         if not count["tokens"]:
-            taken.append(None)
+            applied.append(None)
             continue
         for part in plan:
-            if True not in taken:
+            if True not in applied:
                 distributed.check_stop(world)
-            if config.replicate > 1:  # replicas add up their gradients once
+            if config.replicate > 1:  # reduce over replicas only once
                 model.set_requires_all_reduce(part is plan[-1])
             batch = grpo.collate([samples[i] for i in part], world.device)
             old_N = torch.cat([old[i] for i in part]) if old and part else None
@@ -272,14 +273,14 @@ def update(model, reference, optimizer, samples: list[grpo.Sample], parts: list[
                 gaps[i] = gap.mean().item()
         with clock("step"):
             norms.append(parallel.clip_grad_(model, config.clip_grad))
-            taken.append(math.isfinite(norms[-1]) and not 0 < config.skip_grad < norms[-1])
-            if taken[-1]:
+            applied.append(math.isfinite(norms[-1]) and not 0 < config.skip_grad < norms[-1])
+            if applied[-1]:
                 optimizer.step()
             optimizer.zero_grad()
     sums, gaps = distributed.total(sums, world), distributed.total(gaps, world)  # of each gap one rank knows
     tokens = max(1, sum(count["tokens"] for count in counts))
     metrics = {"loss": sums["loss"] / max(1, len(norms)), "grad_norm": sum(norms) / max(1, len(norms)),
-               "skipped_updates": len(taken) - taken.count(True),
+               "skipped_updates": len(applied) - applied.count(True),
                "clip_share": sums["clipped"] / tokens, "entropy": sums["entropy"] / tokens,
                "gap/mean": sums["gap/mean"] / tokens, "gap/k3": sums["gap/k3"] / tokens,
                **distributed.largest({"gap/max": gap_max}, world), **balance}
@@ -288,8 +289,8 @@ def update(model, reference, optimizer, samples: list[grpo.Sample], parts: list[
         metrics["kl"] = sums["kl"] / tokens
     if config.tis_cap:
         metrics["tis_capped"] = sums["capped"] / tokens
-    return Update(metrics, [gaps[i] if s.trained else None for i, s in enumerate(samples)], taken,
-                  [samples[i] for part, yes in zip(parts, taken) if yes is False for i in part])
+    return Update(metrics, [gaps[i] if s.trained else None for i, s in enumerate(samples)], applied,
+                  [samples[i] for part, yes in zip(parts, applied) if yes is False for i in part])
 
 
 # ---------------------------------------------------------------------- the run

@@ -80,7 +80,7 @@ def test_state_and_manifest_are_on_the_disk_before_the_checkpoint_has_its_name(t
 def test_a_file_that_its_manifest_does_not_list_makes_a_checkpoint_unusable(tmp_path, world):
     """The reader of shards takes every file of a folder."""
     checkpoints.save(tmp_path, *trained(1), {"step": 2}, world, 9)
-    (tmp_path / "step_000002" / "optimizer" / "odd").touch()
+    (tmp_path / "step_000002" / "optimizer" / "odd.safetensors").touch()
     with pytest.raises(checkpoints.BadCheckpoint, match="does not list optimizer/odd"):
         checkpoints.verify(tmp_path / "step_000002")
 
