@@ -39,6 +39,7 @@ FORKS = """
 import json, os, signal, sys, time
 import torch, torch.distributed as dist
 import train, run as run_folder, checkpoints, parallel, rewards, rollout
+from lib import distributed
 from bench.chaos import strike
 from sampler import Sampler
 
@@ -243,7 +244,7 @@ rollout.evaluate = lambda *a: (calls.append(1), len(calls) == 3 and os.kill(os.g
 def test_ctrl_c_ends_at_once_when_it_is_the_second_and_a_signal_that_is_ignored_stays_so(forks, tmp_path):
     codes, said = forks(tmp_path, ranks=1, only=True, code="""
 signal.signal(signal.SIGHUP, signal.SIG_IGN)
-watch = parallel.Watch()
+watch = distributed.Watch()
 watch.start(None, 0, 1)
 for sign in (signal.SIGHUP, signal.SIGINT, signal.SIGINT):
     os.kill(os.getpid(), sign)
@@ -498,7 +499,7 @@ def alone(tmp_path_factory) -> Path:
 def fails(monkeypatch, capfd, folder: Path, *options: str) -> str:
     """The one sentence before exit code 2."""
     monkeypatch.setattr(sys, "argv", ["train.py", *QUICK, "--run_dir", str(folder), *options])
-    monkeypatch.setattr(parallel.Watch, "start", lambda *a: None)  # this process keeps its own signals
+    monkeypatch.setattr(distributed.Watch, "start", lambda *a: None)  # this process keeps its own signals
     with pytest.raises(SystemExit) as stopped:
         train.main()
     (line,) = [x for x in capfd.readouterr().err.splitlines() if x.startswith("error: ")]
