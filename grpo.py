@@ -111,8 +111,8 @@ def advantages(rewards_BGR: torch.Tensor, weights_R: torch.Tensor, mode: str = "
     floor_k = std_floor * rms of the batch's group stds of reward k, and at least DEAD: a group of ordinary
     spread is normalised exactly, scale and offset of a reward do not matter, and one that is nearly saturated
     beside others that are not keeps its small share. Dead groups are left out of the rms: counted as 0 they
-    would lower the floor just where most groups are saturated. A batch with one live group has no other
-    measure than its own: it is normalised exactly, and |A_k| is at most sqrt(G - 1).
+    would lower the floor just where most groups are saturated. With one live group the rms is its
+    own std and the floor never acts, and |A_k| is at most sqrt(G - 1).
 
     A reward that is missing (NaN) leaves mean and std alone and has A_k = 0; so has a group without spread,
     where rounding divided by a tiny std would make noise.
@@ -253,8 +253,8 @@ def denominators(lengths: list[int], loss: str, samples: int, tokens: int, max_t
                  device="cpu") -> torch.Tensor:
     """denominator_N: the divisor of each token's loss, for samples of the given lengths packed end to end.
 
-    `samples` and `tokens` count the trained samples and tokens of the whole batch, over all micro-batches and
-    ranks, so that the losses of micro-batches add up.
+    `samples` and `tokens` count the trained samples and tokens of the whole minibatch, over all micro-batches
+    and ranks, so that the losses of micro-batches add up.
 
     token      tokens of the batch              equal weight per token (DAPO, arXiv 2503.14476)
     sequence   samples x the sample's tokens    equal weight per sample (GRPO, arXiv 2402.03300)

@@ -146,7 +146,7 @@ class Groups:
     prompt_ids: list[torch.Tensor]  # B, int32 on the CPU, as all that follow
     token_ids: list[torch.Tensor]  # N
     logprobs: list[torch.Tensor]  # N, the sampler's, fp32
-    rewards_BGR: torch.Tensor  # fp64; NaN where missing, and of one rank -inf for rewards.LOWEST
+    rewards_BGR: torch.Tensor  # fp64, raw; NaN where missing, -inf for rewards.LOWEST
     statistics: dict[str, torch.Tensor]  # name -> value_BG, fp64, NaN where a sample has none
     texts: list[str]  # N; once gathered, on the main rank alone
 
@@ -239,7 +239,7 @@ def all_gather(local: Groups, world) -> Groups:
     texts = sum(texts, [])
     return Groups(
         list(range(len(place_B))), ragged(local.prompt_ids, False), ragged(local.token_ids, True),
-        ragged(local.logprobs, True), grpo.place_lowest(batch_order(local.rewards_BGR)),
+        ragged(local.logprobs, True), batch_order(local.rewards_BGR),
         {name: batch_order(x) for name, x in local.statistics.items()},
         sum((texts[b] for b in place_B), []) if texts else [])
 
@@ -266,11 +266,12 @@ def describe_text(prompt, c: Completion, tokenizer: Tokenizer) -> dict[str, floa
 
 def summarise(groups: Groups, rewards: list[Reward]) -> dict[str, float]:
     """Metrics of all samples: rewards, their spread within groups, lengths."""
-    _, std, dead = grpo.group_spread(groups.rewards_BGR)
-    present_R, found = (~groups.rewards_BGR.isnan()).sum((0, 1)), groups.statistics
+    raw_BGR = grpo.place_lowest(groups.rewards_BGR)
+    _, std, dead = grpo.group_spread(raw_BGR)
+    present_R, found = (~raw_BGR.isnan()).sum((0, 1)), groups.statistics
     out = {}
     for r, reward in enumerate(rewards):
-        total = groups.rewards_BGR[..., r].nansum().item()
+        total = raw_BGR[..., r].nansum().item()
         out |= {f"reward/{reward.name}": total / (present_R[r].item() or math.nan),  # all missing: null
                 f"reward_std/{reward.name}": std[:, r].mean().item(),
                 f"dead_groups/{reward.name}": int(dead[:, r].sum()),
@@ -299,7 +300,8 @@ def combine_advantages(rewards_BGR: torch.Tensor, rewards: list[Reward],
     raw = rewards_BGR.tolist()
     transformed_BGR = torch.tensor([[[reward.transformed(x) for reward, x in zip(rewards, values)]
                                      for values in group] for group in raw], dtype=torch.float64)
-    advantage_BG, per_reward_BGR = grpo.advantages(transformed_BGR, weights_R, config.advantage,
+    placed_BGR = grpo.place_lowest(transformed_BGR)
+    advantage_BG, per_reward_BGR = grpo.advantages(placed_BGR, weights_R, config.advantage,
                                                    config.std_floor, config.normalise_std)
     advantage_BG, violates_BGR = grpo.require(advantage_BG, rewards_BGR, least_R)
     violators = {f"violators/{reward.name}": n for reward, n in zip(
@@ -319,7 +321,7 @@ def training_samples(groups: Groups, advantage_BG: torch.Tensor, config) -> list
 
 def records(groups: Groups, prompts: list, rewards: list[Reward], **columns: list) -> list[dict]:
     """The lines of a rollouts file, one a sample, on the main rank. columns: more fields, N values each."""
-    rows = groups.rewards_BGR.flatten(0, 1).tolist()
+    rows = grpo.place_lowest(groups.rewards_BGR).flatten(0, 1).tolist()
     G = groups.rewards_BGR.shape[1]
     return [{"prompt_id": prompts[i // G].id, "sample": i % G, "prompt": prompts[i // G].text, "text": text,
              "tokens": len(ids), "finish_reason": "length" if cut else "stop",

@@ -21,6 +21,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from kernels.attention import Gathered, PagedDecode, PagedPrefill, sent, write_kv
 from kernels.sample import head_draw, streams, uniforms, whole_tiles
+from lib.options import UserError
 from model import ModelConfig, Qwen2
 from replica import fuse_linears_, pack_head
 from scheduler import Chunk, Request, Scheduler, Sequence, Stats, Step
@@ -246,7 +247,7 @@ class Sampler:
         if model.group is not None:  # the ranks' schedules must be the same
             dist.all_reduce(pages, dist.ReduceOp.MIN, group=model.group)
         if pages < columns + 2:
-            raise ValueError(f"the KV pool can have {pages} pages of {self.page_size} tokens, but the "
+            raise UserError(f"the KV pool can have {pages} pages of {self.page_size} tokens, but the "
                              f"longest request needs {columns + 2}: lower max_new_tokens, or free memory")
         return int(pages)
 

@@ -66,7 +66,7 @@ class Config:
     max_skipped: int = 3  # skipped updates in a row that end the run
     advantage: str = "per_reward"  # per_reward: each normalised in its group, then averaged; or sum, gdpo
     normalise_std: bool = True  # false: advantages are not divided by the group's std (Dr. GRPO)
-    std_floor: float = grpo.STD_FLOOR  # least std, in rms of the batch's group stds (not in the paper)
+    std_floor: float = grpo.STD_FLOOR  # least divisor: this x rms of the live groups' stds (not in the paper)
     is_ratio: str = "token"  # PPO's ratio; or sequence (GSPO), cispo; with one update per batch all are 1
     loss: str = None  # mean over tokens; or sequence, constant; None: is_ratio's: token, GSPO sequence
     eps_low: float = None  # clip of the ratio below; None: is_ratio's: 0.2 (the paper), GSPO 3e-4, cispo 1
@@ -191,7 +191,7 @@ def backward(model, reference, batch: grpo.Batch, old_N: torch.Tensor | None, co
     token).
 
     old_N: the trainer's logprobs under the policy that sampled; None if that is the current policy.
-    count: trained samples and tokens of the whole batch.
+    count: trained samples and tokens of the whole minibatch, over all ranks.
     """
     with clock("logprob"):
         logp_N, entropy_N = logprobs(model, batch, config, n_valid)
@@ -247,11 +247,11 @@ def update(model, reference, optimizer, samples: list[grpo.Sample], parts: list[
     counts = [{"samples": len(part), "tokens": sum(len(samples[i].token_ids) for i in part)}
               for part in parts]
     old = {}  # logprobs of each sample before the first optimiser step, if there are several
-    for part in (part for plan in plans for part in plan if len(plans) > 1):
+    for micro_batch in sum(plans, []) if len(plans) > 1 else []:
         distributed.check_stop(world)
-        batch = grpo.collate([samples[i] for i in part], world.device)
+        batch = grpo.collate([samples[i] for i in micro_batch], world.device)
         with torch.no_grad(), clock("logprob"):
-            old |= zip(part, logprobs(model, batch, config, n_valid)[0].split(batch.lengths))
+            old |= zip(micro_batch, logprobs(model, batch, config, n_valid)[0].split(batch.lengths))
 
     sums = dict.fromkeys(("loss", "clipped", "entropy", "gap/mean", "gap/k3", "kl", "capped"), 0.0)
     gap_max, gaps, norms, applied = 0.0, dict.fromkeys(range(len(samples)), 0.0), [], []
@@ -259,17 +259,17 @@ def update(model, reference, optimizer, samples: list[grpo.Sample], parts: list[
         if not count["tokens"]:
             applied.append(None)
             continue
-        for part in plan:
+        for micro_batch in plan:
             if True not in applied:
                 distributed.check_stop(world)
             if config.replicate > 1:  # reduce over replicas only once
-                model.set_requires_all_reduce(part is plan[-1])
-            batch = grpo.collate([samples[i] for i in part], world.device)
-            old_N = torch.cat([old[i] for i in part]) if old and part else None
+                model.set_requires_all_reduce(micro_batch is plan[-1])
+            batch = grpo.collate([samples[i] for i in micro_batch], world.device)
+            old_N = torch.cat([old[i] for i in micro_batch]) if old and micro_batch else None
             seen, gap_N = backward(model, reference, batch, old_N, count, config, n_valid, clock)
             gap_max = max(gap_max, seen.pop("gap/max"))
             sums |= {name: sums[name] + value for name, value in seen.items()}
-            for i, gap in zip(part, gap_N.split(batch.lengths)):
+            for i, gap in zip(micro_batch, gap_N.split(batch.lengths)):
                 gaps[i] = gap.mean().item()
         with clock("step"):
             norms.append(parallel.clip_grad_(model, config.clip_grad))

@@ -237,7 +237,7 @@ def peer_failure(e: BaseException) -> str:
     if not isinstance(e, dist.DistError) and not (isinstance(e, RuntimeError) and "gloo/" in str(e)):
         return ""
     reason = re.sub(r"^\[.*?\] ", "", str(e).splitlines()[0]).split(". ")[0]
-    return f"has lost the others ({reason}): see what they said"
+    return f"has lost the others ({reason}): the cause is in the output of the rank that ended first"
 
 
 ROOM = {"sample": "lower max_sequences",

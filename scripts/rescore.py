@@ -173,8 +173,8 @@ def rescore(folder: Path, rewards_file: Path, option: str, kept: list[str], file
                             f"pass --reward {','.join(names)} to ask now")
     old_SR = np.array([stored(name) for name in names]).T
     new_SR = np.array([stored(r.name) if r.name in kept else values(r, completions, asked) for r in chosen]).T
-    raw_BGR = grpo.place_lowest(torch.tensor(new_SR.reshape(-1, config.group_size, len(chosen))))
-    new_SR = raw_BGR.flatten(0, 1).numpy()
+    raw_BGR = torch.tensor(new_SR.reshape(-1, config.group_size, len(chosen)))
+    new_SR = grpo.place_lowest(raw_BGR).flatten(0, 1).numpy()
     advantage_BG, per_reward_BGR, _ = rollout.combine_advantages(raw_BGR, chosen, config)
     old_S, new_S = np.array([r["advantage"] for r in records]), advantage_BG.flatten().numpy()
 

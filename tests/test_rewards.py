@@ -399,6 +399,15 @@ def test_advantages_of_a_small_spread_on_a_large_offset_are_those_without_the_of
     torch.testing.assert_close(near, far, rtol=1e-6, atol=1e-6)
 
 
+def test_a_transform_never_sees_a_sample_without_an_answer_which_stays_the_worst():
+    """The log of its number may not exist, and a falling transform would make it the best."""
+    raw = torch.tensor([[[0.1], [0.9], [-math.inf], [2.0]]], dtype=torch.float64)
+    for transform in (None, math.log, lambda value: -value):
+        chosen = [Reward("one", len, 1.0, transform)]
+        (advantage_G,), *_ = rollout.combine_advantages(raw, chosen, train.Config())
+        assert advantage_G.argmin() == 2 and advantage_G[2] < -1
+
+
 def test_dominance_of_summed_rewards_counts_their_weights_once():
     chosen = [Reward("one", len, 1.0), Reward("two", len, 3.0)]
     raw = torch.tensor([[[0.0, 0.0], [1.0, 1.0]]], dtype=torch.float64)

@@ -14,6 +14,7 @@ import model as qwen
 import replica
 from data.tokenizer import Tokenizer
 from kernels import linear_logprob
+from lib.options import UserError
 from sampler import Sampler, workspace
 from scheduler import Request
 
@@ -279,7 +280,7 @@ def test_the_memory_must_hold_the_longest_request_a_copied_page_and_the_one_of_p
     half = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2
     sampler.memory = 12.5 * page / half
     assert sampler.affordable(rows=8, columns=10) == 12
-    with pytest.raises(ValueError, match="can have 12 pages of 4 tokens, .* needs 13"):
+    with pytest.raises(UserError, match="can have 12 pages of 4 tokens, .* needs 13"):
         sampler.affordable(rows=8, columns=11)
 
 
