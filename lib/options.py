@@ -95,7 +95,8 @@ def parse_json(data: bytes) -> dict:
     return value
 
 
-def read_json(path: str | Path, remedy: str, parse: Callable[[bytes], object] = parse_json, **fields: Field):
+def read_json(path: str | Path, remedy: str, parse: Callable[[bytes], object] = parse_json, /,
+              **fields: Field):
     """The object in a JSON file, which must have the fields; or what `parse` makes of another file. Raises
     UserError, with the remedy."""
     try:
