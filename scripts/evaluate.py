@@ -1,4 +1,4 @@
-"""From a checkpoint to the numbers that papers report: answers are written, judged and scored.
+"""Evaluates a checkpoint on a benchmark: samples answers, has them judged, computes the scores.
 
     python -m scripts.evaluate --benchmark longbench_write --data FILE --model MODEL --out eval/NAME
 
@@ -7,7 +7,7 @@ its newest checkpoint) or a checkpoint of one (runs/NAME/checkpoints/step_NNNNNN
 OpenAI-compatible server, http://HOST:PORT/v1#NAME (several: comma-separated; the key: OPENAI_API_KEY), or a
 checkpoint folder, which our own sampler reads; for arena a reward model too. --out gets answers.jsonl,
 verdicts.jsonl and result.json. The same command goes on where it was stopped: no answer is written twice, and
-none of a judge is paid for twice.
+no question to a judge is paid for twice.
 """
 
 import json
@@ -112,9 +112,9 @@ def add_baselines(config: Config, records: list, data: dict) -> list:
 
 def commit_of(folder: Path) -> str:
     try:
-        told = subprocess.run(["git", "-C", folder, "rev-parse", "HEAD"], capture_output=True, text=True)
-        return told.stdout.strip() if told.returncode == 0 else ""
-    except OSError:
+        return subprocess.run(["git", "-C", folder, "rev-parse", "HEAD"], capture_output=True, text=True,
+                              check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
         return ""
 
 
@@ -160,12 +160,12 @@ def sampling(config: Config, model: Source, device: torch.device) -> dict:
 
 def read_folder(out: Path) -> tuple[dict, dict[str, dict], list[dict]]:
     """(settings.json, answers by id, lines of verdicts.jsonl) of what was begun there. Raises UserError."""
-    answers, recorded = {a["id"]: a for a in read_parts(out, "answers", id=Field(str))}, {}
-    if answers or (out / "settings.json").exists():
-        recorded = read_json(out / "settings.json", "choose another --out", path=Field(str),
-                             answers=Field(dict), verdicts=Field(dict))
-    return recorded, answers, read_parts(out, "verdicts", hash=Field(str), raw=Field(list),
-                                         tokens=Field(list))
+    if not (out / "settings.json").exists() and not any(out.glob("answers*.jsonl")):
+        return {}, {}, []
+    recorded = read_json(out / "settings.json", "choose another --out", path=Field(str), answers=Field(dict),
+                         verdicts=Field(dict))
+    return (recorded, {a["id"]: a for a in read_parts(out, "answers", id=Field(str))},
+            read_parts(out, "verdicts", hash=Field(str), raw=Field(list), tokens=Field(list)))
 
 
 def refuse_others(out: Path, recorded: dict, settings: dict):
@@ -191,25 +191,26 @@ def generate(config: Config, job: Job, world) -> list[dict]:
         tokenizer, context = sampler.tokenizer, sampler.model.config.max_position_embeddings
         expected = [min(s["max_new_tokens"], round(2 * TOKENS_PER_WORD[r.language] * (r.required or 1e9)))
                     for r in todo]
-        mine, requests = [todo[i] for i in assign(expected, world.size)[world.rank]], []
-        for r in mine:
-            ids = tokenizer.encode(tokenizer.chat(r.query) if s["template"] == "chat" else
-                                   render(r.query, s["template"]))
-            requests.append(Request(ids, 1, min(s["max_new_tokens"], context - len(ids)), s["temperature"],
-                                    s["top_p"], s["top_k"], tuple(s["stop"]),
-                                    rollout.request_seed(s["seed"], config.benchmark, r.id)))
-        fitting = [i for i, request in enumerate(requests) if request.max_new_tokens > 0]
-        progress = Progress(f"{out}: answers", len(fitting), world.main, "answers")
+        local, requests = [], []  # records that fit into the context
 
         def keep(record, text: str, reason: str, tokens: int):
             answers[record.id] = benchmarks.answer_line(record, text, s["template"], reason, tokens)
             write_jsonl(out / f"answers.part-{world.rank}.jsonl", [answers[record.id]], "a")
 
         with distributed.raise_on_all_ranks(world):
-            for i in set(range(len(mine))) - set(fitting):  # the query alone fills the context
-                keep(mine[i], "", "length", 0)
-            for c in rollout.generate(sampler, [requests[i] for i in fitting], world):
-                keep(mine[fitting[c.prompt_index]], c.text, c.finish_reason, len(c.token_ids))
+            for r in (todo[i] for i in assign(expected, world.size)[world.rank]):
+                ids = tokenizer.encode(tokenizer.chat(r.query) if s["template"] == "chat" else
+                                       render(r.query, s["template"]))
+                if len(ids) >= context:
+                    keep(r, "", "length", 0)
+                    continue
+                local.append(r)
+                requests.append(Request(ids, 1, min(s["max_new_tokens"], context - len(ids)),
+                                        s["temperature"], s["top_p"], s["top_k"], tuple(s["stop"]),
+                                        rollout.request_seed(s["seed"], config.benchmark, r.id)))
+            progress = Progress(f"{out}: answers", len(local), world.main, "answers")
+            for c in rollout.generate(sampler, requests, world):
+                keep(local[c.prompt_index], c.text, c.finish_reason, len(c.token_ids))
                 progress.update(sampler.stats)
             progress.close()
     with distributed.raise_on_all_ranks(world):
@@ -218,8 +219,8 @@ def generate(config: Config, job: Job, world) -> list[dict]:
         lines = [answers[r.id] for r in job.records]
         if world.main:
             merge_parts(out, "answers", lines)
-            cut, missing = (sum(is_so(a) for a in lines) for is_so in (
-                lambda a: a["finish_reason"] == "length", lambda a: not a["answer"]))
+            cut, missing = (sum(a["finish_reason"] == "length" for a in lines),
+                            sum(not a["answer"] for a in lines))
             print(f"{out}: {len(lines)} answers, {cut} truncated, {missing} missing", flush=True)
     return lines
 
