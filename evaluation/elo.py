@@ -44,9 +44,9 @@ def fit(games: list, pinned: dict[str, float] | None = None, rounds: int = 1000,
         seed: int = 0) -> dict[str, Rating]:
     """Ratings by maximum likelihood, best first. A game: [model, baseline, prompt id, model's points].
 
-    Points are 1, 0.5 (half a win each), 0, or None (not counted). Pinned players keep their ratings. Without
-    pinned players the mean rating of the baselines (players that never come first) is 1000, or of all players
-    if there are no baselines. Intervals are percentiles over `rounds` bootstrap samples of the prompts.
+    Points are 1, 0.5 (half a win each), 0, or None (not counted). Pinned players that play keep their
+    ratings. Without any the mean rating of the baselines (players that never come first) is 1000, or of all
+    players if there are no baselines. Intervals are percentiles over `rounds` bootstrap samples of prompts.
 
     Who has won, or lost, all games has no finite rating; nor has a group of players against the others.
     Where that is so, in the games or in a draw, each pair that met plays half a game more, a tie. Raises
@@ -58,8 +58,6 @@ def fit(games: list, pinned: dict[str, float] | None = None, rounds: int = 1000,
     place, row = ({name: i for i, name in enumerate(names)} for names in (players, prompts))
     if not games:
         raise ValueError("no game has both verdicts: there is nothing to rate")
-    if unknown := sorted(pinned.keys() - players):
-        raise ValueError(f"{unknown[0]!r} is pinned but plays no game; players: {', '.join(players)}")
     points_PNN = np.zeros((len(prompts), len(players), len(players)))
     results = np.zeros((len(players), 3), dtype=int)  # wins, ties, losses
     for model, baseline, prompt, points in games:
@@ -81,7 +79,7 @@ def fit(games: list, pinned: dict[str, float] | None = None, rounds: int = 1000,
     virtual_R = ~linked(points_RNN > 0, fixed_N)
     points_RNN += virtual_R[:, None, None] * VIRTUAL * met
     ratings_RN = SCALE * strengths(points_RNN, fixed_N)
-    if not pinned:
+    if np.isnan(fixed_N).all():
         models = {game[0] for game in games}
         anchors = [place[name] for name in players if name not in models] or [*place.values()]
         ratings_RN += MEAN - ratings_RN[:, anchors].mean(1, keepdims=True)

@@ -11,8 +11,8 @@ no question to a judge is paid for twice.
 """
 
 import json
-import math
 import os
+import re
 import subprocess
 import sys
 from dataclasses import dataclass, replace
@@ -272,12 +272,9 @@ def check(config: Config):
             raise UserError(f"--{name} is missing")
     options.check_numbers(config, "tries threads timeout tp", "max_new_tokens rate", top_p=(0, 1),
                           temperature=(-100, 100), max_sequences=(1, 2**16), page_size=(1, 2**12))
-    try:
-        if len(config.prices) not in (0, 2) or not all(0 <= x < math.inf for x in config.prices):
-            raise ValueError
-    except ValueError:
+    if config.price and not re.fullmatch(r"\d+(\.\d+)?,\d+(\.\d+)?", config.price):
         raise UserError(f"price {config.price!r} must be two numbers, dollars for a million tokens read, "
-                        "and written: 2,8") from None
+                        "and written: 2,8")
     if config.baselines and config.benchmark != "arena":
         raise UserError(f"baselines are opponents in arena, not in {config.benchmark}: leave them out")
     if (here := int(os.environ.get("LOCAL_WORLD_SIZE", 1))) % config.tp:

@@ -126,11 +126,10 @@ def rows(results: list[dict], kind: str) -> dict[str, list]:
 def ratings(results: list[dict], pinned: dict[str, float]) -> dict:
     """Elo over the games of results that one judge judged. Raises ValueError."""
     games = [[r["label"], *game[1:]] for r in results for game in r.get("games", [])]
-    here = {name: x for name, x in pinned.items() if any(name in game[:2] for game in games)}
     consistent = {r["label"]: r["scores"].get("consistency") for r in results}
     return {"judge": judge_of(results[0]), "rounds": ROUNDS, "seed": SEED, "players": {
-        name: dataclasses.asdict(p) | {"pinned": name in here, "consistency": consistent.get(name)}
-        for name, p in elo.fit(games, here, ROUNDS, SEED).items()}}
+        name: dataclasses.asdict(p) | {"pinned": name in pinned, "consistency": consistent.get(name)}
+        for name, p in elo.fit(games, pinned, ROUNDS, SEED).items()}}
 
 
 def section(results: list[dict], pinned: dict[str, float]) -> dict:

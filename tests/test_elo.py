@@ -146,7 +146,6 @@ def test_strengths_of_any_size_converge():
 @pytest.mark.parametrize("games, pinned, why", [
     ([], None, "no game has both verdicts"),
     ([["m", "b", "1", None]], None, "no game has"),
-    ([["m", "b", "1", 1]], {"c": 1.0}, "'c' is pinned but plays no game; players: b, m"),
     ([["m", "b", "1", 0.7]], None, r"game \['m', 'b', '1', 0.7\]: give two players"),
     ([["m", "m", "1", 1]], None, "give two players"),
     ([["m", "b", "1", 1], ["n", "c", "1", 0]], None, "groups that never met"),
@@ -154,6 +153,11 @@ def test_strengths_of_any_size_converge():
 def test_games_that_cannot_be_rated_are_refused(games, pinned, why):
     with pytest.raises(ValueError, match=why):
         elo.fit(games, pinned)
+
+
+def test_a_pinned_player_without_a_game_changes_nothing():
+    games = [["m", "b", str(i), i % 2] for i in range(4)]
+    assert elo.fit(games, {"c": 7.0}, rounds=5) == elo.fit(games, rounds=5)
 
 
 def test_groups_that_never_met_have_a_scale_by_pinned_players():
