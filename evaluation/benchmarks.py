@@ -57,8 +57,6 @@ def read(benchmark: str, path: str | Path, others: bool = False) -> list[Record]
     try:
         for line, *found in queries(path):  # noqa: B007 (the message names it)
             records.append(read_record(benchmark, *found, others))
-    except UserError as e:
-        raise UserError(str(e)) from None
     except ValueError as e:
         raise UserError(f"{path}, line {line}: {e}; is this a file of {benchmark}?") from None
     if not records:
@@ -220,7 +218,6 @@ def parse(benchmark: str, text: str) -> dict:
     """The verdict at the end of a judge's answer, after its thinking. Raises ValueError for a malformed
     one."""
     verdict = last_object(text.rpartition("</think>")[2])
-    json.dumps(verdict, ensure_ascii=False).encode()  # UnicodeEncodeError: no file can hold it
     said = "analysis" if benchmark == "longbench_write" else "reason"
     asked = {*fields(benchmark), said}
     if set(verdict) != asked:
@@ -256,4 +253,5 @@ def last_object(text: str) -> dict:
             raise ValueError("its JSON is nested too deeply") from None
     if found is None:
         raise ValueError(f"no JSON object in {text[-80:]!r}")
+    json.dumps(found, ensure_ascii=False).encode()  # UnicodeEncodeError: no file can hold it
     return found

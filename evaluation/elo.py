@@ -44,9 +44,9 @@ def fit(games: list, pinned: dict[str, float] | None = None, rounds: int = 1000,
         seed: int = 0) -> dict[str, Rating]:
     """Ratings by maximum likelihood, best first. A game: [model, baseline, prompt id, model's points].
 
-    Points are 1, 0.5 (half a win each), 0, or None (not counted). Pinned players keep their ratings. Without
-    pinned players the mean rating of the baselines (players that never come first) is 1000, or of all players
-    if there are no baselines. Intervals are percentiles over `rounds` bootstrap samples of the prompts.
+    Points are 1, 0.5 (half a win each), 0, or None (not counted). Pinned players that play keep their
+    ratings. Without any the mean rating of the baselines (players that never come first) is 1000, or of all
+    players if there are no baselines. Intervals are percentiles over `rounds` bootstrap samples of prompts.
 
     Who has won, or lost, all games has no finite rating; nor has a group of players against the others.
     Where that is so, in the games or in a draw, each pair that met plays half a game more, a tie. Raises
@@ -56,10 +56,8 @@ def fit(games: list, pinned: dict[str, float] | None = None, rounds: int = 1000,
     players = sorted({player for game in games for player in game[:2]})
     prompts = sorted({game[2] for game in games})
     place, row = ({name: i for i, name in enumerate(names)} for names in (players, prompts))
-    if not games or rounds < 1:
-        raise ValueError(f"{len(games)} games with both verdicts and {rounds} rounds: ratings need both")
-    if unknown := sorted(pinned.keys() - players):
-        raise ValueError(f"{unknown[0]!r} is pinned but plays no game; players: {', '.join(players)}")
+    if not games:
+        raise ValueError("no game has both verdicts: there is nothing to rate")
     points_PNN = np.zeros((len(prompts), len(players), len(players)))
     results = np.zeros((len(players), 3), dtype=int)  # wins, ties, losses
     for model, baseline, prompt, points in games:
@@ -81,7 +79,7 @@ def fit(games: list, pinned: dict[str, float] | None = None, rounds: int = 1000,
     virtual_R = ~linked(points_RNN > 0, fixed_N)
     points_RNN += virtual_R[:, None, None] * VIRTUAL * met
     ratings_RN = SCALE * strengths(points_RNN, fixed_N)
-    if not pinned:
+    if np.isnan(fixed_N).all():
         models = {game[0] for game in games}
         anchors = [place[name] for name in players if name not in models] or [*place.values()]
         ratings_RN += MEAN - ratings_RN[:, anchors].mean(1, keepdims=True)
@@ -130,28 +128,21 @@ def strengths(points_RNN: np.ndarray, fixed_N: np.ndarray) -> np.ndarray:
 # ---------------------------------------------------------------------- two results
 
 
-def paired(a: dict, b: dict, rounds: int = 10_000, seed: int = 0,
-           field: str = "scores") -> dict[str, Difference]:
-    """The paired difference of two result.json in each score (or statistic of the "texts") over common
-    records.
+def paired(a: dict, b: dict, rounds: int = 10_000, seed: int = 0, field: str = "scores",
+           without: set[str] = frozenset()) -> dict[str, Difference]:
+    """The paired difference of two result.json of the same data in each score (or statistic of the "texts"),
+    except those `without`, over common records.
 
     The interval holds percentiles of the mean difference over bootstrap samples of the records. p is that of
     a permutation test which exchanges each record's two values at random, because a bootstrap's p is too
     small for few records. A difference is real if its p stays below LEVEL after Holm's correction, headlines
-    (names without a slash) among headlines, parts among parts. Raises ValueError where they do not compare.
+    (names without a slash) among headlines, parts among parts. Raises ValueError where no record is common.
     """
-    for what, x, y in (("benchmarks", a["benchmark"], b["benchmark"]),
-                       ("data files", a["data"]["sha256"], b["data"]["sha256"]),
-                       ("judges", *((result["judge"] or {}).get("name") for result in (a, b)))):
-        if x != y and None not in (x, y):
-            raise ValueError(f"{a['name']} and {b['name']} have different {what} ({x}; {y}): their "
-                             "scores do not compare")
     other = {record["id"]: record[field] for record in b["records"]}
     rows = [(record[field], other[record["id"]]) for record in a["records"] if record["id"] in other]
-    names = list(dict.fromkeys(name for row, _ in rows for name in row))
-    if not rows or rounds < 1:
-        raise ValueError(f"{a['name']} and {b['name']} have {len(rows)} common records, and {rounds} "
-                         "rounds: a comparison needs both")
+    names = list(dict.fromkeys(name for row, _ in rows for name in row if name not in without))
+    if not rows:
+        raise ValueError(f"{a['name']} and {b['name']} have no common record to compare")
     one_QS, two_QS = (np.array([[row[i].get(name) for name in names] for row in rows], float)
                       for i in (0, 1))
     gap_QS, given_QS = np.nan_to_num(one_QS - two_QS), ~np.isnan(one_QS - two_QS)

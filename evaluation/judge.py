@@ -1,26 +1,19 @@
-"""Who judges, and what was said? Servers, a checkpoint that our sampler reads, or a reward model; and what
-judges answered, on disk, by content, so that nothing is asked for twice.
+"""Judges: servers, a checkpoint that our sampler reads, or a reward model. Every answer of a judge goes to
+verdicts.part-RANK.jsonl in --out at once, by a hash of judge and question, so that none is asked for twice.
 """
 
-import json
-import math
-import sqlite3
-import sys
-import threading
-from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import datetime
 from pathlib import Path
 
 import reward_model
-import rollout
 from evaluation import benchmarks
+from evaluation.ask import Questions, Result
 from evaluation.benchmarks import Record
 from evaluation.source import Source, find, fingerprint, open_sampler
 from lib import distributed, endpoint
-from lib.options import UserError
-from lib.progress import Progress
-from scheduler import Request, Stats
+from lib.files import merge_parts, write_jsonl
+from lib.options import Field, UserError, parse_json, typed
+from rollout import request_seed
 
 SCORED = 8192  # tokens of a reward model's micro-batch
 
@@ -36,24 +29,13 @@ class Judge:
         return self.source is not None and self.source.scalar
 
 
-@dataclass
-class JudgeResult:
-    """What was answered to a question, try by try, and what that amounts to."""
-
-    raw: list[str]
-    verdict: dict | None = None
-    error: str = "no answer"
-    read: int = 0  # tokens
-    written: int = 0
-
-
 def find_judge(config) -> Judge | None:
     """None where there is nothing to judge. Raises an error of one sentence."""
     if not config.judge or config.benchmark == "ruler":
         return None
     try:
-        settings = dict(json.loads(config.judge_settings))
-    except (ValueError, TypeError) as e:
+        settings = parse_json(config.judge_settings.encode())
+    except ValueError as e:
         raise UserError(f"judge_settings {config.judge_settings} must be a JSON object ({e})") from None
     if "://" in config.judge:
         endpoint.Endpoint(config.judge)
@@ -64,13 +46,11 @@ def find_judge(config) -> Judge | None:
         raise UserError(f"judge {config.judge} is a reward model, which compares texts: it is for arena")
     if source.scalar:
         return Judge(name, about, source)
-    known = {"max_tokens": (1, math.inf), "temperature": (0, 100), "top_p": (1e-6, 1)}
-    settings = {"max_tokens": 4096, "temperature": 0.0, "top_p": 1.0} | settings
-    for key, value in settings.items():
-        low, high = known.get(key, (math.inf, 0))
-        if type(value) not in (int, float) or not low <= value <= high:
-            raise UserError(f"judge_settings has {key} {value!r}: a checkpoint knows max_tokens (1 or "
-                            "more), temperature (0 or more) and top_p (at most 1)")
+    known = {"max_tokens": Field(int, 1, default=4096), "temperature": Field(float, 0, 100, 0.0),
+             "top_p": Field(float, 1e-6, 1, 1.0)}
+    for key in settings.keys() - known:
+        raise UserError(f"judge_settings has {key} {settings[key]!r}: a checkpoint knows {', '.join(known)}")
+    settings = typed(settings, "judge_settings", known)
     return Judge(name, settings | {"template": source.template, "seed": config.seed} | about, source)
 
 
@@ -83,99 +63,10 @@ def greet(config, judge: Judge):
         raise UserError(f"judge {config.judge} cannot be asked: {e}") from None
 
 
-class Cache:
-    """A judge's answers, of all evaluations. Raises UserError."""
-
-    def __init__(self, config, judge: Judge):
-        self.config, self.judge, self.lock = config, judge, threading.Lock()
-        try:
-            Path(config.cache).parent.mkdir(parents=True, exist_ok=True)
-            self.db = sqlite3.connect(config.cache, 60, isolation_level=None, check_same_thread=False)
-            self.db.execute("CREATE TABLE IF NOT EXISTS answers (key TEXT PRIMARY KEY, judge TEXT, "
-                            "raw TEXT, tokens_read INTEGER, tokens_written INTEGER, made TEXT)")
-        except (sqlite3.Error, OSError) as e:
-            raise UserError(f"cache {config.cache} cannot be used ({e}): choose another") from None
-
-    def key(self, text: str, attempt: int) -> str:
-        return fingerprint([self.judge.name, self.judge.settings, text, attempt])
-
-    def put(self, text: str, attempt: int, raw: str, read: int, written: int):
-        with self.lock:
-            row = self.key(text, attempt), self.judge.name, raw, read, written, datetime.now().isoformat()
-            self.db.execute("INSERT OR IGNORE INTO answers VALUES (?, ?, ?, ?, ?, ?)", row)
-
-    def tried(self, text: str, call: Callable | None = None) -> JudgeResult:
-        """call(text) -> (raw answer, tokens read, tokens written): makes the tries that are not there."""
-        t = JudgeResult([])
-        while t.verdict is None and len(t.raw) < self.config.tries:
-            with self.lock:
-                row = self.db.execute("SELECT raw, tokens_read, tokens_written FROM answers "
-                                      "WHERE key = ?", (self.key(text, len(t.raw)),)).fetchone()
-            if not row and not call:
-                break
-            if not row:
-                row = call(text)
-                self.put(text, len(t.raw), *row)
-            t.raw, t.read, t.written = [*t.raw, row[0]], t.read + row[1], t.written + row[2]
-            try:
-                t.verdict, t.error = benchmarks.parse(self.config.benchmark, row[0]), ""
-            except ValueError as e:
-                t.error = str(e)
-        return t
-
-    def open(self, text: str) -> bool:
-        t = self.tried(text)
-        return t.verdict is None and len(t.raw) < self.config.tries
+# ---------------------------------------------------------------------- asking
 
 
-# ---------------------------------------------------------------------- who is asked
-
-
-def ask_servers(config, cache: Cache, texts: list[str]) -> dict[str, str]:
-    """Fills the cache. Returns why some of the texts have no answer."""
-    greet(config, cache.judge)
-    server = endpoint.Endpoint(config.judge, config.timeout, rate=config.rate,
-                               say=lambda said: print(said, file=sys.stderr, flush=True))
-
-    def call(text: str) -> tuple[str, int, int]:
-        raw, usage = server.chat([{"role": "user", "content": text}], **cache.judge.settings)
-        return raw, usage.get("prompt_tokens", 0), usage.get("completion_tokens", 0)
-
-    failed, stats = {}, Stats()
-    progress = Progress(f"{config.out}: verdicts", len(texts), True, "questions")
-    for text, t, error in endpoint.each(lambda text: cache.tried(text, call), texts, config.threads):
-        failed |= {text: str(error)} if error else {}
-        stats.finished += 1
-        stats.new_tokens += t.written if t else 0
-        progress.update(stats)
-    progress.close()
-    return failed
-
-
-def ask_sampler(config, cache: Cache, texts: list[str], world) -> dict[str, str]:
-    """The same of a checkpoint, on all ranks."""
-    sampler, s = open_sampler(cache.judge.source, config, world), cache.judge.settings
-    tokenizer, context = sampler.tokenizer, sampler.model.config.max_position_embeddings
-    ids = {text: tokenizer.encode(tokenizer.chat(text) if s["template"] == "chat" else f"{text}\n\nJSON:\n")
-           for text in texts[world.rank::world.size]}
-    room = {text: min(int(s["max_tokens"]), context - len(ids[text])) for text in ids}
-    for attempt in range(config.tries):
-        todo = [text for text in ids if room[text] > 0 and cache.open(text)
-                and len(cache.tried(text).raw) == attempt]
-        requests = [Request(ids[text], 1, room[text], s["temperature"], s["top_p"],
-                            seed=rollout.request_seed(s["seed"], "judge", text, attempt)) for text in todo]
-        progress = Progress(f"{config.out}: try {attempt + 1}", len(todo), world.main, "questions")
-        for c in rollout.generate(sampler, requests, world):
-            text = todo[c.prompt_index]
-            cache.put(text, attempt, c.text, len(ids[text]), len(c.token_ids))
-            progress.update(sampler.stats)
-        progress.close()
-    failed = {text: f"the question exceeds the judge's context of {context}"
-              for text in ids if room[text] <= 0}
-    return {text: why for theirs in distributed.gather(failed, world) for text, why in theirs.items()}
-
-
-def compare(judge: Judge, pairs: list[tuple[str, str, str]], world) -> list[JudgeResult]:
+def compare(judge: Judge, pairs: list[tuple[str, str, str]], world) -> list[Result]:
     """Of each (query, A, B) the text that a reward model scores higher wins. On all ranks."""
     texts = list(dict.fromkeys((query, text) for query, *pair in pairs for text in pair))
     mine, scores = texts[world.rank::world.size], {}
@@ -184,43 +75,66 @@ def compare(judge: Judge, pairs: list[tuple[str, str, str]], world) -> list[Judg
     for theirs in distributed.gather(dict(zip(mine, found)), world):
         scores |= theirs
     both = [(scores[query, a], scores[query, b]) for query, a, b in pairs]
-    return [JudgeResult([], {"winner": "tie" if a == b else "A" if a > b else "B", "scores": [a, b]})
+    return [Result(value={"winner": "tie" if a == b else "A" if a > b else "B", "scores": [a, b]})
             for a, b in both]
 
 
-def ask(config, judge: Judge, records: list[Record], answers: list[dict], world) -> tuple[list[dict], dict]:
-    """(lines of verdicts.jsonl, `judge` of result.json). On all ranks where the judge is a checkpoint."""
-    asked, tried, pairs, failed, before = [], {}, {}, {}, 0
+def line(key: str, result: Result) -> dict:
+    """A line of verdicts.jsonl. key: the hash of judge, its settings and the question."""
+    return {"hash": key, "verdict": result.value, "raw": result.raw, "tokens": result.tokens,
+            **({} if result.value else {"error": result.error})}
+
+
+def ask(config, judge: Judge, records: list[Record], answers: list[dict], verdicts: list[dict],
+        world) -> tuple[list[dict], dict]:
+    """(lines of verdicts.jsonl, `judge` of result.json). verdicts: lines that --out has already. On all ranks
+    where the judge is a checkpoint."""
+    asked, texts, pairs, out = {}, {}, {}, Path(config.out)
+    there = {x["hash"]: Result(x["raw"], x["tokens"], x.get("verdict"), x.get("error", "")) for x in verdicts}
     for record, answer in zip(records, answers):
         for q in benchmarks.questions(config.benchmark, record, answer["answer"]):
-            asked.append(q)
+            key = asked[q.id, q.key] = fingerprint([judge.name, judge.settings, q.text])
+            texts[key] = q.text
             if config.benchmark == "arena":
                 name, _, place = q.key.rpartition("/")
-                texts = (answer["answer"], record.baselines[name])
-                pairs[q.text] = record.query, *(texts if place == "0" else texts[::-1])
+                pair = (answer["answer"], record.baselines[name])
+                pairs[key] = record.query, *(pair if place == "0" else pair[::-1])
                 if not record.baselines[name]:
-                    verdict = {"winner": "AB"[int(place)], "reason": "the other is empty"}
-                    tried[q.text] = JudgeResult([], verdict)
-    todo = [text for text in dict.fromkeys(q.text for q in asked) if text not in tried]
+                    there[key] = Result(value={"winner": "AB"[int(place)], "reason": "the other is empty"})
+
+    def keep(key: str, result: Result):
+        write_jsonl(out / f"verdicts.part-{world.rank}.jsonl", [line(key, result)], "a")
+
+    def seed(key: str, attempt: int) -> int:
+        return request_seed(config.seed, "judge", texts[key], attempt)
+
+    questions = Questions(texts, judge.settings, config.tries,
+                          lambda raw: benchmarks.parse(config.benchmark, raw), keep,
+                          seed if judge.source else None, there, label=f"{out}: verdicts" * world.main)
+    results, todo = questions.results, questions.todo
+    before = sum(len(r.raw) for r in results.values())
     if judge.scalar:
-        tried |= zip(todo, compare(judge, [pairs[text] for text in todo], world))
-    else:
-        cache = Cache(config, judge)
-        before, open = sum(len(cache.tried(text).raw) for text in todo), list(filter(cache.open, todo))
-        if judge.source and (open := distributed.broadcast(open, world)):
-            failed = ask_sampler(config, cache, open, world)
-        elif open:
-            failed = ask_servers(config, cache, open)
-        tried |= {text: cache.tried(text) for text in todo}
-    lines = [{"id": q.id, "key": q.key, "verdict": t.verdict, "raw": t.raw,
-              **({} if t.verdict else {"error": failed.get(q.text, t.error)})}
-             for q in asked for t in (tried[q.text],)]
-    if failed and world.main:
-        print(f"{len(failed)} questions have no answer, the first because of this: "
-              f"{next(iter(failed.values()))}. The same command asks again", flush=True)
-    read, written = sum(t.read for t in tried.values()), sum(t.written for t in tried.values())
-    cost = (read * config.prices[0] + written * config.prices[1]) / 1e6 if config.prices else None
-    return lines, {"name": judge.name, "settings": judge.settings, "cached": before,
-                   "calls": sum(len(t.raw) for t in tried.values()), "prompt_tokens": read,
-                   "completion_tokens": written, "cost": cost,
-                   "missing": sum(not line["verdict"] for line in lines)}
+        results |= zip(todo, compare(judge, [pairs[key] for key in todo], world))
+    elif judge.source and todo:
+        questions.todo = todo[world.rank::world.size]
+        sampler = open_sampler(judge.source, config, world)
+        questions.ask_sampler(sampler, judge.settings["template"] == "chat", world)
+        for theirs in distributed.gather({key: results[key] for key in questions.todo}, world):
+            results |= theirs
+    elif todo:
+        greet(config, judge)
+        questions.ask_servers(config.judge, config.timeout, config.threads, config.rate)
+    lines = [{"id": id, "key": place} | line(key, results[key]) for (id, place), key in asked.items()]
+    read, written = (sum(n[i] for r in results.values() for n in r.tokens) for i in (0, 1))
+    calls, missing = sum(len(r.raw) for r in results.values()), sum(not x["verdict"] for x in lines)
+    made = {"name": judge.name, "settings": judge.settings, "calls": calls, "missing": missing,
+            "prompt_tokens": read, "completion_tokens": written,
+            "cost": (read * config.prices[0] + written * config.prices[1]) / 1e6 if config.prices else None}
+    if world.main:
+        merge_parts(out, "verdicts", lines)
+        print(f"{out}: {len(lines)} verdicts by {judge.name}, {missing} missing; {calls - before} calls now, "
+              f"{before} before", flush=True)
+        if failed := [results[key].error for key in todo if questions.is_open(key)]:
+            print(f"{len(failed)} questions have no answer, the first because of this: {failed[0]}. The same "
+                  "command asks again", flush=True)
+    return lines, made

@@ -1,4 +1,4 @@
-"""Where does a model come from? A Hugging Face folder, a run, or a checkpoint of one, sharded as it is."""
+"""Finds and loads a model: a Hugging Face folder, a run, or a checkpoint of one, sharded as it is."""
 
 import hashlib
 import json

@@ -29,11 +29,16 @@ def write_durably(file: Path, text: str):
         os.fsync(f.fileno())
 
 
+def jsonl(records: list[dict]) -> str:
+    """A JSON object a line."""
+    return "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records)
+
+
 def write_jsonl(file: Path, records: list[dict], mode: str = "w"):
     """Writes a JSON object a line; mode "a" appends. Raises UserError."""
     try:
         with file.open(mode, encoding="utf-8") as f:
-            f.writelines(json.dumps(r, ensure_ascii=False) + "\n" for r in records)
+            f.write(jsonl(records))
     except OSError as e:
         raise UserError(f"{file} cannot be written ({e.strerror}): make room, or mend it, and the same "
                         "command goes on") from None
@@ -50,3 +55,20 @@ def read_jsonl(file: Path, remedy: str = "put it back", /, **fields: Field) -> l
     except (OSError, ValueError) as e:
         raise UserError(f"{file} cannot be read at line {len(records) + 1} ({e}): {remedy}") from None
     return records
+
+
+def read_parts(folder: Path, name: str, **fields: Field) -> list[dict]:
+    """The records of NAME.jsonl and of the NAME.part-RANK.jsonl that ranks append to; a last line that a kill
+    has torn is cut off, so that more can be appended. Raises UserError."""
+    records = []
+    for file in sorted(folder.glob(f"{name}*.jsonl")):
+        os.truncate(file, file.read_bytes().rfind(b"\n") + 1)
+        records += read_jsonl(file, "choose another --out", **fields)
+    return records
+
+
+def merge_parts(folder: Path, name: str, records: list[dict]):
+    """Makes NAME.jsonl of all records, and removes the parts."""
+    replace(folder / f"{name}.jsonl", jsonl(records))
+    for part in folder.glob(f"{name}.part-*.jsonl"):
+        part.unlink()

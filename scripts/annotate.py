@@ -9,14 +9,9 @@ once, as fields of its query's record, and the same command goes on where it sto
 result as --prompts. A query that the filter rejects has `keep` false and a reason, and is passed over.
 """
 
-import json
 import os
-import re
 import sys
-import threading
-import time
 from collections import Counter
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,12 +21,13 @@ import model as qwen
 from data import prompts as prompt_data
 from data.prompts import RANGE_FIELDS, language, parse_range, present, query_of
 from data.tokenizer import Tokenizer
+from evaluation.ask import Questions, Result
+from evaluation.benchmarks import last_object
 from lib import endpoint, options
-from lib.files import locate, replace
-from lib.options import UserError
+from lib.files import jsonl, locate, replace, write_jsonl
+from lib.options import UserError, parse_json
 from rollout import request_seed
 from sampler import Sampler
-from scheduler import Request
 
 
 @dataclass
@@ -92,8 +88,6 @@ Request:
 {query}""",
 }
 BEGUN = {"range": '{"range": [', "filter": '{"reason": "'}  # by which a base model knows what to complete
-WIDE = 3000  # words: a wider range is counted
-CUT = "cut at max_new_tokens, where JSON may be a thought"
 
 
 @dataclass(frozen=True)
@@ -106,90 +100,24 @@ class Query:
 def find(task: str, answer: str) -> dict:
     """What the last JSON object of an answer, thinking left out, says, as fields of a record. Raises
     ValueError where it is not what was asked for."""
-    objects = re.findall(r"\{[^{}]*\}", answer.rpartition("</think>")[2].partition("<think>")[0])
-    if not objects:
-        raise ValueError(f"no JSON in {answer[-80:]!r}")
-    try:
-        said = json.loads(objects[-1])
-    except RecursionError:
-        said = {}
+    said = last_object(answer.rpartition("</think>")[2].partition("<think>")[0])
     if task == "range":
         return {"length_range": list(parse_range({"range": said.get("range") or "nothing"}))}
     if type(said.get("keep")) is not bool or not isinstance(said.get("reason"), str):
-        raise ValueError(f"`keep` must be true or false, and `reason` a text, in {objects[-1][:80]}")
+        raise ValueError(f"`keep` must be true or false, and `reason` a text, in {str(said)[:80]}")
     return {"keep": said["keep"], "reason": said["reason"].strip()}
 
 
-# ---------------------------------------------------------------------- who is asked
-
-
-def by_sampler(config: Config, queries: list[Query], keep: Callable) -> Iterator[str]:
-    """Gives `keep` each query with what was found; yields "" for it, or why nothing was."""
+def open_sampler(config: Config) -> Sampler:
+    """Of a checkpoint that one device holds."""
     path = locate(config.model)
     tokenizer, shape = Tokenizer(path), qwen.read_config(path)
     if shape.scalar_head:
         raise UserError(f"model {path} is a reward model, which writes nothing")
     tokenizer.check_rows(shape.vocab_size, path)
-    context = shape.max_position_embeddings
-    chat = tokenizer.chats  # else a base model, which completes
-    begun = "" if chat else BEGUN[config.task]
     cuda = config.device == "cuda" or config.device == "auto" and torch.cuda.is_available()
     model = qwen.load(path, torch.bfloat16 if cuda else torch.float32, "cuda" if cuda else "cpu")
-    sampler = Sampler(model.requires_grad_(False), tokenizer, config.max_sequences)
-
-    def request(query: Query, attempt: int) -> Request:
-        asked = question(config, query)
-        ids = tokenizer.encode((tokenizer.chat(asked) if chat else f"{asked}\n\nJSON:\n") + begun)
-        return Request(ids, 1, min(config.max_new_tokens, context - len(ids)), config.temperature,
-                       config.top_p, stop=() if chat else ("}",), seed=seed(config, query, attempt))
-
-    fitting = [query for query in queries if request(query, 0).max_new_tokens > 0]
-    yield from [f"the query exceeds the model's context of {context}"] * (len(queries) - len(fitting))
-    for attempt in range(config.tries):
-        queries, fitting = fitting, []
-        for c in sampler.generate([request(query, attempt) for query in queries]):
-            query = queries[c.prompt_index]
-            try:
-                if chat and c.finish_reason == "length":
-                    raise ValueError(CUT)
-                keep(query, find(config.task, begun + c.text))
-                yield ""
-            except ValueError as e:
-                fitting.append(query)
-                if attempt == config.tries - 1:
-                    yield str(e)
-
-
-def by_server(config: Config, queries: list[Query], keep: Callable) -> Iterator[str]:
-    """The same. `keep` is called in the threads, so that no answer that has come is lost. Raises Refused
-    where every query would be, and OSError where answers cannot be written."""
-    server = endpoint.Endpoint(config.model, config.timeout, say=lambda text: print(text, file=sys.stderr))
-
-    def ask(query: Query) -> str:
-        for attempt in range(config.tries):
-            text, usage = server.chat([{"role": "user", "content": question(config, query)}],
-                                      temperature=config.temperature, top_p=config.top_p,
-                                      max_tokens=config.max_new_tokens,
-                                      seed=seed(config, query, attempt) % 2**31)
-            try:
-                if usage.get("completion_tokens", 0) >= config.max_new_tokens:
-                    raise ValueError(CUT)
-                keep(query, find(config.task, text))
-                return ""
-            except ValueError as e:
-                why = str(e)
-        return why
-
-    for _, why, error in endpoint.each(ask, queries, config.threads):
-        yield why or str(error or "")
-
-
-def question(config: Config, query: Query) -> str:
-    return RULES[config.task, language(query.text)].replace("{query}", query.text)
-
-
-def seed(config: Config, query: Query, attempt: int) -> int:
-    return request_seed(config.seed, config.task, query.text, attempt)
+    return Sampler(model.requires_grad_(False), tokenizer, config.max_sequences)
 
 
 # ---------------------------------------------------------------------- files
@@ -200,28 +128,21 @@ def annotators(record: dict) -> dict[str, str]:
     return record["annotators"] if isinstance(record.get("annotators"), dict) else {}
 
 
-def is_json(line: bytes) -> bool:
-    try:
-        json.loads(line)
-    except ValueError:
-        return False
-    return True
-
-
 def resume(config: Config, name: str, kept: dict[tuple[str, str], dict]) -> dict[tuple[str, str], dict]:
     """The records that --out holds already, by id and text, beside those that are `kept` as they are; a torn
     last line is cut off. Raises UserError for a file that is not of this command."""
     out, done = Path(config.out), dict(kept)
     if out.exists():
         *lines, torn = out.read_bytes().split(b"\n")
-        if torn and (torn[:1] != b"{" or is_json(torn)):  # no kill has left it
+        if torn and (torn[:1] != b"{" or torn[-1:] == b"}"):  # no kill has left it
             lines.append(torn)
         for number, line in enumerate(lines, 1):
             try:
-                record = json.loads(line)
-                other, key = annotators(record).get(config.task), (str(record["id"]), query_of(record))
-            except (ValueError, LookupError, TypeError, AttributeError):
-                other, key, record = None, None, {}
+                record = parse_json(line)
+                key = str(record["id"]), query_of(record)
+            except (ValueError, KeyError):
+                record, key = {}, None
+            other = annotators(record).get(config.task)
             if other != name and record != kept.get(key):
                 raise UserError(f"{out}, line {number}, is no {config.task} by {name}, but by {other}: "
                                 "choose another --out")
@@ -237,35 +158,35 @@ def annotate(config: Config):
     kept = {(query.id, query.text): query.record | {"id": query.id} for query in queries
             if config.task == "range" and not config.replace
             and present(query.record, (*RANGE_FIELDS, "length")) is not None}
-    done, lock = resume(config, name, kept), threading.Lock()
-    todo = [query for query in queries if (query.id, query.text) not in done]
-    ask = by_server if "://" in config.model else by_sampler
-    failed, start, shown = Counter(), time.monotonic(), 0.0
-    with open(config.out, "a", encoding="utf-8") as f:
+    done = resume(config, name, kept)
+    write_jsonl(Path(config.out), [], "a")  # fails before any answer is paid for
+    todo = {(query.id, query.text): query for query in queries if (query.id, query.text) not in done}
 
-        def keep(query: Query, fields: dict):
-            record = query.record | {"id": query.id} | fields
-            record["annotators"] = annotators(query.record) | {config.task: name}
-            with lock:
-                f.write(json.dumps(record, ensure_ascii=False) + "\n")
-                f.flush()
-                done[query.id, query.text] = record
+    def keep(key: tuple[str, str], result: Result):
+        if result.value:
+            record = todo[key].record | {"id": key[0]} | result.value
+            record["annotators"] = annotators(record) | {config.task: name}
+            write_jsonl(Path(config.out), [record], "a")
+            done[key] = record
 
-        for count, why in enumerate(ask(config, todo, keep), 1):
-            failed.update([why] if why else [])
-            now, terminal = time.monotonic(), sys.stderr.isatty()
-            if now - shown > (0.2 if terminal else 30) or count == len(todo):
-                shown, (before, after) = now, ("\r", "\033[K") if terminal else ("", "\n")
-                print(f"{before}{config.out}: {len(done)} of {len(queries)} queries, {failed.total()} "
-                      f"failed, {count / (now - start):.1f}/s", end=after, file=sys.stderr, flush=True)
+    questions = Questions(
+        {(ident, text): RULES[config.task, language(text)].replace("{query}", text) for ident, text in todo},
+        {"temperature": config.temperature, "top_p": config.top_p, "max_tokens": config.max_new_tokens},
+        config.tries, lambda answer: find(config.task, answer), keep,
+        lambda key, attempt: request_seed(config.seed, config.task, key[1], attempt), whole=True,
+        label=config.out)
+    if "://" in config.model:
+        questions.ask_servers(config.model, config.timeout, config.threads)
+    else:
+        sampler = open_sampler(config)
+        questions.ask_sampler(sampler, sampler.tokenizer.chats, begun=BEGUN[config.task])
     place = {(query.id, query.text): i for i, query in enumerate(queries)}
-    lines = [json.dumps(done[key], ensure_ascii=False) + "\n"
-             for key in sorted(done, key=lambda key: place.get(key, len(place)))]
-    replace(Path(config.out), "".join(lines))  # in the order of the queries
+    lines = [done[key] for key in sorted(done, key=lambda key: place.get(key, len(place)))]
+    replace(Path(config.out), jsonl(lines))  # in the order of the queries
     kinds = Counter("kept as they were" if record == kept.get(key) else kind(record, config.task)
                     for key, record in done.items())
     print(f"{config.out}: {', '.join(f'{n} {what}' for what, n in kinds.items())}")
-    if failed:
+    if failed := Counter(result.error for result in questions.results.values() if not result.value):
         why, n = failed.most_common(1)[0]
         print(f"{failed.total()} queries have no valid answer, {n} of them so: {why}. The same command asks "
               "again")
@@ -274,8 +195,7 @@ def annotate(config: Config):
 def kind(record: dict, task: str) -> str:
     if task == "filter":
         return "kept" if record["keep"] else "rejected"
-    lo, hi = record["length_range"]
-    return "unanswerable" if hi == 0 else f"ranges wider than {WIDE} words" if hi - lo > WIDE else "ranges"
+    return "ranges" if record["length_range"][1] else "unanswerable"
 
 
 # ---------------------------------------------------------------------- options

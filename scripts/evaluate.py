@@ -1,4 +1,4 @@
-"""From a checkpoint to the numbers that papers report: answers are written, judged and scored.
+"""Evaluates a checkpoint on a benchmark: samples answers, has them judged, computes the scores.
 
     python -m scripts.evaluate --benchmark longbench_write --data FILE --model MODEL --out eval/NAME
 
@@ -7,13 +7,12 @@ its newest checkpoint) or a checkpoint of one (runs/NAME/checkpoints/step_NNNNNN
 OpenAI-compatible server, http://HOST:PORT/v1#NAME (several: comma-separated; the key: OPENAI_API_KEY), or a
 checkpoint folder, which our own sampler reads; for arena a reward model too. --out gets answers.jsonl,
 verdicts.jsonl and result.json. The same command goes on where it was stopped: no answer is written twice, and
-none of a judge is paid for twice.
+no question to a judge is paid for twice.
 """
 
 import json
-import math
 import os
-import sqlite3
+import re
 import subprocess
 import sys
 from dataclasses import dataclass, replace
@@ -29,10 +28,10 @@ import rollout
 import run
 from data.prompts import STYLES, TOKENS_PER_WORD, render
 from evaluation import benchmarks, scores
-from evaluation.judge import Cache, Judge, ask, find_judge, greet
+from evaluation.judge import Judge, ask, find_judge, greet
 from evaluation.source import Source, find, fingerprint, open_sampler
 from lib import distributed, options
-from lib.files import locate, read_jsonl
+from lib.files import locate, merge_parts, read_jsonl, read_parts, write_jsonl
 from lib.files import replace as rewrite
 from lib.options import Field, UserError, read_json
 from lib.progress import Progress
@@ -59,7 +58,6 @@ class Config:
     rate: float = 0.0  # calls of servers a minute, at most; 0: any number
     timeout: float = 600.0  # seconds for a whole call of a server
     price: str = ""  # dollars for a million tokens that a server reads, and writes: 2,8
-    cache: str = "eval/judge.sqlite"  # all that judges ever answered, of all evaluations
     commit: str = ""  # of the benchmark's repository; empty: that of the folder of --data, if it has one
     tp: int = 1  # GPUs of a node that share a sampler by tensor parallelism, for models too large for one
     max_sequences: int = 64  # sequences that each sampler decodes at a time
@@ -91,6 +89,7 @@ class Job:
     model: Source | None  # None: its answers are there
     judge: Judge | None
     answers: dict[str, dict]  # those that are there: id -> line
+    verdicts: list[dict]  # lines that are there
 
 
 # ---------------------------------------------------------------------- what is asked for
@@ -113,9 +112,9 @@ def add_baselines(config: Config, records: list, data: dict) -> list:
 
 def commit_of(folder: Path) -> str:
     try:
-        told = subprocess.run(["git", "-C", folder, "rev-parse", "HEAD"], capture_output=True, text=True)
-        return told.stdout.strip() if told.returncode == 0 else ""
-    except OSError:
+        return subprocess.run(["git", "-C", folder, "rev-parse", "HEAD"], capture_output=True, text=True,
+                              check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
         return ""
 
 
@@ -125,7 +124,7 @@ def prepare(config: Config, device: torch.device) -> Job:
     records = benchmarks.read(config.benchmark, path, others=bool(config.baselines) or not config.judge)
     data = {"file": str(path), "sha256": checkpoints.digest(path), "records": len(records),
             "commit": config.commit or commit_of(path.parent)}
-    records, (recorded, answers) = add_baselines(config, records, data), read_folder(out)
+    records, (recorded, answers, verdicts) = add_baselines(config, records, data), read_folder(out)
     whole = all(r.id in answers for r in records)
     model, judge = find(config.model, config.template) if config.model else None, find_judge(config)
     if model and model.scalar:
@@ -148,9 +147,7 @@ def prepare(config: Config, device: torch.device) -> Job:
         rewrite(out / "settings.json", json.dumps(settings, indent=1, ensure_ascii=False) + "\n")
     except OSError as e:
         raise UserError(f"--out {out} cannot be written ({e}): choose another") from None
-    if judge and not judge.scalar:
-        Cache(config, judge)
-    return Job(records, data, settings, model, judge, answers)
+    return Job(records, data, settings, model, judge, answers, verdicts)
 
 
 def sampling(config: Config, model: Source, device: torch.device) -> dict:
@@ -161,25 +158,22 @@ def sampling(config: Config, model: Source, device: torch.device) -> dict:
             "stop": model.stop, "seed": config.seed, "dtype": str(rollout.sampler_dtype(config, device))}
 
 
-def read_folder(out: Path) -> tuple[dict, dict[str, dict]]:
-    """(settings.json, answers by id) of what was begun there. A line that was being written is cut off.
-    Raises UserError."""
-    answers, recorded, remedy = {}, {}, "choose another --out"
-    if (out / "settings.json").exists() or any(out.glob("answers*.jsonl")):
-        recorded = read_json(out / "settings.json", remedy, path=Field(str), answers=Field(dict),
-                             verdicts=Field(dict))
-    for file in sorted(out.glob("answers*.jsonl")):
-        os.truncate(file, file.read_bytes().rfind(b"\n") + 1)
-        answers |= {a["id"]: a for a in read_jsonl(file, remedy, id=Field(str))}
-    return recorded, answers
+def read_folder(out: Path) -> tuple[dict, dict[str, dict], list[dict]]:
+    """(settings.json, answers by id, lines of verdicts.jsonl) of what was begun there. Raises UserError."""
+    if not (out / "settings.json").exists() and not any(out.glob("answers*.jsonl")):
+        return {}, {}, []
+    recorded = read_json(out / "settings.json", "choose another --out", path=Field(str), answers=Field(dict),
+                         verdicts=Field(dict))
+    return (recorded, {a["id"]: a for a in read_parts(out, "answers", id=Field(str))},
+            read_parts(out, "verdicts", hash=Field(str), raw=Field(list), tokens=Field(list)))
 
 
 def refuse_others(out: Path, recorded: dict, settings: dict):
     """Raises UserError where the folder holds answers or verdicts by other settings than these."""
     for kind, instead in (("answers", "choose another --out"),
-                          ("verdicts", "choose another --out, or remove verdicts.jsonl to have the same "
-                                       "answers judged anew")):
-        theirs = recorded.get(kind, {}) if kind == "answers" or (out / "verdicts.jsonl").exists() else {}
+                          ("verdicts", "choose another --out, or remove its verdicts*.jsonl to have the "
+                                       "same answers judged anew")):
+        theirs = recorded.get(kind, {}) if any(out.glob(f"{kind}*.jsonl")) else {}
         if changed := [f"{name} ({value!r} there, {settings[kind].get(name)!r} now)"
                        for name, value in theirs.items() if value != settings[kind].get(name)]:
             raise UserError(f"{out} holds {kind} by other settings: {'; '.join(changed)}; {instead}")
@@ -197,45 +191,38 @@ def generate(config: Config, job: Job, world) -> list[dict]:
         tokenizer, context = sampler.tokenizer, sampler.model.config.max_position_embeddings
         expected = [min(s["max_new_tokens"], round(2 * TOKENS_PER_WORD[r.language] * (r.required or 1e9)))
                     for r in todo]
-        mine, requests = [todo[i] for i in assign(expected, world.size)[world.rank]], []
-        for r in mine:
-            ids = tokenizer.encode(tokenizer.chat(r.query) if s["template"] == "chat" else
-                                   render(r.query, s["template"]))
-            requests.append(Request(ids, 1, min(s["max_new_tokens"], context - len(ids)), s["temperature"],
-                                    s["top_p"], s["top_k"], tuple(s["stop"]),
-                                    rollout.request_seed(s["seed"], config.benchmark, r.id)))
-        fitting = [i for i, request in enumerate(requests) if request.max_new_tokens > 0]
-        progress = Progress(f"{out}: answers", len(fitting), world.main, "answers")
+        local, requests = [], []  # records that fit into the context
+
+        def keep(record, text: str, reason: str, tokens: int):
+            answers[record.id] = benchmarks.answer_line(record, text, s["template"], reason, tokens)
+            write_jsonl(out / f"answers.part-{world.rank}.jsonl", [answers[record.id]], "a")
+
         with distributed.raise_on_all_ranks(world):
-            with (out / f"answers.part-{world.rank}.jsonl").open("a", encoding="utf-8") as f:
-
-                def keep(record, text: str, reason: str, tokens: int):
-                    answers[record.id] = benchmarks.answer_line(record, text, s["template"], reason, tokens)
-                    f.write(json.dumps(answers[record.id], ensure_ascii=False) + "\n")
-                    f.flush()
-
-                for i in set(range(len(mine))) - set(fitting):  # the query alone fills the context
-                    keep(mine[i], "", "length", 0)
-                for c in rollout.generate(sampler, [requests[i] for i in fitting], world):
-                    keep(mine[fitting[c.prompt_index]], c.text, c.finish_reason, len(c.token_ids))
-                    progress.update(sampler.stats)
+            for r in (todo[i] for i in assign(expected, world.size)[world.rank]):
+                ids = tokenizer.encode(tokenizer.chat(r.query) if s["template"] == "chat" else
+                                       render(r.query, s["template"]))
+                if len(ids) >= context:
+                    keep(r, "", "length", 0)
+                    continue
+                local.append(r)
+                requests.append(Request(ids, 1, min(s["max_new_tokens"], context - len(ids)),
+                                        s["temperature"], s["top_p"], s["top_k"], tuple(s["stop"]),
+                                        rollout.request_seed(s["seed"], config.benchmark, r.id)))
+            progress = Progress(f"{out}: answers", len(local), world.main, "answers")
+            for c in rollout.generate(sampler, requests, world):
+                keep(local[c.prompt_index], c.text, c.finish_reason, len(c.token_ids))
+                progress.update(sampler.stats)
             progress.close()
     with distributed.raise_on_all_ranks(world):
         for theirs in distributed.gather(answers, world):
             answers |= theirs
         lines = [answers[r.id] for r in job.records]
         if world.main:
-            rewrite(out / "answers.jsonl", jsonl(lines))
-            for part in out.glob("answers.part-*.jsonl"):
-                part.unlink()
-            cut, missing = (sum(is_so(a) for a in lines) for is_so in (
-                lambda a: a["finish_reason"] == "length", lambda a: not a["answer"]))
+            merge_parts(out, "answers", lines)
+            cut, missing = (sum(a["finish_reason"] == "length" for a in lines),
+                            sum(not a["answer"] for a in lines))
             print(f"{out}: {len(lines)} answers, {cut} truncated, {missing} missing", flush=True)
     return lines
-
-
-def jsonl(lines: list[dict]) -> str:
-    return "".join(json.dumps(a, ensure_ascii=False) + "\n" for a in lines)
 
 
 # ---------------------------------------------------------------------- all of it
@@ -254,11 +241,7 @@ def evaluate(config: Config, world):
     records = [replace(r, baselines={name: text for name, text in r.baselines.items() if text or a["answer"]})
                for r, a in zip(job.records, answers)]
     if job.judge:
-        verdicts, judged = ask(config, job.judge, records, answers, world)
-        if world.main:
-            rewrite(out / "verdicts.jsonl", jsonl(verdicts))
-            print(f"{out}: {len(verdicts)} verdicts by {judged['name']}, {judged['missing']} missing; "
-                  f"{judged['calls'] - judged['cached']} calls now, {judged['cached']} before", flush=True)
+        verdicts, judged = ask(config, job.judge, records, answers, job.verdicts, world)
     if world.main:
         score(out, job, records, answers, verdicts, judged)
 
@@ -289,12 +272,9 @@ def check(config: Config):
             raise UserError(f"--{name} is missing")
     options.check_numbers(config, "tries threads timeout tp", "max_new_tokens rate", top_p=(0, 1),
                           temperature=(-100, 100), max_sequences=(1, 2**16), page_size=(1, 2**12))
-    try:
-        if len(config.prices) not in (0, 2) or not all(0 <= x < math.inf for x in config.prices):
-            raise ValueError
-    except ValueError:
+    if config.price and not re.fullmatch(r"\d+(\.\d+)?,\d+(\.\d+)?", config.price):
         raise UserError(f"price {config.price!r} must be two numbers, dollars for a million tokens read, "
-                        "and written: 2,8") from None
+                        "and written: 2,8")
     if config.baselines and config.benchmark != "arena":
         raise UserError(f"baselines are opponents in arena, not in {config.benchmark}: leave them out")
     if (here := int(os.environ.get("LOCAL_WORLD_SIZE", 1))) % config.tp:
@@ -303,12 +283,9 @@ def check(config: Config):
 
 @options.command
 def main():
-    try:
-        config = options.parse(Config, sys.argv[1:], __doc__)
-        check(config)
-        evaluate(config, distributed.setup(config.device, WAIT))
-    except sqlite3.Error as e:
-        raise UserError(f"cache {config.cache} cannot be used ({e}): choose another") from None
+    config = options.parse(Config, sys.argv[1:], __doc__)
+    check(config)
+    evaluate(config, distributed.setup(config.device, WAIT))
 
 
 if __name__ == "__main__":

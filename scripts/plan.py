@@ -61,6 +61,13 @@ RATES = {  # of a GPU, or of a process on a CPU, and where each is from: put in 
 }
 
 
+SAVES = {  # options that need less memory in a phase; those of "sample" hold for any other one too
+    "update": "recompute, offload_activations, fewer micro_batch_tokens, offload_optimizer and more nodes",
+    "score": "fewer micro_batch_tokens, offload_optimizer and more nodes",
+    "sample": "tp, offload_optimizer, offload_reward_model and more nodes",
+}
+
+
 @dataclass(frozen=True)
 class Machine:
     gpus: int = 0  # GPUs of a node, or processes where there are none; 0: 8, or 1
@@ -331,41 +338,14 @@ class Plan:
     # ---- does it fit
 
     def lacking(self) -> list[str]:
-        """What does not fit, in words."""
-        out = [f"{phase} needs {gib(sum(buffers.values()))} GiB of {gib(self.room)}"
-               for phase, buffers in self.phases().items() if sum(buffers.values()) > self.room]
-        short = f"the KV pool has {self.pages} pages, the longest sample needs {self.columns + 2}"
+        """A sentence for each phase that does not fit."""
+        needs = {phase: sum(buffers.values()) for phase, buffers in self.phases().items()}
+        out = [f"{phase} needs {gib(size)} GiB of {gib(self.room)}, {gib(size - self.room)} too many: there "
+               f"{SAVES.get(phase, SAVES['sample'])} save memory"
+               for phase, size in needs.items() if size > self.room]
+        short = (f"the KV pool has {self.pages} pages, the longest sample needs {self.columns + 2}: while "
+                 f"sampling {SAVES['sample']} save memory")
         return out or [short] * (self.pages < self.columns + 2)
-
-    def changed(self, options: dict) -> "Plan":
-        nodes = options.get("nodes", self.machine.nodes)
-        config = replace(self.config, **{k: v for k, v in options.items() if k != "nodes"})
-        return replace(self, machine=replace(self.machine, nodes=nodes), config=config)
-
-    def remedy(self) -> dict | None:
-        """The first option that makes it fit, the cheapest tried first; else the few that do together; None
-        if all of them do not."""
-        gpus, heads, prompts = self.machine.gpus, self.shape.num_key_value_heads, self.config.prompts_per_step
-        nodes = [self.machine.nodes * 2**i for i in range(1, 6)]
-        tries = [{"recompute": True}, {"recompute": True, "offload_activations": True},
-                 {"micro_batch_tokens": min(self.longest, self.config.micro_batch_tokens)},
-                 *({"tp": n} for n in (2, 4, 8) if n > self.config.tp and not (gpus % n or heads % n)),
-                 {"offload_optimizer": True}, {"replicate": 1},
-                 *({"nodes": n} for n in nodes if not prompts % (n * gpus))]
-        together = {}
-        for option in tries:
-            if not self.changed(option).lacking():
-                return option
-        for option in tries:
-            together |= option
-            if not self.changed(together).lacking():
-                break
-        else:
-            return None
-        for name in list(together):  # those that turn out not to be needed
-            fewer = {k: v for k, v in together.items() if k != name}
-            together = together if self.changed(fewer).lacking() else fewer
-        return together
 
 
 # ---------------------------------------------------------------------- what is shown
@@ -462,10 +442,7 @@ def show(arguments: list[str]):
           f"{device}; weights over {plan.shards}, a sampler over {config.tp}; micro-batches of up to "
           f"{plan.tokens:,} tokens\n", *describe(plan), sep="\n")
     if problems := plan.lacking():
-        remedy = plan.remedy()
-        named = " ".join(f"--{name} {str(value).lower()}" for name, value in (remedy or {}).items())
-        print(f"\nIt does not fit: {'; '.join(problems)}.",
-              f"It would with {named}." if remedy else "Nothing that the planner tries would make it fit.")
+        print("", *(f"It does not fit: {problem}." for problem in problems), sep="\n")
         raise SystemExit(1)
     print("\nIt fits." + " The reward model comes on top." * note.endswith("not counted"))
 

@@ -1,7 +1,6 @@
 """Results of scripts.evaluate beside each other: a table, Elo, which differences are real.
 
     python -m scripts.report eval/A [eval/B ...] [--out report.html] [--pin NAME=RATING,...]
-                             [--rounds 1000] [--seed 0]
 
 A column is a result, a section a benchmark. Elo is fitted to the games of all results that one judge
 judged; a baseline called as a result is that player. --pin fixes ratings, otherwise the baselines' mean
@@ -24,6 +23,7 @@ from viewer import page
 BENCHMARKS = {"longbench_write": ("LongBench-Write", 100),  # title, scale of its scores
               "ruler": ("LongWrite-Ruler", 100), "writingbench": ("WritingBench", 10),
               "arena": ("Arena-Write", 1)}
+ROUNDS, SEED = 1000, 0  # of the bootstrap behind the intervals of ratings
 KEPT = ("label", "folder", "benchmark", "data", "model", "sampling", "judge", "made", "code")
 
 
@@ -32,8 +32,6 @@ class Config:
     results: tuple = ()  # folders of scripts.evaluate
     out: str = "report.html"  # the page; the JSON stands beside it
     pin: str = ""  # ratings of players that stay as they are: NAME=RATING,...
-    rounds: int = 1000  # of the bootstrap, for intervals
-    seed: int = 0  # of the bootstrap
 
 
 # ---------------------------------------------------------------------- reading
@@ -82,19 +80,18 @@ def settings(values: dict) -> str:
 
 
 def judge_of(result: dict) -> str:
-    """Who judged, and how: judged scores compare only where this is equal."""
+    """The judge and its settings: judged scores compare only where this is equal."""
     judge = result["judge"]
     return f"{judge['name']} ({settings(judge['settings'])})" if judge else "none"
 
 
 def about(results: list[dict]) -> dict[str, str]:
-    """What a reader of the numbers must know, by result; under `all` what is true of each."""
+    """Data, judge, sampling and model of each result; under `all` what they have in common."""
     def facts(r: dict) -> list[str]:
         model, judge, calls = r["model"], r["judge"], []
         if judge:
             cost = "" if judge["cost"] is None else f" for ${judge['cost']:.2f}"
-            calls = [f"{judge['calls']:,} calls of the judge{cost}, {judge['cached']:,} from the cache, "
-                     f"{judge['missing']:,} verdicts missing"]
+            calls = [f"{judge['calls']:,} calls of the judge{cost}, {judge['missing']:,} verdicts missing"]
         return [data_of(r), f"judge {judge_of(r)}", settings(r["sampling"]),
                 f"{len(r['records'])} answers", *calls, f"{r['folder']}, {r['made']}",
                 f"{model['path']} (weights {model['fingerprint'][:12]})"]
@@ -108,15 +105,14 @@ def about(results: list[dict]) -> dict[str, str]:
 # ---------------------------------------------------------------------- comparing
 
 
-def split(results: list[dict], key) -> dict[str, list[dict]]:
-    """Results by what `key` says of them."""
-    found = {}
+def group_by(results: list[dict], key) -> dict[str, list[dict]]:
+    groups = {}
     for result in results:
-        found.setdefault(str(key(result)), []).append(result)
-    return found
+        groups.setdefault(str(key(result)), []).append(result)
+    return groups
 
 
-def apart(groups: dict[str, list[dict]]) -> str:
+def listed(groups: dict[str, list[dict]]) -> str:
     return "; ".join(f"{value} for {', '.join(r['label'] for r in group)}"
                      for value, group in groups.items())
 
@@ -127,41 +123,28 @@ def rows(results: list[dict], kind: str) -> dict[str, list]:
     return {name: [r[kind].get(name) for r in results] for name in names}
 
 
-def ratings(results: list[dict], pinned: dict[str, float], rounds: int, seed: int) -> dict:
+def ratings(results: list[dict], pinned: dict[str, float]) -> dict:
     """Elo over the games of results that one judge judged. Raises ValueError."""
     games = [[r["label"], *game[1:]] for r in results for game in r.get("games", [])]
-    here = {name: x for name, x in pinned.items() if any(name in game[:2] for game in games)}
     consistent = {r["label"]: r["scores"].get("consistency") for r in results}
-    return {"judge": judge_of(results[0]), "rounds": rounds, "seed": seed, "players": {
-        name: dataclasses.asdict(p) | {"pinned": name in here, "consistency": consistent.get(name)}
-        for name, p in elo.fit(games, here, rounds, seed).items()}}
+    return {"judge": judge_of(results[0]), "rounds": ROUNDS, "seed": SEED, "players": {
+        name: dataclasses.asdict(p) | {"pinned": name in pinned, "consistency": consistent.get(name)}
+        for name, p in elo.fit(games, pinned, ROUNDS, SEED).items()}}
 
 
-def differences(first: dict, second: dict, without: set[str], seed: int) -> dict[str, dict]:
-    """What the second has more, by score and statistic, `without` scores that other judges gave. Raises
-    ValueError."""
-    def plain(result: dict) -> dict:
-        records = [r | {"scores": {name: x for name, x in r["scores"].items() if name not in without}}
-                   for r in result["records"]]
-        return result | {"records": records} | ({"judge": None} if without else {})
-
-    return {name: dataclasses.asdict(d) for field in ("scores", "texts")
-            for name, d in elo.paired(plain(second), plain(first), seed=seed, field=field).items()}
-
-
-def section(results: list[dict], pinned: dict[str, float], rounds: int, seed: int) -> dict:
-    """All that is said of one benchmark. Raises UserError."""
+def section(results: list[dict], pinned: dict[str, float]) -> dict:
+    """The comparison of a benchmark's results. Raises UserError."""
     scores, texts = (rows(results, kind) for kind in ("scores", "texts"))
     notes = []
-    judges = split([r for r in results if r["judge"]], judge_of)
+    judges = group_by([r for r in results if r["judge"]], judge_of)
     judged = {name for name in scores if "S_l" not in name} if len(judges) > 1 else set()
     if judged:
-        notes.append(f"Other judges: {apart(judges)}. Scores with * do not compare between them.")
+        notes.append(f"Other judges: {listed(judges)}. Scores with * do not compare between them.")
     for key in dict.fromkeys(key for r in results for key in r["sampling"]):
-        if len(found := split(results, lambda r, key=key: r["sampling"].get(key))) > 1:
-            notes.append(f"Other samples: {key} is {apart(found)}.")
-    if len(found := split(results, lambda r: len(r["records"]))) > 1:
-        notes.append(f"Other records: the first {apart(found)}.")
+        if len(found := group_by(results, lambda r, key=key: r["sampling"].get(key))) > 1:
+            notes.append(f"Other samples: {key} is {listed(found)}.")
+    if len(found := group_by(results, lambda r: len(r["records"]))) > 1:
+        notes.append(f"Other records: the first {listed(found)}.")
     for r in results:
         games = sum(game[3] is not None for game in r.get("games", []))
         if (answered := r["scores"].get("games_answered", games)) < games:
@@ -170,12 +153,13 @@ def section(results: list[dict], pinned: dict[str, float], rounds: int, seed: in
     try:
         played = [group for group in judges.values()
                   if any(game[3] is not None for r in group for game in r.get("games", []))]
-        fits = [ratings(group, pinned, rounds, seed) for group in played]
-        compared = differences(*results, judged, seed) if len(results) == 2 else {}
+        fits = [ratings(group, pinned) for group in played]
+        compared = {name: dataclasses.asdict(d) for field in ("scores", "texts") if len(results) == 2
+                    for name, d in elo.paired(*results[::-1], field=field, without=judged).items()}
     except ValueError as e:
         raise UserError(f"{', '.join(r['folder'] for r in results)}: {e}") from None
     if any(p["virtual"] for fit in fits for p in fit["players"].values()):
-        notes.append("Somebody won or lost every game: only virtual ties keep these ratings finite.")
+        notes.append("A player won or lost every game: only virtual ties keep these ratings finite.")
     title, scale = BENCHMARKS[results[0]["benchmark"]]
     return {"title": title, "scale": scale, "about": about(results), "notes": notes,
             "judged_apart": sorted(judged), "results": [{key: r[key] for key in KEPT} for r in results],
@@ -185,8 +169,8 @@ def section(results: list[dict], pinned: dict[str, float], rounds: int, seed: in
 # ---------------------------------------------------------------------- showing
 
 
-def told(line: dict) -> tuple[str, str]:
-    """A line of verdicts.jsonl for a reader: its head and its reason."""
+def describe_verdict(line: dict) -> tuple[str, str]:
+    """Heading and reason of a line of verdicts.jsonl."""
     key, verdict = line["key"], line["verdict"]
     if verdict is None:
         return f"{key} no valid verdict".strip(), line["error"]
@@ -206,7 +190,7 @@ def reader(results: list[dict], judged_apart: list[str]) -> dict:
     for i, r in enumerate(results):
         verdicts = {}
         for line in r["verdicts"]:
-            verdicts.setdefault(line["id"], []).append(told(line))
+            verdicts.setdefault(line["id"], []).append(describe_verdict(line))
         for a, row in zip(r["answers"], r["records"]):
             asked = f"{a['required']:,} words asked for" if a["required"] else ""
             record = records.setdefault(a["id"], {
@@ -261,13 +245,12 @@ def pins(text: str, groups: dict[str, list[dict]]) -> dict[str, float]:
 @options.command
 def main():
     config = options.parse(Config, sys.argv[1:], __doc__, "results")
-    options.check_numbers(config, rounds=(0, 10**6))
     out = Path(config.out)
     if out.suffix != ".html":
         raise UserError(f"--out must end in .html, not be {out}: the JSON stands beside it")
     groups = grouped([read(Path(folder)) for folder in config.results])
     pinned = pins(config.pin, groups)
-    sections = [section(group, pinned, config.rounds, config.seed) for group in groups.values()]
+    sections = [section(group, pinned) for group in groups.values()]
     readers = [reader(group, part["judged_apart"]) for group, part in zip(groups.values(), sections)]
     replace(out, page.render(sections, readers))
     replace(out.with_suffix(".json"), json.dumps(sections, ensure_ascii=False, indent=1) + "\n")

@@ -1,4 +1,4 @@
-"""The reward lab: scores the samples of a run with an edited rewards.py, as far as the run is. No training.
+"""Scores the samples of a run, finished or not, with an edited rewards.py. Nothing is trained.
 
     python -m scripts.rescore runs/NAME [--rewards FILE] [--reward NAMES] [--steps 10:20]
 
@@ -50,26 +50,11 @@ class Options:
     steps: str = ":"  # A:B, both included; A:, :B or A
 
 
-@dataclass(frozen=True)
-class Scored:
-    """What one step's samples got and would get; S of them, in the order of their file."""
-
-    old_SR: np.ndarray  # NaN where missing
-    new_SR: np.ndarray
-    old_S: np.ndarray  # advantages
-    new_S: np.ndarray
-    per_reward_BGR: torch.Tensor
-    changes: list[dict]  # the MOST samples that change most
-
-
-class UnknownTokens:
+class UnknownTokens(int):
     """Stands for token ids or logprobs: only their number is known."""
 
-    def __init__(self, n: int):
-        self.n = n
-
     def __len__(self) -> int:
-        return self.n
+        return int(self)
 
 
 # ---------------------------------------------------------------------- reading
@@ -155,9 +140,10 @@ def values(reward: scoring.Reward, completions: list, prompts: list) -> list[flo
     return got
 
 
-def rescore(folder: Path, rewards_file: Path, option: str, kept: list[str], file: Path) -> Scored | None:
-    """One step with other rewards; those that are `kept` have the run's values. None if it is not whole yet.
-    Raises UserError or RewardError."""
+def rescore(folder: Path, rewards_file: Path, option: str, kept: list[str], file: Path) -> tuple | None:
+    """One step of S samples with other rewards; those that are `kept` have the run's values: (old_SR, new_SR,
+    old_S, new_S, per_reward_BGR, changes), that is rewards, NaN where missing, advantages, and the MOST
+    samples that change most. None if the step is not whole yet. Raises UserError or RewardError."""
     (config, prompts), chosen = read_run(folder), scoring.choose_rewards(option, load_tables(rewards_file))
     names = [reward.name for reward in chosen]
     records, completions, asked = read_samples(file, config, prompts)
@@ -186,7 +172,7 @@ def rescore(folder: Path, rewards_file: Path, option: str, kept: list[str], file
                 "query": asked[i].query, "text": records[i]["text"]}
 
     most = [i for i in np.argsort(-abs(new_S - old_S), kind="stable")[:MOST] if new_S[i] != old_S[i]]
-    return Scored(old_SR, new_SR, old_S, new_S, per_reward_BGR, [change(i) for i in most])
+    return old_SR, new_SR, old_S, new_S, per_reward_BGR.numpy(), [change(i) for i in most]
 
 
 # ---------------------------------------------------------------------- comparing
@@ -206,12 +192,11 @@ def spearman(a: np.ndarray, b: np.ndarray) -> float | None:
     return float((a * b).sum() / norm) if norm else None
 
 
-def compare(steps: list[Scored], chosen: list[scoring.Reward], config: Config) -> dict:
-    """What all steps together say."""
-    old_SR, new_SR = (np.concatenate([getattr(s, k) for s in steps]) for k in ("old_SR", "new_SR"))
-    old_S, new_S = (np.concatenate([getattr(s, k) for s in steps]) for k in ("old_S", "new_S"))
+def compare(steps: list[tuple], chosen: list[scoring.Reward], config: Config) -> dict:
+    """The comparison over all steps, as `rescore` returns them."""
+    *arrays, changes = zip(*steps)
+    old_SR, new_SR, old_S, new_S, per_reward_BGR = map(np.concatenate, arrays)
     names, weights_R = [r.name for r in chosen], torch.tensor([r.weight for r in chosen])
-    per_reward_BGR = torch.cat([s.per_reward_BGR for s in steps])
 
     def mean(values: np.ndarray) -> float | None:
         return None if np.isnan(values).all() else float(np.nanmean(values))
@@ -226,8 +211,8 @@ def compare(steps: list[Scored], chosen: list[scoring.Reward], config: Config) -
         "advantage": {"spearman": spearman(old_S, new_S),
                       "other_sign": float((np.sign(old_S) != np.sign(new_S)).mean()),
                       "mean_change": float(abs(new_S - old_S).mean())},
-        "conflicts": grpo.conflicts(per_reward_BGR, weights_R, names, config.advantage),
-        "most_changed": sorted((c for s in steps for c in s.changes),
+        "conflicts": grpo.conflicts(torch.from_numpy(per_reward_BGR), weights_R, names, config.advantage),
+        "most_changed": sorted(sum(changes, []),
                                key=lambda c: -abs(c["advantage"][1] - c["advantage"][0]))[:MOST]}
 
 
@@ -281,16 +266,14 @@ def main():
         step = functools.partial(rescore, run, tables, option, kept)
         if asking and args.reward:
             world = distributed.setup()
-            for reward in asking:
-                if hasattr(reward.function, "check"):
-                    reward.function.check(config)
+            rollout.check_rewards(asking, config, [], None)
             rollout.prepare_rewards(asking, config, world)
             steps = list(map(step, files))
         else:  # rules alone: each core takes steps
             cores = min(len(files), os.cpu_count())
             with multiprocessing.get_context("fork").Pool(cores, alone) as pool:
                 steps = pool.map(step, files, chunksize=1)
-        whole = [s for s in steps if s]
+        whole = [step for step in steps if step]
         if not whole:
             raise UserError(f"{args.run} has no step yet with all of its samples")
         result = {"run": str(args.run), "rewards_file": str(args.rewards), "names": [r.name for r in chosen],

@@ -111,7 +111,7 @@ def test_ranges_stand_in_the_order_of_the_queries_and_train_reads_them(tmp_path,
         model = f"{fake.url}/v1#judge"
         code, said = run(monkeypatch, capsys, annotate, queries=queries, out=out, model=model)
     assert code == 0 and "out.jsonl: 23 ranges" in said
-    assert "1 queries have no valid answer" in said and "no JSON in 'no idea'" in said
+    assert "1 queries have no valid answer" in said and "no JSON object in 'no idea'" in said
     made = read(out)
     assert [r["id"] for r in made] == [f"q{i}" for i in range(1, 25) if i != 5]
     for r in made:
@@ -227,7 +227,7 @@ def test_a_full_disk_ends_it_and_asks_no_more(tmp_path, monkeypatch, capsys):
             code, said = run(monkeypatch, capsys, annotate, **options)
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-        assert code == 2 and "error: [Errno 27] File too large" in said
+        assert code == 2 and f"error: {out} cannot be written (File too large): make room" in said
         had = out.read_bytes().count(b"\n")
         assert 2 < had < 20 and len(fake.calls) <= had + 2
         assert run(monkeypatch, capsys, annotate, **options)[0] == 0 and len(read(out)) == 24
@@ -256,7 +256,7 @@ def test_the_sampler_answers_alike_whatever_is_asked_beside_and_goes_on(tmp_path
     assert all(r["said"].startswith('{"range": [') for r in made[0]), "a base model completes what is begun"
 
 
-def test_a_chat_model_is_asked_in_its_template(monkeypatch):
+def test_a_chat_model_is_asked_in_its_template(tmp_path, monkeypatch, capsys):
     """It is one where <|im_end|> ends its texts; too long a query is not asked, a cut answer none."""
     tokenizer = Path(ROOT / "../shared/data/qwen2.5-tokenizer")
     if not tokenizer.is_dir():
@@ -264,31 +264,29 @@ def test_a_chat_model_is_asked_in_its_template(monkeypatch):
     asked = []
 
     class Sampler:
-        def __init__(self, model, tokenizer, rows):
-            self.tokenizer = tokenizer
+        def __init__(self, tokenizer):
+            self.tokenizer, self.model = tokenizer, SimpleNamespace(
+                group=None, config=SimpleNamespace(max_position_embeddings=2048))
 
         def generate(self, requests):
             asked.extend(self.tokenizer.decode(r.prompt_ids) for r in requests)
-            yield SimpleNamespace(prompt_index=0, text='1, 2]}{"range": [1, 2]}', finish_reason="length")
+            yield SimpleNamespace(prompt_index=0, text='1, 2]}{"range": [1, 2]}', finish_reason="length",
+                                  token_ids=[1])
 
-    class Model:
-        def requires_grad_(self, _):
-            return self
-
-    tokenizer = Tokenizer(tokenizer)
-    monkeypatch.setattr(annotate, "Tokenizer", lambda path: tokenizer)
-    monkeypatch.setattr(annotate, "Sampler", Sampler)
-    monkeypatch.setattr(annotate.qwen, "load", lambda *_: Model())
-    tokenizer.n_valid, kept = 1024, []  # as the model has rows
-    queries = [annotate.Query("1", "Write.", {}), annotate.Query("2", "word " * 5000, {})]
+    sampler, out = Sampler(Tokenizer(tokenizer)), tmp_path / "out.jsonl"
+    monkeypatch.setattr(annotate, "open_sampler", lambda config: sampler)
+    queries = jsonl(tmp_path / "queries.jsonl", [{"id": "1", "prompt": "Write."},
+                                                 {"id": "2", "prompt": "word " * 5000}])
     for eos, chat in ((151645, True), (151643, False)):
-        tokenizer.eos_ids = [eos]
-        config = annotate.Config(tries=1, device="cpu")
-        assert list(annotate.by_sampler(config, queries, lambda query, _: kept.append(query.id))) == [
-            "the query exceeds the model's context of 2048", annotate.CUT if chat else ""]
+        sampler.tokenizer.eos_ids = [eos]
+        code, said = run(monkeypatch, capsys, annotate, queries=queries, out=out, tries=1, device="cpu",
+                         model="data/tiny/base")
+        why = ("2 queries have no valid answer, 1 of them so: cut at max_new_tokens" if chat else
+               "1 queries have no valid answer, 1 of them so: the question exceeds the model's context")
+        assert code == 0 and why in said, said
         assert asked[-1].startswith("<|im_start|>system\nYou are Qwen") == chat
         assert asked[-1].endswith("<|im_end|>\n<|im_start|>assistant\n" if chat else 'JSON:\n{"range": [')
-    assert kept == ["1"]
+        assert [r["id"] for r in read(out)] == ([] if chat else ["1"])
 
 
 # ---------------------------------------------------------------------- errors

@@ -1,8 +1,8 @@
 'use strict';
-const $ = id => document.getElementById(id), count = n => n.toLocaleString('en'), picked = [0, 1];
+const $ = id => document.getElementById(id), picked = [0, 1];
 const all = JSON.parse($('data').textContent).flatMap((section, s) =>
   section.records.map((record, r) => ({...section, ...record, s, r})));
-let now = 0, lit = null;
+let now = 0;
 
 function make(tag, text, more) {
   return Object.assign(document.createElement(tag), {textContent: text, ...more});
@@ -39,38 +39,6 @@ function show(i) {
   Object.assign($('query'), {textContent: query, lang: language});
   $('panes').replaceChildren(...sides.map(pane));
 }
-function light(path) {
-  lit?.classList.remove('on');
-  lit = path;
-  $('tip').hidden = !path;
-  if (!path) return;
-  path.classList.add('on');
-  const [s, r, column] = path.dataset.at.split(' ').map(Number), box = path.getBoundingClientRect();
-  const i = all.findIndex(x => x.s === s && x.r === r), x = all[i], [told, button] = $('tip').children;
-  told.lang = x.language;
-  told.textContent = `asked for ${count(x.required)}, wrote ${count(x.answers[column].words)}: `
-    + x.query.slice(0, 110);
-  button.onclick = () => {
-    if (picked[1] === column) picked[1] = picked[0];
-    picked[0] = column;
-    show(i);
-    light(null);
-    $('reader').scrollIntoView();
-  };
-  const room = document.documentElement.clientWidth - $('tip').offsetWidth - 8;
-  $('tip').style.left = `${scrollX + Math.max(8, Math.min(box.left, room))}px`;
-  $('tip').style.top = `${scrollY + box.bottom + 5}px`;
-}
-function near(event) {  // what a finger means
-  let least = 16, path = null;
-  for (const other of event.currentTarget.querySelectorAll('[data-at]')) {
-    const {x, y, width, height} = other.getBoundingClientRect();
-    const far = Math.hypot(x + width / 2 - event.clientX, y + height / 2 - event.clientY);
-    if (far < least) [least, path] = [far, other];
-  }
-  if (path && path !== lit) light(path);
-}
-
 all.forEach(({title, id, query, language, r}, i) => {
   if (!r) $('record').append(make('optgroup', '', {label: title}));
   const option = make('option', `${id}  ${query.slice(0, 90)}`, {value: i, lang: language});
@@ -81,11 +49,15 @@ $('back').onclick = () => show(now - 1);
 $('next').onclick = () => show(now + 1);
 document.onkeydown = event => {
   const step = {ArrowLeft: -1, ArrowRight: 1}[event.key], {altKey, ctrlKey, metaKey, target} = event;
-  if (event.key === 'Escape') light(null);
   if (!step || altKey || ctrlKey || metaKey || target.tagName === 'SELECT') return;
   event.preventDefault();
   show(now + step);
 };
-document.onclick = event => { if (!event.target.closest('#tip, .panels svg')) light(null); };
-for (const svg of document.querySelectorAll('.panels svg')) svg.onpointermove = svg.onpointerdown = near;
+for (const path of document.querySelectorAll('[data-at]')) path.onclick = () => {
+  const [s, r, column] = path.dataset.at.split(' ').map(Number);
+  if (picked[1] === column) picked[1] = picked[0];
+  picked[0] = column;
+  show(all.findIndex(x => x.s === s && x.r === r));
+  $('reader').scrollIntoView();
+};
 if (all.length) show(0);

@@ -75,13 +75,8 @@ def chip(section: dict, name: str) -> str:
     return f"<span class=chip>{dot}{escape(name)}</span>"
 
 
-def table(section: dict, rows: list[list[str]], pictures: list[str] | None = None) -> str:
-    """pictures[i]: what stands after the first cell of row i, as HTML."""
-    def cells(i: int, row: list[str]) -> list[str]:
-        plain = [chip(section, cell) for cell in row]
-        return plain if pictures is None else [plain[0], pictures[i], *plain[1:]]
-
-    body = "".join(f"<tr><th>{'<td>'.join(cells(i, row))}" for i, row in enumerate(rows))
+def table(section: dict, rows: list[list[str]]) -> str:
+    body = "".join(f"<tr><th>{'<td>'.join(chip(section, cell) for cell in row)}" for row in rows)
     return f"<div class=wide><table>{body}</table></div>"
 
 
@@ -106,8 +101,9 @@ def scatter(reader: dict, number: int, column: int, low: float, high: float) -> 
         if record["required"] and (answer := record["answers"][column]):
             x, y = at(record["required"], answer["words"])
             kind = record["language"] if answer["words"] else "none"
+            title = f"asked for {record['required']:,}, wrote {answer['words']:,}: {record['query'][:110]}"
             parts.append(f'<path class={kind} d="{MARKS[kind]}" transform="translate({x:.1f} {y:.1f})" '
-                         f'data-at="{number} {i} {column}"/>')
+                         f'data-at="{number} {i} {column}"><title>{escape(title)}</title></path>')
     return (f'<svg viewBox="0 0 {left + size + 12} {top + size + 36}" style="{colour(column)}" role=img '
             f'aria-label="words asked for against words written">{"".join(parts)}</svg>')
 
@@ -142,15 +138,9 @@ def bars(section: dict, family: str) -> str:
 
 
 def elo(section: dict, fit: dict) -> str:
-    players, tracks = fit["players"].values(), [""]
-    low, high = min(p["lo"] for p in players), max(p["hi"] for p in players)
-    for p in players:  # within 4 to 96 %: a dot at the end would be cut
-        start, end, middle = (4 + 92 * (p[x] - low) / ((high - low) or 1) for x in ("lo", "hi", "rating"))
-        tracks.append(f'<div class=track><i style="left:{start:.1f}%;width:{end - start:.1f}%"></i>'
-                      f'<b style="left:{middle:.1f}%"></b></div>')
     return (f"<figure><figcaption><b>Elo</b> and 95 % intervals, judge {escape(fit['judge'])}; "
             f"{fit['rounds']:,} rounds, seed {fit['seed']}</figcaption>"
-            f"{table(section, elo_rows(fit), tracks)}</figure>")
+            f"{table(section, elo_rows(fit))}</figure>")
 
 
 # ---------------------------------------------------------------------- the page
@@ -159,12 +149,12 @@ def elo(section: dict, fit: dict) -> str:
 def section_html(section: dict, reader: dict, number: int) -> str:
     scores, texts = (table(section, score_rows(section, kind)) for kind in ("scores", "texts"))
     about = (f"<li>{chip(section, name)} {escape(text)}" for name, text in section["about"].items())
-    told = ("<p class=muted>Differences: the second less the first, over the records of both. Intervals "
-            "by paired bootstrap, p after Holm.</p>") * bool(section["differences"])
+    method = ("<p class=muted>Differences: the second less the first, over the records of both. Intervals "
+              "by paired bootstrap, p after Holm.</p>") * bool(section["differences"])
     return "".join([
         f"<section><h2>{section['title']}</h2><ul class=about>",
         *about, "</ul>", *(f"<p class=note>{escape(note)}</p>" for note in section["notes"]),
-        scores, told,
+        scores, method,
         *(elo(section, fit) for fit in section["elo"]), scatters(section, reader, number),
         "<div class=figures>", *(bars(section, family) for family in BARS), "</div>",
         f"<h3>The texts, without a judge</h3>{texts}</section>"])
@@ -196,7 +186,6 @@ def render(sections: list[dict], readers: list[dict]) -> str:
 <p id=facts class=muted></p><div id=query class=text></div><div id=panes></div>
 </section>
 </main>
-<div id=tip hidden><p></p><button>read it</button></div>
 <script type=application/json id=data>{data}</script>
 <script>{SCRIPT}</script>
 </html>
