@@ -45,7 +45,7 @@ class Config:
     data: str = ""  # its records, the JSONL file that its authors publish
     model: str = ""  # checkpoint folder, run, or checkpoint of one; empty: whose answers --out holds already
     out: str = ""  # folder of this evaluation; one that the same command began is continued
-    template: str = "auto"  # chat, think, direct; auto: a run's own, or chat where <|im_end|> ends texts
+    template: str = "auto"  # chat, chat_nothink, think, direct; auto: a run's own, or by the tokenizer
     max_new_tokens: int = 0  # thinking included, and at most what the context leaves; 0: as SAMPLING says
     temperature: float = -1.0  # below 0: as SAMPLING says
     top_p: float = 0.0  # 0: as SAMPLING says
@@ -199,8 +199,8 @@ def generate(config: Config, job: Job, world) -> list[dict]:
                     for r in todo]
         mine, requests = [todo[i] for i in assign(expected, world.size)[world.rank]], []
         for r in mine:
-            ids = tokenizer.encode(tokenizer.chat(r.query) if s["template"] == "chat" else
-                                   render(r.query, s["template"]))
+            ids = tokenizer.encode(tokenizer.chat(r.query, s["template"] == "chat")
+                                   if s["template"].startswith("chat") else render(r.query, s["template"]))
             requests.append(Request(ids, 1, min(s["max_new_tokens"], context - len(ids)), s["temperature"],
                                     s["top_p"], s["top_k"], tuple(s["stop"]),
                                     rollout.request_seed(s["seed"], config.benchmark, r.id)))
@@ -282,8 +282,8 @@ def score(out: Path, job: Job, records: list, answers: list[dict], verdicts: lis
 
 def check(config: Config):
     """Raises UserError."""
-    options.check_choices(config, benchmark=benchmarks.BENCHMARKS, template=("auto", "chat", *STYLES),
-                          device=options.DEVICES, sampler_dtype=options.DTYPES)
+    options.check_choices(config, benchmark=benchmarks.BENCHMARKS, device=options.DEVICES,
+                          template=("auto", "chat", "chat_nothink", *STYLES), sampler_dtype=options.DTYPES)
     for name in ("data", "out"):
         if not getattr(config, name):
             raise UserError(f"--{name} is missing")
