@@ -17,8 +17,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import model as qwen
 import parallel
+from data.tokenizer import copy_files
 from lib import distributed
 from lib.options import UserError
+from tests.launch import ROOT
 
 TINY = {"vocab_size": 131, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
         "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 128,
@@ -93,6 +95,14 @@ def write_checkpoint(path, seed=0, dtype=torch.float32, max_shard_bytes=2**30, *
     fields = {name: getattr(config, name) for name in config.__dataclass_fields__}
     qwen.save(random_model(seed, dtype, **fields), path, max_shard_bytes)
     write_config(path, **changes)
+
+
+def write_qwen3(path):
+    """A random Qwen3 of data/tiny's vocabulary, with its tokenizer."""
+    fields = {"vocab_size": 1024, "max_position_embeddings": 2048, "tie_word_embeddings": True}
+    qwen.save(random_model(scale=0.1, head_dim=32, qk_norm=True, **fields), path)
+    copy_files(ROOT / "data/tiny/base", path)
+    return path
 
 
 def transformers_model(path, dtype=torch.float32):
