@@ -2,7 +2,7 @@
 
     python -m scripts.evaluate --benchmark longbench_write --data FILE --model MODEL --out eval/NAME
 
-Under torchrun every rank writes its share of the answers. MODEL is a Qwen2.5 checkpoint, a run (runs/NAME:
+Under torchrun every rank writes its share of the answers. MODEL is a Qwen checkpoint, a run (runs/NAME:
 its newest checkpoint) or a checkpoint of one (runs/NAME/checkpoints/step_NNNNNN). --judge is an
 OpenAI-compatible server, http://HOST:PORT/v1#NAME (several: comma-separated; the key: OPENAI_API_KEY), or a
 checkpoint folder, which our own sampler reads; for arena a reward model too. --out gets answers.jsonl,
