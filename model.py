@@ -1,4 +1,5 @@
-"""Qwen2.5 (0.5B to 72B): one definition for training, sampling and scoring, and its Hugging Face checkpoints.
+"""Qwen2.5 (0.5B to 72B) and dense Qwen3 (0.6B to 32B): one definition for training, sampling and scoring, and
+their Hugging Face checkpoints.
 
 Shapes: T packed tokens, H query heads, K key/value heads, D head dim, C hidden, V vocabulary, S sequences.
 Under tensor parallelism H, K and V are those of one rank.
@@ -6,12 +7,12 @@ Under tensor parallelism H, K and V are those of one rank.
 `forward` sees only a flat row of tokens. How those tokens attend to each other is the business of the
 attention plan that is passed in: `packed(lengths)` for whole sequences laid end to end (training), or the
 sampler's paged plan. A plan has `positions_T` and is called as `plan(layer, q_THD, k_TKD, v_TKD, cos, sin)`,
-with q and k as they come out of their projections, and returns out_THD: to rotate them is the plan's business
-too, because the sampler does it while it writes its pages.
+with q and k as they come out of their projections and norms, and returns out_THD: to rotate them is the
+plan's business too, because the sampler does it while it writes its pages.
 
-Left out on purpose: dropout, sliding windows (no Qwen2.5 checkpoint uses them) and padding. The model returns
-hidden states, never logits: the LM head belongs to `kernels.linear_logprob` and to the sampler, which know
-how to avoid T x V tensors.
+Left out on purpose: dropout, sliding windows (no checkpoint of these uses them) and padding. The model
+returns hidden states, never logits: the LM head belongs to `kernels.linear_logprob` and to the sampler, which
+know how to avoid T x V tensors.
 """
 
 import json
@@ -33,7 +34,7 @@ from kernels.attention import packed_attention, rotate
 from lib.options import Field, UserError, read_json, shown, typed
 from lib.weights import check_finite, open_weights, plan_files, weight_files, write_file, write_index
 
-SCORER = "Qwen2ForSequenceClassification"  # in config.json's `architectures`: a RewardModel
+SCORER = "ForSequenceClassification"  # ends a name in config.json's `architectures`: a RewardModel
 DTYPES = ("F64", "F32", "BF16", "F16")  # that safetensors' headers may give weights
 
 
@@ -51,17 +52,24 @@ class ModelConfig:
     rope_scaling: dict | None = None  # None or YaRN: {"rope_type": "yarn", "factor": ..., ...}
     tie_word_embeddings: bool = False
     initializer_range: float = 0.02
+    head_dim: int = 0  # D; 0: hidden_size / num_attention_heads
+    qk_norm: bool = False  # Qwen3: RMSNorm of each head's queries and keys, and no bias on q, k and v
     scalar_head: bool = False  # a RewardModel: one score a sequence in the place of the LM head
 
+    def __post_init__(self):
+        if not self.head_dim:
+            object.__setattr__(self, "head_dim", self.hidden_size // self.num_attention_heads)
+
     @property
-    def head_dim(self) -> int:
-        return self.hidden_size // self.num_attention_heads
+    def query_size(self) -> int:
+        """H D: numbers in a token's queries, and in attention's output."""
+        return self.num_attention_heads * self.head_dim
 
     @property
     def num_parameters(self) -> int:
         """Parameters, the embedding counted once when tied, or with a scalar head."""
-        c, kv = self.hidden_size, self.num_key_value_heads * self.head_dim
-        attention = 2 * c * c + c + 2 * (c * kv + kv)  # q, o without bias on o; k and v with theirs
+        c, q, kv = self.hidden_size, self.query_size, self.num_key_value_heads * self.head_dim
+        attention = 2 * c * (q + kv) + (2 * self.head_dim if self.qk_norm else q + 2 * kv)
         layer = attention + 3 * c * self.intermediate_size + 2 * c
         head = c if self.scalar_head else 0 if self.tie_word_embeddings else self.vocab_size * c
         return self.num_hidden_layers * layer + c + self.vocab_size * c + head
@@ -73,10 +81,10 @@ class ModelConfig:
         Two per multiply-add on matrix weights (the embedding look-up is free), and 4 H D context for scores
         and values.
         """
-        c, kv = self.hidden_size, self.num_key_value_heads * self.head_dim
-        matrices = self.num_hidden_layers * (2 * c * c + 2 * c * kv + 3 * c * self.intermediate_size)
+        c, q, kv = self.hidden_size, self.query_size, self.num_key_value_heads * self.head_dim
+        matrices = self.num_hidden_layers * (2 * c * (q + kv) + 3 * c * self.intermediate_size)
         head = 0 if self.scalar_head else self.vocab_size * c
-        return 2 * (matrices + head) + 4 * self.num_hidden_layers * c * context
+        return 2 * (matrices + head) + 4 * self.num_hidden_layers * q * context
 
     def kv_bytes_per_token(self, dtype: torch.dtype) -> int:
         """Bytes of keys and values that one token keeps in the cache, over all layers."""
@@ -171,10 +179,12 @@ class Attention(nn.Module):
         c, d = config.hidden_size, config.head_dim
         heads, kv_heads = config.num_attention_heads // tp, config.num_key_value_heads // tp
         self.layer, self.head_dim = layer, d
-        self.q_proj = nn.Linear(c, heads * d, bias=True)
-        self.k_proj = nn.Linear(c, kv_heads * d, bias=True)
-        self.v_proj = nn.Linear(c, kv_heads * d, bias=True)
+        self.q_proj = nn.Linear(c, heads * d, bias=not config.qk_norm)
+        self.k_proj = nn.Linear(c, kv_heads * d, bias=not config.qk_norm)
+        self.v_proj = nn.Linear(c, kv_heads * d, bias=not config.qk_norm)
         self.o_proj = nn.Linear(heads * d, c, bias=False)
+        self.q_norm, self.k_norm = (
+            RMSNorm(d, config.rms_norm_eps) if config.qk_norm else nn.Identity() for _ in range(2))
 
     def qkv(self, x_TC):  # the sampler puts one product in the place of these, see replica.py
         return self.q_proj(x_TC), self.k_proj(x_TC), self.v_proj(x_TC)
@@ -184,7 +194,7 @@ class Attention(nn.Module):
 
     def forward(self, x_TC, cos, sin, attention):
         q, k, v = (x.unflatten(-1, (-1, self.head_dim)) for x in self.qkv(x_TC))
-        return self.out(attention(self.layer, q, k, v, cos, sin).flatten(1))
+        return self.out(attention(self.layer, self.q_norm(q), self.k_norm(k), v, cos, sin).flatten(1))
 
 
 class MLP(nn.Module):
@@ -311,7 +321,7 @@ class Qwen2(nn.Module):
 
 
 class RewardModel(Qwen2):
-    """The decoder with a scalar head, Hugging Face's Qwen2ForSequenceClassification with one label."""
+    """The decoder with a scalar head, Hugging Face's Qwen2- or Qwen3ForSequenceClassification, one label."""
     def __init__(self, config: ModelConfig):
         super().__init__(config)
         self.score = nn.Linear(config.hidden_size, 1, bias=False)
@@ -338,7 +348,8 @@ FIELDS = {
     "rms_norm_eps": Field(float, 1e-12, 1, ModelConfig.rms_norm_eps),
     "rope_theta": Field(float, 2, 1e12, 1e4),  # what transformers takes where it is missing
     "tie_word_embeddings": Field(bool, default=ModelConfig.tie_word_embeddings),
-    "initializer_range": Field(float, 0, 1, ModelConfig.initializer_range)}
+    "initializer_range": Field(float, 0, 1, ModelConfig.initializer_range),
+    "head_dim": Field(int, 0, 2**13, 0), "qk_norm": Field(bool, default=False)}
 YARN = {
     "factor": Field(float, 1, 1e6), "original_max_position_embeddings": Field(int, 1, 2**24, None),
     "attention_factor": Field(float, 1e-3, 1e3, None), "beta_fast": Field(float, 1e-3, 1e6, None),
@@ -349,14 +360,14 @@ def read_config(path: str | Path) -> ModelConfig:
     """Reads `config.json` of either generation (rope at top level, or inside `rope_parameters`).
 
     Raises UserError for a missing file, another architecture, a value out of its range, or a feature that
-    Qwen2.5 does not have.
+    neither Qwen2.5 nor dense Qwen3 has.
     """
     file = Path(path) / "config.json"
     raw = read_json(file, "`model` must be a folder with config.json and safetensors weights, as downloaded")
     kind = raw.get("model_type")
-    if kind != "qwen2":
-        raise UserError(
-            f"{file}: model_type {shown(kind)} is not supported, only 'qwen2' (Qwen2 and Qwen2.5) is")
+    if kind not in ("qwen2", "qwen3"):
+        raise UserError(f"{file}: model_type {shown(kind)} is not supported, only 'qwen2' (Qwen2, Qwen2.5) "
+                        "and 'qwen3' (Qwen3, dense) are")
     if raw.get("use_sliding_window") or raw.get("hidden_act", "silu") != "silu":
         raise UserError(f"{file}: use_sliding_window and activations other than silu are not supported")
     rope, scaling, architectures = typed(raw, file, {
@@ -371,13 +382,15 @@ def read_config(path: str | Path) -> ModelConfig:
     if rope_type == "yarn" and (unknown := sorted(given - YARN.keys())):
         raise UserError(f"{file}: YaRN's {shown(', '.join(unknown))} is not supported")
     yarn = typed(scaling, f"{file}: YaRN", YARN) if rope_type == "yarn" else {}
-    values = typed(raw | {"rope_theta": rope.get("rope_theta", raw.get("rope_theta"))}, file, FIELDS)
+    qwen3 = kind == "qwen3"
+    values = typed({"head_dim": 128 * qwen3} | raw | {  # 128: what transformers takes where it is missing
+        "qk_norm": qwen3, "rope_theta": rope.get("rope_theta", raw.get("rope_theta"))}, file, FIELDS)
     values["num_key_value_heads"] = values["num_key_value_heads"] or values["num_attention_heads"]
     config = ModelConfig(
-        **values, scalar_head=SCORER in architectures,
+        **values, scalar_head=any(str(name).endswith(SCORER) for name in architectures),
         rope_scaling={k: yarn[k] for k in yarn if k in given} | {"rope_type": "yarn"} if yarn else None)
     heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
-    if config.hidden_size % (2 * heads) or heads % kv_heads:
+    if heads % kv_heads or config.head_dim % 2 or not values["head_dim"] and config.hidden_size % heads:
         raise UserError(f"{file}: hidden_size {config.hidden_size}, num_attention_heads {heads} and "
                         f"num_key_value_heads {kv_heads} do not divide each other, or a head's size is odd")
     return config
@@ -386,10 +399,11 @@ def read_config(path: str | Path) -> ModelConfig:
 def write_config(config: ModelConfig, path: str | Path, dtype: torch.dtype):
     """Writes config.json of the older generation, which every reader understands."""
     fields = {name: getattr(config, name) for name in config.__dataclass_fields__
-              if name not in ("rope_scaling", "scalar_head")}
+              if name not in ("rope_scaling", "scalar_head", "qk_norm")}
+    family = "Qwen3" if config.qk_norm else "Qwen2"
     out = {
-        "architectures": [SCORER if config.scalar_head else "Qwen2ForCausalLM"],
-        "model_type": "qwen2", "hidden_act": "silu",
+        "architectures": [family + (SCORER if config.scalar_head else "ForCausalLM")],
+        "model_type": family.lower(), "hidden_act": "silu", "attention_bias": not config.qk_norm,
         "attention_dropout": 0.0, "use_sliding_window": False, "use_cache": True,
         "torch_dtype": str(dtype).removeprefix("torch."), **fields
     }

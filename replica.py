@@ -64,8 +64,7 @@ def fuse_linears_(model: Qwen2):
         for product in fused_linears(layer):
             product.packed = pack(product.weight)
     if model.layers and not model.head_weight.is_cuda:
-        for norm in (model.model["norm"], *(x for layer in model.layers for x in (
-                layer.input_layernorm, layer.post_attention_layernorm))):
+        for norm in (x for x in model.modules() if isinstance(x, RMSNorm)):
             norm.forward = short_norm(norm)
 
 

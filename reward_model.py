@@ -1,5 +1,5 @@
-"""The reward model of the writing reward: a policy's shape with a scalar head, trained on preferences
-(scripts/train_rm.py). It reads the request and the answer body, never the thinking, and is sharded over all
+"""The reward model of the writing reward: Qwen2.5 or Qwen3 with a scalar head, public or made by
+scripts/train_rm.py. It reads the request and the answer body, never the thinking, and is sharded over all
 ranks.
 
 Shapes: T tokens of a micro-batch, S sequences in it.
@@ -22,12 +22,17 @@ from model import SCORER, ModelConfig, RewardModel, check_tensors, packed, read_
 
 
 def encode(tokenizer: Tokenizer, query: str, answer: str, max_tokens: int) -> tuple[list[int], bool]:
-    """Ids of `<|user|>: {query} <|assistant|>: {answer}` with the end of text, and whether they were cut. Ids
-    beyond max_tokens are removed from the middle of the answer (and of a query longer than half of them)."""
-    asked, written = tokenizer.encode(frame(query)), tokenizer.encode(" " + answer)
-    head = without_middle(asked, max_tokens // 2) if len(asked) + len(written) >= max_tokens else asked
-    body = without_middle(written, max_tokens - 1 - len(head))
-    return head + body + tokenizer.eos_ids[:1], len(head) + len(body) < len(asked) + len(written)
+    """Ids of `<|user|>: {query} <|assistant|>: {answer}` with the end of text, and whether they were cut. If the
+    tokenizer's texts end as chats do, ids of a chat, which public reward models read. Ids beyond max_tokens are
+    removed from the middle of the answer (and of a query longer than half of them)."""
+    before, answer, end = frame(query), " " + answer, tokenizer.eos_ids[:1]
+    if tokenizer.chats:
+        before, answer = tokenizer.chat(query, think=not tokenizer.thinks), answer[1:]
+        end = tokenizer.encode("<|im_end|>\n")
+    asked, written, most = tokenizer.encode(before), tokenizer.encode(answer), max_tokens - len(end)
+    head = without_middle(asked, max_tokens // 2) if len(asked) + len(written) > most else asked
+    body = without_middle(written, most - len(head))
+    return head + body + end, len(head) + len(body) < len(asked) + len(written)
 
 
 def without_middle(ids: list[int], most: int) -> list[int]:
@@ -73,8 +78,8 @@ def check(path: str) -> tuple[ModelConfig, Tokenizer]:
                         "folder or the addresses of servers, or leave the reward out with --reward")
     shape = read_config(path)
     if not shape.scalar_head:
-        raise UserError(f"reward_model {path} is no reward model: its config.json must name {SCORER}, as "
-                        "those of scripts/train_rm.py do; or leave the reward out with --reward")
+        raise UserError(f"reward_model {path} is no reward model: its config.json must name Qwen2{SCORER} "
+                        f"or Qwen3{SCORER}; or leave the reward out with --reward")
     check_tensors(shape, path)
     tokenizer = Tokenizer(path)
     tokenizer.check_rows(shape.vocab_size, path)

@@ -70,9 +70,9 @@ def max_pages(rows: int, columns: int) -> int:
 def workspace(config: ModelConfig, tp: int, token_budget: int, rows: int, longest: int) -> int:
     """Estimated bytes needed beside the pool on a GPU: activations of the largest forward, partial results of
     decode attention (shared by all graphs), cuBLAS and the graphs. longest: tokens of a sequence."""
-    wide = 4 * config.hidden_size + 4 * config.intermediate_size // tp
+    wide = 2 * config.hidden_size + 2 * config.query_size + 4 * config.intermediate_size // tp
     chunks = rows * (longest // 256 + 1)
-    decode = 4 * chunks * config.hidden_size // tp + 8 * rows * config.vocab_size // tp
+    decode = 4 * chunks * config.query_size // tp + 8 * rows * config.vocab_size // tp
     return 4 * token_budget * wide + 2 * decode + 2**30
 
 

@@ -38,10 +38,10 @@ def structure(text: str, think: bool = True) -> tuple[bool, str | None, str | No
 
 
 def split(text: str, style: str) -> tuple[str, str]:
-    """(thinking, answer) of a text; either may be empty. With the chat style no tags are required: the answer
-    is the text after the thinking."""
+    """(thinking, answer) of a text; either may be empty. With the chat styles no tags are required: the
+    answer is the text after the thinking."""
     _, think, answer = structure(text)
-    if style == "chat" and "<answer>" not in text:
+    if style.startswith("chat") and "<answer>" not in text:
         head, closed, rest = text.rpartition("</think>")
         if not closed and "<think>" in text:  # the thinking never ends
             head, rest = text, ""
@@ -297,7 +297,7 @@ def statistics(response: str, query: str, style: str, truncated: bool) -> dict[s
              "answer_words": count_words(body), "think_words": count_words(think),
              "paragraphs": sum(bool(TOKEN.search(line)) for line in body.splitlines()),
              "ending": 0.0 if truncated else ending(body, query)}
-    formed = None if style == "chat" else float(structure(response, think=style == "think")[0])
+    formed = None if style.startswith("chat") else float(structure(response, think=style == "think")[0])
     return {**(found if body else dict.fromkeys(found)), "structure": formed}
 
 

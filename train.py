@@ -1,4 +1,4 @@
-"""GRPO training of ultra-long writing: the LongWriter-Zero method (arXiv 2506.18841) on Qwen2.5.
+"""GRPO training of ultra-long writing: the LongWriter-Zero method (arXiv 2506.18841) on Qwen2.5 and Qwen3.
 
     torchrun --nproc_per_node=8 train.py [--config FILE.json] [--NAME VALUE ...]
 

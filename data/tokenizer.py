@@ -22,13 +22,11 @@ def byte_alphabet() -> dict[str, int]:
     return {chr(b): b for b in kept} | {chr(256 + i): b for i, b in enumerate(moved)}
 
 
-def find_system(path: Path) -> str:
-    """The system message that the checkpoint's chat template gives to chats without one, empty for none."""
+def read_template(path: Path) -> str:
+    """The checkpoint's chat template, in Jinja; empty for none."""
     config, file = path / "tokenizer_config.json", path / "chat_template.jinja"
-    template = read_json(file, "copy it again", bytes.decode) if file.exists() else (
-        read_json(config, "copy it again").get("chat_template") if config.exists() else "")
-    found = re.search(r"<\|im_start\|>system\\n([^'\"<{]+)<\|im_end\|>", str(template))
-    return found[1] if found else ""
+    return str(read_json(file, "copy it again", bytes.decode) if file.exists() else (
+        read_json(config, "copy it again").get("chat_template") if config.exists() else ""))
 
 
 def copy_files(source: str | Path, out: str | Path):
@@ -72,8 +70,19 @@ class Tokenizer:
         return self.inner.decode(ids, skip_special_tokens=False)
 
     @cached_property
+    def template(self) -> str:
+        return read_template(self.path)
+
+    @cached_property
     def system(self) -> str:
-        return find_system(self.path)
+        """The system message that the chat template gives to chats without one, empty for none."""
+        found = re.search(r"<\|im_start\|>system\\n([^'\"<{]+)<\|im_end\|>", self.template)
+        return found[1] if found else ""
+
+    @property
+    def thinks(self) -> bool:
+        """Whether the chat template begins a finished answer with its thinking, as Qwen3's does."""
+        return "\\n<think>\\n" in self.template
 
     @property
     def chats(self) -> bool:
@@ -81,10 +90,12 @@ class Tokenizer:
         ends = self.encode("<|im_end|>")
         return len(ends) == 1 and ends[0] in self.eos_ids
 
-    def chat(self, query: str) -> str:
-        """A chat of one message of the user, up to where the model answers."""
+    def chat(self, query: str, think: bool = True) -> str:
+        """A chat of one message of the user, up to where the model answers. think: False for Qwen3's answer
+        without thinking, which an empty one precedes."""
         system = f"<|im_start|>system\n{self.system}<|im_end|>\n" if self.system else ""
-        return f"{system}<|im_start|>user\n{query}<|im_end|>\n<|im_start|>assistant\n"
+        return f"{system}<|im_start|>user\n{query}<|im_end|>\n<|im_start|>assistant\n" + (
+            "" if think else "<think>\n\n</think>\n\n")
 
     def find_eos(self, path: Path, vocabulary: dict[str, int]) -> list[int]:
         """End-of-text ids from generation_config.json, else the `eos_token` of tokenizer_config.json."""

@@ -24,7 +24,7 @@ class Source:
     path: str  # that names the weights
     folder: str  # of config.json and tokenizer
     sharded: str  # weights of a run's checkpoint; empty: the folder has them
-    template: str  # by which it is asked: chat, think or direct
+    template: str  # by which it is asked: chat, chat_nothink, think or direct
     stop: tuple[str, ...]  # strings that end its texts
     fingerprint: str  # sha256 of its weights' files
     scalar: bool  # a reward model
@@ -52,8 +52,8 @@ def find(path: str, template: str = "auto") -> Source:
     if template == "auto":
         template = style or ("chat" if tokenizer.chats else "think")
     return Source(str(place), folder, str(place / "weights") if sharded else "", template,
-                  () if template == "chat" else tuple(filter(None, stop.split(","))), fingerprint(files),
-                  shape.scalar_head)
+                  () if template.startswith("chat") else tuple(filter(None, stop.split(","))),
+                  fingerprint(files), shape.scalar_head)
 
 
 def open_sampler(source: Source, config, world) -> Sampler:

@@ -3,7 +3,7 @@
     python -m scripts.annotate --task filter --queries all.jsonl --out judged.jsonl --model MODEL
     python -m scripts.annotate --task range --queries judged.jsonl --out prompts.jsonl --model MODEL
 
-MODEL is a Qwen2.5 checkpoint that one device holds, sampled here, or an OpenAI-compatible server, as
+MODEL is a Qwen checkpoint that one device holds, sampled here, or an OpenAI-compatible server, as
 http://HOST:PORT/v1#NAME (several: comma-separated; the key: OPENAI_API_KEY). Each answer goes to --out at
 once, as fields of its query's record, and the same command goes on where it stopped. train.py reads the
 result as --prompts. A query that the filter rejects has `keep` false and a reason, and is passed over.

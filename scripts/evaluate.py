@@ -2,7 +2,7 @@
 
     python -m scripts.evaluate --benchmark longbench_write --data FILE --model MODEL --out eval/NAME
 
-Under torchrun every rank writes its share of the answers. MODEL is a Qwen2.5 checkpoint, a run (runs/NAME:
+Under torchrun every rank writes its share of the answers. MODEL is a Qwen checkpoint, a run (runs/NAME:
 its newest checkpoint) or a checkpoint of one (runs/NAME/checkpoints/step_NNNNNN). --judge is an
 OpenAI-compatible server, http://HOST:PORT/v1#NAME (several: comma-separated; the key: OPENAI_API_KEY), or a
 checkpoint folder, which our own sampler reads; for arena a reward model too. --out gets answers.jsonl,
@@ -44,7 +44,7 @@ class Config:
     data: str = ""  # its records, the JSONL file that its authors publish
     model: str = ""  # checkpoint folder, run, or checkpoint of one; empty: whose answers --out holds already
     out: str = ""  # folder of this evaluation; one that the same command began is continued
-    template: str = "auto"  # chat, think, direct; auto: a run's own, or chat where <|im_end|> ends texts
+    template: str = "auto"  # chat, chat_nothink, think, direct; auto: a run's own, or by the tokenizer
     max_new_tokens: int = 0  # thinking included, and at most what the context leaves; 0: as SAMPLING says
     temperature: float = -1.0  # below 0: as SAMPLING says
     top_p: float = 0.0  # 0: as SAMPLING says
@@ -199,8 +199,8 @@ def generate(config: Config, job: Job, world) -> list[dict]:
 
         with distributed.raise_on_all_ranks(world):
             for r in (todo[i] for i in assign(expected, world.size)[world.rank]):
-                ids = tokenizer.encode(tokenizer.chat(r.query) if s["template"] == "chat" else
-                                       render(r.query, s["template"]))
+                ids = tokenizer.encode(tokenizer.chat(r.query, s["template"] == "chat")
+                                       if s["template"].startswith("chat") else render(r.query, s["template"]))
                 if len(ids) >= context:
                     keep(r, "", "length", 0)
                     continue
@@ -265,8 +265,8 @@ def score(out: Path, job: Job, records: list, answers: list[dict], verdicts: lis
 
 def check(config: Config):
     """Raises UserError."""
-    options.check_choices(config, benchmark=benchmarks.BENCHMARKS, template=("auto", "chat", *STYLES),
-                          device=options.DEVICES, sampler_dtype=options.DTYPES)
+    options.check_choices(config, benchmark=benchmarks.BENCHMARKS, device=options.DEVICES,
+                          template=("auto", "chat", "chat_nothink", *STYLES), sampler_dtype=options.DTYPES)
     for name in ("data", "out"):
         if not getattr(config, name):
             raise UserError(f"--{name} is missing")

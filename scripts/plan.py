@@ -46,6 +46,12 @@ SHAPES = {  # of folders that are not there yet
     "Qwen2.5-14B": ModelConfig(152064, 5120, 13824, 48, 40, 8),
     "Qwen2.5-32B": ModelConfig(152064, 5120, 27648, 64, 40, 8),
     "Qwen2.5-72B": ModelConfig(152064, 8192, 29568, 80, 64, 8),
+    **{f"Qwen3-{size}": ModelConfig(151936, *shape, 8, 40960, tie_word_embeddings=tied, head_dim=128,
+                                    qk_norm=True)
+       for size, tied, *shape in (
+           ("0.6B", True, 1024, 3072, 28, 16), ("1.7B", True, 2048, 6144, 28, 16),
+           ("4B", True, 2560, 9728, 36, 32), ("8B", False, 4096, 12288, 36, 32),
+           ("14B", False, 5120, 17408, 40, 40), ("32B", False, 5120, 25600, 64, 64))},
 }
 
 RATES = {  # of a GPU, or of a process on a CPU, and where each is from: put in what you measure
@@ -170,19 +176,22 @@ class Plan:
         return {"reward model's weights": self.scorer_bytes,
                 "reward model, gathered": self.itemsize * (embedding + 2 * layer),
                 "reward model's activations": self.itemsize * self.tokens * (
-                    3 * shape.hidden_size + 3 * shape.intermediate_size)}
+                    2 * shape.hidden_size + shape.query_size + 3 * shape.intermediate_size)}
 
     def layer_activations(self) -> int:
         """What autograd keeps of a layer, its input included.
 
-        T x C: the input, both norms' outputs, queries, attention's output, the sum in the middle. Keys and
-        values. T x M: gate, silu of it, up, their product. In fp32 attention's log-sum-exp and 1/rms of two
-        norms. On a CPU also both norms before their weight, and attention before sequences are joined.
+        T x C: the input, both norms' outputs, the sum in the middle. T x H D: queries, attention's output.
+        Keys and values. T x M: gate, silu of it, up, their product. In fp32 attention's log-sum-exp and 1/rms
+        of two norms. On a CPU also both norms before their weight, and attention before sequences are joined.
+        Norms of queries and keys keep their inputs, 1/rms, and on a CPU what they are before their weight.
         """
-        shape = self.shape
-        wide = (6 if self.cuda else 9) * shape.hidden_size + 4 * shape.intermediate_size
-        wide += 2 * shape.num_key_value_heads * shape.head_dim
-        return self.tokens * (self.itemsize * wide + 4 * shape.num_attention_heads + 8)
+        shape, heads = self.shape, self.shape.num_attention_heads + self.shape.num_key_value_heads
+        wide = (2 if self.cuda else 3) * (2 * shape.hidden_size + shape.query_size)
+        wide += 2 * shape.num_key_value_heads * shape.head_dim + 4 * shape.intermediate_size
+        wide += shape.qk_norm * (1 if self.cuda else 2) * heads * shape.head_dim
+        return self.tokens * (self.itemsize * wide + 4 * (
+            shape.num_attention_heads + shape.qk_norm * heads) + 8)
 
     def moments(self) -> dict[str, dict[str, int]]:
         """The moments of an update in which memory can peak: buffers beside the persistent ones."""

@@ -29,13 +29,15 @@ class Config:
     documents: str = "data/tiny/documents.jsonl"  # JSONL with `text`
     tokenizer: str = "data/tiny/base"  # folder with tokenizer.json
     out: str = ""  # folder for the Hugging Face checkpoint
-    hidden_size: int = 128  # this and the next six are fields of config.json
+    hidden_size: int = 128  # this and the next eight are fields of model.ModelConfig
     intermediate_size: int = 384  # of an MLP
     num_hidden_layers: int = 4  # of attention and MLP
     num_attention_heads: int = 4  # of queries
     num_key_value_heads: int = 2  # shared by several queries each
     max_position_embeddings: int = 2048  # tokens of the context
     rope_theta: float = 10000.0  # base of the angular frequencies
+    head_dim: int = 0  # of queries, keys and values; 0: hidden_size / num_attention_heads
+    qk_norm: bool = False  # true: Qwen3
     row_tokens: int = 1024  # of documents in a row
     rows_per_step: int = 4  # over all ranks
     lr: float = 3e-3  # AdamW, linear warm-up and cosine decay to 5 %

@@ -1,4 +1,4 @@
-"""Trains a reward model on preferences: Bradley and Terry's loss on Qwen2.5 with a scalar head.
+"""Trains a reward model on preferences: Bradley and Terry's loss on Qwen2.5 or Qwen3 with a scalar head.
 
     torchrun --nproc_per_node=8 -m scripts.train_rm --model FOLDER --pairs FILE.jsonl --out FOLDER
 

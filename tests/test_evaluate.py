@@ -355,11 +355,27 @@ def test_what_is_judged_is_the_answer_without_thinking_and_tags():
             ("think", "<think>A plan.</think><answer>A te", ("A plan.", "A te")),
             ("think", "A text.", ("", "")), ("think", "<think>A plan", ("", "")),
             ("direct", "<answer>A text.</answer>", ("", "A text.")),
-            ("chat", "A text.", ("", "A text.")), ("chat", "A plan.</think>A text.", ("A plan.", "A text.")),
+            ("chat_nothink", "A text.", ("", "A text.")), ("chat", "A text.", ("", "A text.")),
+            ("chat", "A plan.</think>A text.", ("A plan.", "A text.")),
             ("chat", "<think>\nA plan.</think>\nA text.", ("A plan.", "A text.")),
             ("chat", "<think>A plan", ("A plan", "")),
             ("chat", "<think>A plan.</think><answer>A text.</answer>", ("A plan.", "A text."))]:
         assert split(text, style) == expected
+
+
+def test_thinking_is_switched_off_as_qwen3s_template_does_it(data, tmp_path, run, monkeypatch):
+    asked, generate = [], evaluate.rollout.generate
+
+    def recorded(sampler, requests, world):
+        asked.extend(sampler.tokenizer.decode(r.prompt_ids) for r in requests)
+        return generate(sampler, requests, world)
+
+    monkeypatch.setattr(evaluate.rollout, "generate", recorded)
+    for template, end in (("chat", ""), ("chat_nothink", "<think>\n\n</think>\n\n")):
+        assert run(tmp_path / template, template=template, max_new_tokens=2)[0] == 0
+        assert asked and all(text.endswith(f"<|im_end|>\n<|im_start|>assistant\n{end}") for text in asked)
+        assert json.loads((tmp_path / template / "settings.json").read_text())["answers"]["stop"] == []
+        asked.clear()
 
 
 def test_defaults_are_those_of_the_benchmark(data):

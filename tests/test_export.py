@@ -11,10 +11,12 @@ import torch
 import transformers
 
 import model as qwen
+import rewards
 from data.tokenizer import FILES, Tokenizer
 from lib import weights
 from sampler import Request, Sampler
 from scripts import export
+from tests.test_model import write_qwen3
 from tests.test_run import ROOT, in_process, obeys_umask, tensors
 
 
@@ -72,6 +74,27 @@ def test_a_file_at_a_time_is_the_same_checkpoint(run, tmp_path, monkeypatch):
     assert one.keys() == many.keys() and all(torch.equal(one[name], many[name]) for name in one)
     trained = {k.split("/")[-1]: v.bfloat16() for k, v in tensors(run, 4).items() if k.startswith("weights")}
     assert one.keys() == trained.keys() and all(torch.equal(one[name], trained[name]) for name in one)
+
+
+def test_a_qwen3_trains_and_is_exported_as_one_bit_for_bit(tmp_path, monkeypatch):
+    """Two steps from random weights, on a reward that they can earn."""
+    start = write_qwen3(tmp_path / "start")
+    monkeypatch.setitem(rewards.REWARDS, "low", (lambda c, _: sum(t < 512 for t in c.token_ids) / 48, 1.0))
+    in_process(tmp_path / "run", "--config", str(ROOT / "configs/tiny.json"), "--model", str(start),
+               "--steps", "2", "--reward", "low", "--eval_prompts", "", "--lr", "1e-3")
+    export.export(tmp_path / "run", tmp_path / "hf")
+    theirs, info = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf", dtype="auto",
+                                                                     output_loading_info=True)
+    assert type(theirs) is transformers.Qwen3ForCausalLM and not any(info.values()), info
+    trained = {k.split("/")[-1]: v for k, v in tensors(tmp_path / "run", 2).items() if "weights/" in k}
+    exported, before = dict(theirs.named_parameters()), qwen.load(start).state_dict()
+    assert exported.keys() == trained.keys() == before.keys()
+    for name, p in exported.items():
+        assert torch.equal(p, trained[name]) and not torch.equal(p, before[name]), name
+    raw = json.loads((tmp_path / "hf" / "config.json").read_text())
+    assert (raw["architectures"], raw["model_type"]) == (["Qwen3ForCausalLM"], "qwen3")
+    assert raw["head_dim"] == 32 and raw["attention_bias"] is False and "qk_norm" not in raw
+    assert qwen.read_config(tmp_path / "hf") == qwen.read_config(start)
 
 
 def test_what_cannot_be_exported(run, tmp_path, capsys, monkeypatch):

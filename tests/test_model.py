@@ -1,4 +1,4 @@
-"""model.py against transformers' Qwen2 (a dev-only oracle), checkpoints in both directions, and their errors.
+"""model.py against transformers' Qwen2 and Qwen3 (dev-only oracles), checkpoints in both directions; errors.
 
 Every parameter of the tiny random models is perturbed: as made, biases are 0 and norm weights 1, and without
 them a model would pass.
@@ -20,9 +20,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import model as qwen
 import parallel
-from data.tokenizer import Tokenizer
+from data.tokenizer import Tokenizer, copy_files
 from lib import distributed
 from lib.options import UserError
+from tests.launch import ROOT
 
 TINY = {"vocab_size": 131, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
         "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 128,
@@ -56,8 +57,19 @@ CASES = {
     "padded vocabulary tied": {"tie_word_embeddings": True, "vocab_size": 160, "n_valid": 131},
     "padded vocabulary untied": {"vocab_size": 160, "n_valid": 131},
     "sharded": {"max_shard_bytes": 30_000},
+    "Qwen3 untied 1:1 D24": {"model_type": "qwen3", "head_dim": 24, "num_key_value_heads": 4},
+    "Qwen3 tied 2:1 D32": {"model_type": "qwen3", "head_dim": 32, "tie_word_embeddings": True},
+    "Qwen3 untied 4:1 D8": {"model_type": "qwen3", "head_dim": 8, "num_key_value_heads": 1,
+                            "rms_norm_eps": 1e-3},
+    "Qwen3 tied 8:1 D128": {"model_type": "qwen3", "tie_word_embeddings": True, "num_attention_heads": 8,
+                            "num_key_value_heads": 1},  # 128 is what its config.json means by none
+    "Qwen3 5 heads yarn": {"model_type": "qwen3", "head_dim": 32, "num_attention_heads": 5,
+                           "num_key_value_heads": 5, "rope_scaling": {"rope_type": "yarn", **YARN},
+                           "lengths": LONG},  # heads that do not divide hidden_size
 }
 KINDS = {"untied": {}, "tied": {"tie_word_embeddings": True},
+         "Qwen3 untied": {"qk_norm": True, "head_dim": 32},
+         "Qwen3 tied": {"qk_norm": True, "head_dim": 8, "tie_word_embeddings": True},
          "yarn": {"rope_scaling": {"rope_type": "yarn", **YARN}}}
 
 
@@ -88,6 +100,14 @@ def write_checkpoint(path, seed=0, dtype=torch.float32, max_shard_bytes=2**30, *
     write_config(path, **changes)
 
 
+def write_qwen3(path):
+    """A random Qwen3 of data/tiny's vocabulary, with its tokenizer."""
+    fields = {"vocab_size": 1024, "max_position_embeddings": 2048, "tie_word_embeddings": True}
+    qwen.save(random_model(scale=0.1, head_dim=32, qk_norm=True, **fields), path)
+    copy_files(ROOT / "data/tiny/base", path)
+    return path
+
+
 def transformers_model(path, dtype=torch.float32):
     """transformers' model; fails on a warning and on missing, unexpected or mismatched tensors."""
     transformers = pytest.importorskip("transformers")
@@ -99,7 +119,7 @@ def transformers_model(path, dtype=torch.float32):
     try:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            model, info = transformers.Qwen2ForCausalLM.from_pretrained(
+            model, info = transformers.AutoModelForCausalLM.from_pretrained(
                 path, dtype=dtype, output_loading_info=True, local_files_only=True)
     finally:
         logger.removeHandler(handler)
@@ -303,7 +323,9 @@ def test_a_tied_models_weights_under_an_untied_config_are_refused(tmp_path):
 
 @pytest.mark.parametrize("changes, named", [
     ({"model_type": "llama", "architectures": ["LlamaForCausalLM"]}, "llama"),
-    ({"model_type": None}, "model_type"),
+    ({"model_type": None}, "model_type"), ({"model_type": "qwen3_moe", "head_dim": 16}, "qwen3_moe"),
+    ({"model_type": "qwen3", "head_dim": 16, "use_sliding_window": True}, "use_sliding_window"),
+    ({"model_type": "qwen3", "head_dim": 15}, "odd"), ({"head_dim": -2}, "head_dim"),
     ({"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, "dynamic"),
     ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "linear"),
     ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e4, "factor": 2.0}}, "llama3"),
@@ -495,9 +517,14 @@ QWEN_7B = qwen.ModelConfig(vocab_size=152064, hidden_size=3584, intermediate_siz
                            num_attention_heads=28, num_key_value_heads=4)
 
 
+QWEN3_4B = qwen.ModelConfig(vocab_size=151936, hidden_size=2560, intermediate_size=9728, num_hidden_layers=36,
+                            num_attention_heads=32, num_key_value_heads=8, tie_word_embeddings=True,
+                            head_dim=128, qk_norm=True)
+
+
 def test_num_parameters_is_the_actual_and_the_published_count():
-    """Tied (0.5B) and untied (7B)."""
-    for config, published in ((QWEN_0_5B, 494_032_768), (QWEN_7B, 7_615_616_512)):
+    """Tied (0.5B) and untied (7B); and with norms in the place of biases."""
+    for config, published in ((QWEN_0_5B, 494_032_768), (QWEN_7B, 7_615_616_512), (QWEN3_4B, 4_022_468_096)):
         with torch.device("meta"):
             actual = sum(p.numel() for p in qwen.Qwen2(config).parameters())
         assert actual == config.num_parameters == published
@@ -507,6 +534,7 @@ def test_kv_bytes_per_token_is_keys_and_values_of_all_layers():
     assert QWEN_0_5B.kv_bytes_per_token(torch.bfloat16) == 2 * 24 * 2 * 64 * 2 == 12_288
     assert QWEN_7B.kv_bytes_per_token(torch.bfloat16) == 2 * 28 * 4 * 128 * 2 == 57_344
     assert QWEN_7B.kv_bytes_per_token(torch.float32) == 114_688
+    assert QWEN3_4B.kv_bytes_per_token(torch.bfloat16) == 2 * 36 * 8 * 128 * 2 == 147_456
 
 
 def test_flops_per_token_is_the_hand_computed_number():
@@ -517,13 +545,15 @@ def test_flops_per_token_is_the_hand_computed_number():
     """
     assert QWEN_0_5B.flops_per_token() == 2 * 493_961_216
     assert QWEN_0_5B.flops_per_token(context=1000) == 2 * (493_961_216 + 43_008_000)
+    assert QWEN3_4B.flops_per_token(1000) - QWEN3_4B.flops_per_token() == 4 * 36 * 32 * 128 * 1000
 
 
-def test_flops_per_token_without_context_is_what_torch_counts_in_matrix_products():
+@pytest.mark.parametrize("kind", ["untied", "Qwen3 untied"])
+def test_flops_per_token_without_context_is_what_torch_counts_in_matrix_products(kind):
     def plan(layer, q_THD, *others):  # no scores
         return q_THD
 
-    model, tokens_T = random_model(), random_tokens(23)
+    model, tokens_T = random_model(**KINDS[kind]), random_tokens(23)
     plan.positions_T = torch.arange(23)
     with FlopCounterMode(display=False) as counter:
         F.linear(model(tokens_T, plan), model.head_weight)

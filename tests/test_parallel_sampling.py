@@ -14,6 +14,7 @@ from replica import check_tp, tp_slice
 from sampler import Sampler
 from scheduler import Request, assign
 from tests.launch import ROOT, torchrun
+from tests.test_model import write_qwen3
 
 BASE = ROOT / "data" / "tiny" / "base"
 
@@ -25,10 +26,12 @@ def requests():
     return [Request(tokenizer.encode(p.text), 2, 48, 0.8, seed=i) for i, p in enumerate(prompts[:6])]
 
 
-def test_two_ranks_with_half_the_heads_each_draw_what_one_draws(requests):
+@pytest.mark.parametrize("family", ["Qwen2", "Qwen3"])
+def test_two_ranks_with_half_the_heads_each_draw_what_one_draws(family, requests, tmp_path):
     """Bit for bit it cannot be: two sums of halves round otherwise. At most one draw in a thousand flips."""
-    completions = split(str(BASE), requests, 2)
-    found = compare(qwen.load(BASE), Tokenizer(BASE).n_valid, requests, completions)
+    path = BASE if family == "Qwen2" else write_qwen3(tmp_path)
+    completions = split(str(path), requests, 2)
+    found = compare(qwen.load(path), Tokenizer(path).n_valid, requests, completions)
     assert found["draws"] > 400 and found["flip_share"] <= 1e-3
     assert 0 < found["gap_max"] < 1e-4  # 0 would say that nothing was split
 
@@ -69,9 +72,10 @@ def test_two_engines_of_two_ranks_on_one_node_do_not_disturb_each_other(tmp_path
         assert ranks[2 * engine] == ranks[2 * engine + 1] == alone
 
 
+@pytest.mark.parametrize("qk_norm", [False, True])
 @pytest.mark.parametrize("tp", [2, 4])
-def test_slices_of_a_checkpoint_put_together_are_the_checkpoint(tp):
-    config = qwen.ModelConfig(64, 32, 48, 1, 4, 4)
+def test_slices_of_a_checkpoint_put_together_are_the_checkpoint(tp, qk_norm):
+    config = qwen.ModelConfig(64, 32, 48, 1, 4, 4, head_dim=12, qk_norm=qk_norm)
     for name, p in qwen.Qwen2(config).init_weights_(0).named_parameters():
         parts = [tp_slice(name, p, rank, tp) for rank in range(tp)]
         if "norm" in name:

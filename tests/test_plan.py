@@ -73,6 +73,7 @@ def held(tensors) -> int:
 
 @pytest.mark.parametrize("shape, size, rank", [
     (SHAPES["Qwen2.5-32B"], 64, 0), (SHAPES["Qwen2.5-32B"], 64, 63), (SHAPES["Qwen2.5-32B"], 48, 47),
+    (SHAPES["Qwen3-4B"], 48, 47),
     *((SMALL, 64, rank) for rank in (0, 1, 20, 43, 63)),
 ], ids=lambda x: str(x) if isinstance(x, int) else f"{x.num_hidden_layers} layers")
 def test_every_rank_holds_the_shards_and_bytes_that_are_planned(shape, size, rank):
@@ -98,9 +99,10 @@ def test_replicas_shard_over_fewer_ranks():
             assert p.to_local().shape == plan.shard(as_layer_0(name), 13 % 8), name
 
 
-@pytest.mark.parametrize("tp", [1, 2, 8])
-def test_a_sampler_holds_the_bytes_that_are_planned(tp):
-    shape = SHAPES["Qwen2.5-32B"]
+@pytest.mark.parametrize("tp, name", [(1, "Qwen2.5-32B"), (2, "Qwen2.5-32B"), (8, "Qwen2.5-32B"),
+                                      (8, "Qwen3-32B")])
+def test_a_sampler_holds_the_bytes_that_are_planned(tp, name):
+    shape = SHAPES[name]
     with fake_ranks(3, 64):
         slices = meta(shape, parallel.tp_group(tp)).to(torch.bfloat16)
     total = sum(p.nbytes for p in slices.parameters())
@@ -151,11 +153,12 @@ CASES = [  # the first peaks in a layer's backward, the others in logprobs
     (ModelConfig(512, 128, 384, 4, 8, 2), [400, 300, 20]),
     (ModelConfig(3000, 64, 160, 4, 4, 2), [250, 150, 20]),
     (ModelConfig(2000, 64, 96, 2, 4, 2, tie_word_embeddings=True), [300, 250, 20]),
+    (ModelConfig(512, 128, 384, 4, 8, 2, head_dim=48, qk_norm=True), [400, 300, 20]),
 ]
 
 
 @pytest.mark.parametrize("recompute", [False, True])
-@pytest.mark.parametrize("shape, lengths", CASES, ids=["layer", "logprobs", "tied"])
+@pytest.mark.parametrize("shape, lengths", CASES, ids=["layer", "logprobs", "tied", "Qwen3"])
 def test_the_peak_of_a_real_update_is_within_a_tenth_of_torchs_tracker(shape, lengths, recompute):
     planned, seen = measured(shape, lengths, recompute, distributed.setup("cpu"))
     distributed.close()
@@ -189,7 +192,7 @@ class CudaNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight):
-        ctx.save_for_backward(x, weight, torch.empty(len(x), 1))
+        ctx.save_for_backward(x, weight, torch.empty(*x.shape[:-1], 1))
         return torch.empty_like(x)
 
     @staticmethod
@@ -251,6 +254,7 @@ def test_every_rank_holds_padded_gradients(rank, as_on_a_gpu):
 @pytest.mark.parametrize("name, layers, ranks, tokens, recompute", [
     ("Qwen2.5-32B", 4, 64, 16384, True), ("Qwen2.5-32B", 2, 64, 16384, False),
     ("Qwen2.5-7B", 3, 8, 1024, True), ("Qwen2.5-0.5B", 4, 8, 8192, False),
+    ("Qwen3-4B", 4, 8, 8192, False), ("Qwen3-32B", 3, 64, 16384, True),
 ])
 def test_the_peak_on_a_gpu_is_that_of_torchs_tracker_over_fake_tensors(name, layers, ranks, tokens, recompute,
                                                                        as_on_a_gpu):
@@ -321,12 +325,15 @@ def test_the_other_configs_fit_where_they_are_for(name, machine):
 # ---------------------------------------------------------------------- what it says
 
 
-@pytest.mark.parametrize("name, billions", [("0.5B", 0.494), ("1.5B", 1.544), ("3B", 3.086), ("7B", 7.616),
-                                            ("14B", 14.770), ("32B", 32.764), ("72B", 72.706)])
+@pytest.mark.parametrize("name, billions", [
+    ("Qwen2.5-0.5B", 0.494), ("Qwen2.5-1.5B", 1.544), ("Qwen2.5-3B", 3.086), ("Qwen2.5-7B", 7.616),
+    ("Qwen2.5-14B", 14.770), ("Qwen2.5-32B", 32.764), ("Qwen2.5-72B", 72.706), ("Qwen3-0.6B", 0.596),
+    ("Qwen3-1.7B", 1.721), ("Qwen3-4B", 4.022), ("Qwen3-8B", 8.191), ("Qwen3-14B", 14.768),
+    ("Qwen3-32B", 32.762)])
 def test_known_shapes_have_the_parameters_that_their_model_cards_say(name, billions):
-    assert SHAPES[f"Qwen2.5-{name}"].num_parameters / 1e9 == pytest.approx(billions, abs=5e-4)
-    shape, note = planner.find_shape(f"/nowhere/Qwen2.5-{name}-Instruct")
-    assert shape == SHAPES[f"Qwen2.5-{name}"] and "there is no folder" in note
+    assert SHAPES[name].num_parameters / 1e9 == pytest.approx(billions, abs=5e-4)
+    shape, note = planner.find_shape(f"/nowhere/{name}-Instruct")
+    assert shape == SHAPES[name] and "there is no folder" in note
 
 
 def test_a_folder_that_exists_is_read():

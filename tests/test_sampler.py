@@ -19,6 +19,7 @@ from sampler import Sampler, workspace
 from scheduler import Request
 
 BASE = Path(__file__).parent.parent / "data" / "tiny" / "base"
+QWEN3 = {"head_dim": 32, "qk_norm": True}
 
 
 def perturbed(vocab_size=300, heads=4, kv_heads=2, seed=0, **kwargs) -> qwen.Qwen2:
@@ -112,9 +113,9 @@ def test_samples_of_a_group_differ_and_seeds_matter(reference):
     assert all(other[k].token_ids != reference[k].token_ids for k in reference)
 
 
-@pytest.mark.parametrize("heads,kv_heads", [(4, 4), (4, 2), (8, 1)])
-def test_logprobs_equal_a_packed_forward_at_the_sampling_temperature(heads, kv_heads):
-    model, reqs = perturbed(heads=heads, kv_heads=kv_heads), requests(temperature=0.8)
+@pytest.mark.parametrize("heads,kv_heads,own", [(4, 4, {}), (4, 2, {}), (8, 1, {}), (4, 2, QWEN3)])
+def test_logprobs_equal_a_packed_forward_at_the_sampling_temperature(heads, kv_heads, own):
+    model, reqs = perturbed(heads=heads, kv_heads=kv_heads, **own), requests(temperature=0.8)
     for (p, _), c in run(model, reqs, page_size=4)[0].items():
         ids = reqs[p].prompt_ids + c.token_ids
         hidden = model(torch.tensor(ids), qwen.packed([len(ids)]))
@@ -124,10 +125,11 @@ def test_logprobs_equal_a_packed_forward_at_the_sampling_temperature(heads, kv_h
 
 
 @pytest.mark.parametrize(
-    "tied,kv_heads,yarn",
-    [(True, 2, None), (False, 4, None),
-     (True, 1, {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64})])
-def test_greedy_continues_as_transformers_does_over_200_tokens(tmp_path, tied, kv_heads, yarn):
+    "tied,kv_heads,yarn,own",
+    [(True, 2, None, {}), (False, 4, None, {}),
+     (True, 1, {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}, {}),
+     (True, 1, None, QWEN3), (False, 4, None, QWEN3)])
+def test_greedy_continues_as_transformers_does_over_200_tokens(tmp_path, tied, kv_heads, yarn, own):
     transformers = pytest.importorskip("transformers")
     config = qwen.ModelConfig(300,
                               64,
@@ -137,7 +139,8 @@ def test_greedy_continues_as_transformers_does_over_200_tokens(tmp_path, tied, k
                               kv_heads,
                               tie_word_embeddings=tied,
                               rope_scaling=yarn,
-                              max_position_embeddings=512)
+                              max_position_embeddings=512,
+                              **own)
     model = qwen.Qwen2(config).init_weights_(3).requires_grad_(False)
     for p in model.parameters():
         p.add_(torch.randn(p.shape) * (0.1 if p.dim() > 1 else 0.2))

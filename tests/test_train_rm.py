@@ -211,13 +211,17 @@ def test_a_short_training_tells_texts_apart_and_transformers_reads_the_result(tm
 
 
 def test_a_pretrained_folder_is_complete(tmp_path, monkeypatch, capsys):
-    """Also where it is the tokenizer's own. Nothing is written where nobody said."""
+    """Also where it is the tokenizer's own, and a Qwen3. Nothing is written where nobody said."""
     documents = write(tmp_path / "documents.jsonl", [{"text": "The fog came over the harbour."}] * 4)
     shutil.copytree(BASE, tmp_path / "own")
-    for out, tokenizer in ((tmp_path / "base", BASE), (tmp_path / "own", tmp_path / "own")):
+    for out, tokenizer, more in (
+            (tmp_path / "base", BASE, {}), (tmp_path / "own", tmp_path / "own", {}),
+            (tmp_path / "3", BASE, {"qk_norm": True, "head_dim": 12})):
         pretrain.run(pretrain.Config(documents, str(tokenizer), str(out), 16, 16, 1, 2, 1, row_tokens=8,
-                                     device="cpu"))
-        assert Tokenizer(out).n_valid == qwen.load(out).config.vocab_size and obeys_umask(out)
+                                     device="cpu", **more))
+        made = qwen.load(out).config
+        assert Tokenizer(out).n_valid == made.vocab_size and obeys_umask(out)
+        assert (made.qk_norm, made.head_dim) == (("qk_norm" in more), more.get("head_dim", 8))
     monkeypatch.setattr(sys, "argv", ["pretrain"])
     with pytest.raises(SystemExit, match="2"):
         runpy.run_path(pretrain.__file__, run_name="__main__")

@@ -8,7 +8,9 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
+import jinja2
 import pytest
+import tokenizers
 import torch
 
 import model as qwen
@@ -201,6 +203,33 @@ def test_a_writing_model_reads_the_request_the_answer_and_the_end(query, marks):
     ids, cut = reward_model.encode(tokenizer, query, "A text.\nIts end.", 500)
     assert tokenizer.decode(ids) == f"{marks[0]}{query}{marks[1]}A text.\nIts end.<|endoftext|>" and not cut
     assert prompts.render(query, "think").endswith(prompts.frame(query))
+
+
+CHATS = {True: r"{% for m in messages %}{{ '<|im_start|>user\n' + m.content if m.role == 'user' else "
+               r"'<|im_start|>assistant\n<think>\n' + '\n</think>\n\n' + m.content }}{{ '<|im_end|>\n' }}"
+               r"{% endfor %}",
+         False: r"{{ '<|im_start|>system\nYou help.<|im_end|>\n' }}{% for m in messages %}"
+                r"{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}"}
+
+
+@pytest.mark.parametrize("thinks", [True, False])
+def test_a_public_reward_model_reads_a_chat_as_its_template_writes_it(thinks, tmp_path):
+    """The end of the template included: there public models have their score. Qwen3's template puts an empty
+    thinking before an answer without one; so does a prompt for an answer without thinking."""
+    shutil.copytree(BASE, tmp_path / "rm")
+    inner = tokenizers.Tokenizer.from_file(str(BASE / "tokenizer.json"))
+    inner.add_special_tokens(["<|im_start|>", "<|im_end|>"])
+    inner.save(str(tmp_path / "rm/tokenizer.json"))
+    (tmp_path / "rm/tokenizer_config.json").write_text(json.dumps(
+        {"eos_token": "<|im_end|>", "chat_template": CHATS[thinks]}))
+    tokenizer = Tokenizer(tmp_path / "rm")
+    query, answer = "Write of Paz.", "A text.\nIts end."
+    written = jinja2.Template(CHATS[thinks]).render(messages=[{"role": "user", "content": query},
+                                                             {"role": "assistant", "content": answer}])
+    ids, cut = reward_model.encode(tokenizer, query, answer, 500)
+    assert tokenizer.decode(ids) == written and ids == tokenizer.encode(written) and not cut
+    assert written.startswith(tokenizer.chat(query, think=not thinks))
+    assert reward_model.encode(tokenizer, query, "very long " * 50, 60)[0][-2:] == ids[-2:]
 
 
 def test_of_a_text_that_is_too_long_the_answers_middle_is_left_out():
