@@ -22,9 +22,9 @@ from model import SCORER, ModelConfig, RewardModel, check_tensors, packed, read_
 
 
 def encode(tokenizer: Tokenizer, query: str, answer: str, max_tokens: int) -> tuple[list[int], bool]:
-    """Ids of `<|user|>: {query} <|assistant|>: {answer}` with the end of text, and whether they were cut. If the
-    tokenizer's texts end as chats do, ids of a chat, which public reward models read. Ids beyond max_tokens are
-    removed from the middle of the answer (and of a query longer than half of them)."""
+    """Ids of `<|user|>: {query} <|assistant|>: {answer}` with the end of text, and whether they were cut. If
+    the tokenizer's texts end as chats do, ids of a chat, which public reward models read. Ids beyond
+    max_tokens are removed from the middle of the answer (and of a query longer than half of them)."""
     before, answer, end = frame(query), " " + answer, tokenizer.eos_ids[:1]
     if tokenizer.chats:
         before, answer = tokenizer.chat(query, think=not tokenizer.thinks), answer[1:]

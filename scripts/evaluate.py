@@ -199,8 +199,9 @@ def generate(config: Config, job: Job, world) -> list[dict]:
 
         with distributed.raise_on_all_ranks(world):
             for r in (todo[i] for i in assign(expected, world.size)[world.rank]):
-                ids = tokenizer.encode(tokenizer.chat(r.query, s["template"] == "chat")
-                                       if s["template"].startswith("chat") else render(r.query, s["template"]))
+                chat = s["template"].startswith("chat")
+                ids = tokenizer.encode(tokenizer.chat(r.query, s["template"] == "chat") if chat else
+                                       render(r.query, s["template"]))
                 if len(ids) >= context:
                     keep(r, "", "length", 0)
                     continue
