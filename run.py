@@ -386,7 +386,7 @@ class Log:
         """Writes the traceback of a reward to reward_error.txt."""
         if details and self.world.main:
             (self.folder / "reward_error.txt").write_text(details, encoding="utf-8")
-            self.warn(f"{self.folder}/reward_error.txt has the whole traceback")
+            self.say(f"{self.folder}/reward_error.txt has the whole traceback")
 
     def write(self, file: str, metrics: dict, records: list[dict]):
         """Writes numbers that are not finite as null, because JSON has no NaN."""
