@@ -93,12 +93,12 @@ BEGUN = {"range": '{"range": [', "filter": '{"reason": "'}  # by which a base mo
 def find(task: str, answer: str) -> dict:
     """What the last JSON object of an answer, thinking left out, says, as fields of a record. Raises
     ValueError where it is not what was asked for."""
-    said = last_object(answer.rpartition("</think>")[2].partition("<think>")[0])
+    found = last_object(answer.rpartition("</think>")[2].partition("<think>")[0])
     if task == "range":
-        return {"length_range": list(parse_range({"range": said.get("range") or "nothing"}))}
-    if type(said.get("keep")) is not bool or not isinstance(said.get("reason"), str):
-        raise ValueError(f"`keep` must be true or false, and `reason` a text, in {str(said)[:80]}")
-    return {"keep": said["keep"], "reason": said["reason"].strip()}
+        return {"length_range": list(parse_range({"range": found.get("range") or "nothing"}))}
+    if type(found.get("keep")) is not bool or not isinstance(found.get("reason"), str):
+        raise ValueError(f"`keep` must be true or false, and `reason` a text, in {str(found)[:80]}")
+    return {"keep": found["keep"], "reason": found["reason"].strip()}
 
 
 def open_sampler(config: Config) -> Sampler:
@@ -117,7 +117,7 @@ def open_sampler(config: Config) -> Sampler:
 
 
 def annotators(record: dict) -> dict[str, str]:
-    """Who has done what with this record: {task: model}."""
+    """The model that has done each task with this record: {task: model}."""
     return record["annotators"] if isinstance(record.get("annotators"), dict) else {}
 
 
