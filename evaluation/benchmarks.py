@@ -32,15 +32,6 @@ class Record:
     requirements: dict[str, tuple] = field(default_factory=dict)  # "length_C" -> places of the criteria
 
 
-@dataclass(frozen=True)
-class Question:
-    """One call of a judge."""
-
-    id: str  # of the record
-    key: str  # "", "c0" (criterion by its place), "BASELINE/0"; "BASELINE/1": the model's text is B
-    text: str  # the one user message
-
-
 # ---------------------------------------------------------------------- records
 
 
@@ -177,15 +168,16 @@ First compare them, then decide: "A", "B", or "tie" if neither is better. End wi
 
 
 def keys(benchmark: str, record: Record) -> list[str]:
-    """Keys of the questions about an answer to this record."""
+    """Keys of the questions about an answer to this record: "", "c0" (criterion by its place), "BASELINE/0";
+    "BASELINE/1": the model's text is B."""
     return {"longbench_write": [""], "ruler": [],
             "writingbench": [f"c{i}" for i in range(len(record.criteria))],
             "arena": [f"{name}/{order}" for name in record.baselines for order in (0, 1)]}[benchmark]
 
 
-def questions(benchmark: str, record: Record, answer: str) -> list[Question]:
-    """Questions to a judge about an answer, without thinking and tags; none about an empty answer."""
-    def question(key: str) -> Question:
+def questions(benchmark: str, record: Record, answer: str) -> dict[str, str]:
+    """Questions to a judge about an answer, without thinking and tags, by key; none about an empty answer."""
+    def question(key: str) -> str:
         fields = {"query": record.query, "answer": answer}
         fields["scores"] = ", ".join(f'"{name}": N' for name in DIMENSIONS)
         if benchmark == "writingbench":
@@ -197,10 +189,10 @@ def questions(benchmark: str, record: Record, answer: str) -> list[Question]:
             pair = answer, record.baselines[name]
             fields |= {"a": pair[int(order)], "b": pair[1 - int(order)]}
         template = TEXTS[benchmark == "arena"] + RULES[benchmark, record.language]
-        return Question(record.id, key, re.sub(  # all at once: a text may hold "{answer}" itself
-            r"\{([a-z]+)\}", lambda match: fields[match[1]], template))
+        # All at once: a text may hold "{answer}" itself
+        return re.sub(r"\{([a-z]+)\}", lambda match: fields[match[1]], template)
 
-    return [question(key) for key in keys(benchmark, record)] if answer else []
+    return {key: question(key) for key in keys(benchmark, record)} if answer else {}
 
 
 def answer_line(record: Record, text: str, style: str, finish_reason: str, tokens: int) -> dict:

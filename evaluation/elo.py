@@ -48,7 +48,7 @@ def fit(games: list, pinned: dict[str, float] | None = None, rounds: int = 1000,
     ratings. Without any the mean rating of the baselines (players that never come first) is 1000, or of all
     players if there are no baselines. Intervals are percentiles over `rounds` bootstrap samples of prompts.
 
-    Who has won, or lost, all games has no finite rating; nor has a group of players against the others.
+    A player that won, or lost, all games has no finite rating; nor has a group of players against the others.
     Where that is so, in the games or in a draw, each pair that met plays half a game more, a tie. Raises
     ValueError.
     """

@@ -92,11 +92,11 @@ def ask(config, judge: Judge, records: list[Record], answers: list[dict], verdic
     asked, texts, pairs, out = {}, {}, {}, Path(config.out)
     there = {x["hash"]: Result(x["raw"], x["tokens"], x.get("verdict"), x.get("error", "")) for x in verdicts}
     for record, answer in zip(records, answers):
-        for q in benchmarks.questions(config.benchmark, record, answer["answer"]):
-            key = asked[q.id, q.key] = fingerprint([judge.name, judge.settings, q.text])
-            texts[key] = q.text
+        for part, text in benchmarks.questions(config.benchmark, record, answer["answer"]).items():
+            key = asked[record.id, part] = fingerprint([judge.name, judge.settings, text])
+            texts[key] = text
             if config.benchmark == "arena":
-                name, _, place = q.key.rpartition("/")
+                name, _, place = part.rpartition("/")
                 pair = (answer["answer"], record.baselines[name])
                 pairs[key] = record.query, *(pair if place == "0" else pair[::-1])
                 if not record.baselines[name]:
@@ -124,7 +124,7 @@ def ask(config, judge: Judge, records: list[Record], answers: list[dict], verdic
     elif todo:
         greet(config, judge)
         questions.ask_servers(config.judge, config.timeout, config.threads, config.rate)
-    lines = [{"id": id, "key": place} | line(key, results[key]) for (id, place), key in asked.items()]
+    lines = [{"id": id, "key": part} | line(key, results[key]) for (id, part), key in asked.items()]
     read, written = (sum(n[i] for r in results.values() for n in r.tokens) for i in (0, 1))
     calls, missing = sum(len(r.raw) for r in results.values()), sum(not x["verdict"] for x in lines)
     made = {"name": judge.name, "settings": judge.settings, "calls": calls, "missing": missing,

@@ -27,14 +27,14 @@ def aggregate(benchmark: str, records: list[Record], answers: list[dict], verdic
     records = [record for record in records if record.id in answer_of]
     judged = benchmark != "ruler" and verdicts is not None and (
         bool(verdicts) or not any(answer["answer"] for answer in answers))
-    said, rows, founds, games, missing = {}, [], [], [], 0
+    verdict_of, rows, founds, games, missing = {}, [], [], [], 0
     for line in verdicts or ():
         if valid(benchmark, line["verdict"]):
-            said.setdefault((line["id"], line["key"]), line["verdict"])
+            verdict_of.setdefault((line["id"], line["key"]), line["verdict"])
     for record in records:
         answer = answer_of[record.id]
         silent = judged and not answer["answer"]
-        got = {key: lowest(benchmark, key) if silent else said.get((record.id, key))
+        got = {key: lowest(benchmark, key) if silent else verdict_of.get((record.id, key))
                for key in keys(benchmark, record)}
         missing += sum(verdict is None for verdict in got.values())
         found = SCORES[benchmark](record, answer, got)

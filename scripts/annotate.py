@@ -90,22 +90,15 @@ Request:
 BEGUN = {"range": '{"range": [', "filter": '{"reason": "'}  # by which a base model knows what to complete
 
 
-@dataclass(frozen=True)
-class Query:
-    id: str
-    text: str
-    record: dict  # as read
-
-
 def find(task: str, answer: str) -> dict:
     """What the last JSON object of an answer, thinking left out, says, as fields of a record. Raises
     ValueError where it is not what was asked for."""
-    said = last_object(answer.rpartition("</think>")[2].partition("<think>")[0])
+    found = last_object(answer.rpartition("</think>")[2].partition("<think>")[0])
     if task == "range":
-        return {"length_range": list(parse_range({"range": said.get("range") or "nothing"}))}
-    if type(said.get("keep")) is not bool or not isinstance(said.get("reason"), str):
-        raise ValueError(f"`keep` must be true or false, and `reason` a text, in {str(said)[:80]}")
-    return {"keep": said["keep"], "reason": said["reason"].strip()}
+        return {"length_range": list(parse_range({"range": found.get("range") or "nothing"}))}
+    if type(found.get("keep")) is not bool or not isinstance(found.get("reason"), str):
+        raise ValueError(f"`keep` must be true or false, and `reason` a text, in {str(found)[:80]}")
+    return {"keep": found["keep"], "reason": found["reason"].strip()}
 
 
 def open_sampler(config: Config) -> Sampler:
@@ -124,7 +117,7 @@ def open_sampler(config: Config) -> Sampler:
 
 
 def annotators(record: dict) -> dict[str, str]:
-    """Who has done what with this record: {task: model}."""
+    """The model that has done each task with this record: {task: model}."""
     return record["annotators"] if isinstance(record.get("annotators"), dict) else {}
 
 
@@ -152,25 +145,24 @@ def resume(config: Config, name: str, kept: dict[tuple[str, str], dict]) -> dict
 
 
 def annotate(config: Config):
-    queries = [Query(ident, text, record) for _, ident, text, record in prompt_data.queries(config.queries)
-               if record.get("keep") is not False]
+    queries = {(ident, text): record | {"id": ident} for _, ident, text, record in
+               prompt_data.queries(config.queries) if record.get("keep") is not False}
     name = endpoint.model_names(config.model)
-    kept = {(query.id, query.text): query.record | {"id": query.id} for query in queries
-            if config.task == "range" and not config.replace
-            and present(query.record, (*RANGE_FIELDS, "length")) is not None}
+    kept = {key: record for key, record in queries.items() if config.task == "range" and not config.replace
+            and present(record, (*RANGE_FIELDS, "length")) is not None}
     done = resume(config, name, kept)
     write_jsonl(Path(config.out), [], "a")  # fails before any answer is paid for
-    todo = {(query.id, query.text): query for query in queries if (query.id, query.text) not in done}
 
     def keep(key: tuple[str, str], result: Result):
         if result.value:
-            record = todo[key].record | {"id": key[0]} | result.value
+            record = queries[key] | result.value
             record["annotators"] = annotators(record) | {config.task: name}
             write_jsonl(Path(config.out), [record], "a")
             done[key] = record
 
     questions = Questions(
-        {(ident, text): RULES[config.task, language(text)].replace("{query}", text) for ident, text in todo},
+        {key: RULES[config.task, language(key[1])].replace("{query}", key[1]) for key in queries
+         if key not in done},
         {"temperature": config.temperature, "top_p": config.top_p, "max_tokens": config.max_new_tokens},
         config.tries, lambda answer: find(config.task, answer), keep,
         lambda key, attempt: request_seed(config.seed, config.task, key[1], attempt), whole=True,
@@ -180,9 +172,8 @@ def annotate(config: Config):
     else:
         sampler = open_sampler(config)
         questions.ask_sampler(sampler, sampler.tokenizer.chats, begun=BEGUN[config.task])
-    place = {(query.id, query.text): i for i, query in enumerate(queries)}
-    lines = [done[key] for key in sorted(done, key=lambda key: place.get(key, len(place)))]
-    replace(Path(config.out), jsonl(lines))  # in the order of the queries
+    order = {key: done[key] for key in queries if key in done} | done
+    replace(Path(config.out), jsonl(order.values()))
     kinds = Counter("kept as they were" if record == kept.get(key) else kind(record, config.task)
                     for key, record in done.items())
     print(f"{config.out}: {', '.join(f'{n} {what}' for what, n in kinds.items())}")

@@ -238,7 +238,7 @@ def pins(text: str, groups: dict[str, list[dict]]) -> dict[str, float]:
         except ValueError:
             raise UserError(f"--pin must be NAME=RATING,..., not {part!r}") from None
         if name not in players:
-            raise UserError(f"--pin: {name!r} plays no game; those who do: {', '.join(players)}")
+            raise UserError(f"--pin: {name!r} plays no game; the players: {', '.join(players)}")
     return found
 
 

@@ -66,8 +66,8 @@ def test_the_real_files_are_read():
     assert [r.id for r in records] == ["16", "23", "24", "33", "35", "38", "43", "45"]
     assert all(len(r.criteria) == 5 and r.domain == "Academic & Engineering" for r in records)
     for record in records:
-        asked = questions("writingbench", record, "A text.")
-        assert len(asked) == 5 and all(record.query in q.text and "A text." in q.text for q in asked)
+        asked = questions("writingbench", record, "A text.").values()
+        assert len(asked) == 5 and all(record.query in text and "A text." in text for text in asked)
 
 
 @real
@@ -138,21 +138,21 @@ def test_questions_hold_what_is_judged_in_the_language_of_the_query():
     for query, marks in (("Write a plan.", "Be strict"), ("写一份计划", "请从严")):
         record = Record("7", query, "zh" if "写" in query else "en", 10, "Plan", "Education",
                         tuple(map(criterion, "aab")), {"X/1": "Another {a} text."})
-        (one,) = questions("longbench_write", record, trap)
-        assert (one.id, one.key) == ("7", "") and one.text.count(query) == 1 and marks in one.text
-        assert f"<text>\n{trap}\n</text>" in one.text and '{"analysis": ' in one.text.splitlines()[-1]
-        assert all(f'"{name}": N' in one.text and f"- {name}" in one.text for name in DIMENSIONS)
+        ((key, text),) = questions("longbench_write", record, trap).items()
+        assert key == "" and text.count(query) == 1 and marks in text
+        assert f"<text>\n{trap}\n</text>" in text and '{"analysis": ' in text.splitlines()[-1]
+        assert all(f'"{name}": N' in text and f"- {name}" in text for name in DIMENSIONS)
         three = questions("writingbench", record, trap)
-        assert [q.key for q in three] == ["c0", "c1", "c2"] and three[0].text == three[1].text
-        assert all(f"{r}: b is {r}" in three[2].text for r in RANGES) and "About b." in three[2].text
-        assert f"<text>\n{trap}\n</text>" in three[2].text and three[2].text.endswith('"score": N}')
-        first, second = questions("arena", record, trap)
-        assert (first.key, second.key) == ("X/1/0", "X/1/1")
-        for question, a, b in ((first, trap, "Another {a} text."), (second, "Another {a} text.", trap)):
-            assert f"<text A>\n{a}\n</text A>\n\n<text B>\n{b}\n</text B>" in question.text
-        assert all('"winner": "A"' in q.text.splitlines()[-1] for q in (first, second))
-        assert questions("ruler", record, trap) == []
-        assert all(questions(benchmark, record, "") == [] for benchmark in benchmarks.BENCHMARKS)
+        assert [*three] == ["c0", "c1", "c2"] and three["c0"] == three["c1"]
+        assert all(f"{r}: b is {r}" in three["c2"] for r in RANGES) and "About b." in three["c2"]
+        assert f"<text>\n{trap}\n</text>" in three["c2"] and three["c2"].endswith('"score": N}')
+        pair = questions("arena", record, trap)
+        assert [*pair] == ["X/1/0", "X/1/1"]
+        for key, a, b in (("X/1/0", trap, "Another {a} text."), ("X/1/1", "Another {a} text.", trap)):
+            assert f"<text A>\n{a}\n</text A>\n\n<text B>\n{b}\n</text B>" in pair[key]
+            assert '"winner": "A"' in pair[key].splitlines()[-1]
+        assert questions("ruler", record, trap) == {}
+        assert all(questions(benchmark, record, "") == {} for benchmark in benchmarks.BENCHMARKS)
 
 
 SIX = dict.fromkeys(DIMENSIONS, 3)

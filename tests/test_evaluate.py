@@ -271,6 +271,17 @@ def test_an_invalid_answer_is_asked_for_again_and_kept(data, tmp_path, run):
         assert run(tmp_path / "two", judge_settings='{"temperature": 1}', **given)[0] == 0
         assert len(asked(fake)) == len(verdicts) and set(asked(fake).values()) == {3}, "another judge"
         assert all(c["temperature"] == 1 for c in fake.calls[-len(verdicts):])
+        (tmp_path / "one/verdicts.jsonl").unlink()  # a kill leaves a half, one try, a torn line
+        half, before = len(verdicts) // 2, len(fake.calls)
+        begun = verdicts[half] | {"verdict": None, "raw": verdicts[half]["raw"][:1], "tokens": [[5, 7]]}
+        part = jsonl(tmp_path / "one/verdicts.part-0.jsonl", [*verdicts[:half], begun])
+        part.write_text(part.read_text() + '{"hash": "')
+        count.clear()
+        assert run(tmp_path / "one", **given)[0] == 0
+        assert len(fake.calls) - before == 1 + 2 * (len(verdicts) - half), "a greeting, the rest"
+        assert len(read(tmp_path / "one/verdicts.jsonl")[half].pop("raw")) == 3 and not part.exists()
+        assert [v | {name: v[name][-2:] for name in ("raw", "tokens")}
+                for v in read(tmp_path / "one/verdicts.jsonl")] == verdicts
 
 
 def test_what_was_judged_by_one_is_not_mixed_with_another(data, tmp_path, run):

@@ -172,7 +172,7 @@ def test_what_cannot_be_reported_is_one_sentence(tmp_path, monkeypatch, capsys):
                             ((half,), "half is no result (ValueError: answers.jsonl has other records"),
                             ((a, other), "are of different data"), ((a, a), "a folder is given twice"),
                             ((a, "--pin", "human=1000"), "'human' plays no game"),
-                            ((game, "--pin", "humon=1"), "plays no game; those who do: human, weak"),
+                            ((game, "--pin", "humon=1"), "plays no game; the players: human, weak"),
                             ((game, "--pin", "human"), "--pin must be NAME=RATING,..., not 'human'"),
                             ((a, "--out", tmp_path / "x.json"), "--out must end in .html")):
         monkeypatch.setattr(sys, "argv", ["report", f"--out={tmp_path}/x.html", *map(str, arguments)])

@@ -132,9 +132,9 @@ def bars(section: dict, family: str) -> str:
                         for i, (x, text) in enumerate(zip(values, shown(values))))
         body += f"<span>{escape(name.partition('/')[2])}</span><div>{lines}</div>"
     folded = "" if family == "domain2" else " open"
-    apart = ", by different judges" * any(name in section["judged_apart"] for name in rows)
+    judges = ", by different judges" * any(name in section["judged_apart"] for name in rows)
     return body and (f"<details class=figure{folded}><summary><b>{BARS[family]}</b>, of "
-                     f"{section['scale']}{apart}</summary><div class=bars>{body}</div></details>")
+                     f"{section['scale']}{judges}</summary><div class=bars>{body}</div></details>")
 
 
 def elo(section: dict, fit: dict) -> str:
