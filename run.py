@@ -27,7 +27,6 @@ from data import prompts as prompt_data
 from data.tokenizer import Tokenizer
 from lib import distributed
 from lib.distributed import World, broadcast, raise_on_all_ranks
-from lib.endpoint import model_names
 from lib.files import ROOT, locate, read_jsonl, replace, write_jsonl
 from lib.options import Field, UserError, read_json
 from lib.wandb_log import Wandb, open_wandb
@@ -89,7 +88,8 @@ def differences(config, recorded: dict) -> list[str]:
     """Options that a run may not change, with both values. Servers may move, the model that they serve may
     not change."""
     def name(value):
-        return model_names(value) if "://" in str(value) else value
+        urls = value.split(",") if "://" in str(value) else []
+        return sorted({url.strip().partition("#")[2] for url in urls}) if urls else value
 
     return [f"{k} ({recorded.get(k)!r} there, {v!r} now)" for k, v in dataclasses.asdict(config).items()
             if k not in MAY_DIFFER and name(recorded.get(k)) != name(v)]

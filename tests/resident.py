@@ -48,10 +48,13 @@ def measure(path: Path, world: distributed.World) -> dict[str, float]:
 
 
 def write(path: Path, megabytes: int, vocabulary: int, hidden: int):
-    """A bf16 checkpoint of about that size, whatever its weights are."""
+    """A bf16 checkpoint of about that size, all zeros."""
     shape = qwen.ModelConfig(vocabulary, hidden, 11 * hidden // 4, 1, 16, 4)
     layer = replace(shape, num_hidden_layers=2).num_parameters - shape.num_parameters
     more = max(0, megabytes * 10**6 // 2 - shape.num_parameters) // layer
     with torch.device("meta"):
         model = qwen.Qwen2(replace(shape, num_hidden_layers=1 + more)).bfloat16()
-    qwen.save(model.to_empty(device="cpu"), path)
+    model = model.to_empty(device="cpu")
+    for p in model.parameters():
+        p.data.zero_()  # what memory holds may be no finite number
+    qwen.save(model, path)

@@ -461,10 +461,10 @@ def test_weights_that_are_not_finite_are_refused_by_name(name, value, tmp_path):
     for x, bad in ((tensors[name].clone(), value), (tensors[name].double(), 1e300)):
         x.view(-1)[-1] = bad
         save_file(tensors | {name: x}, file)
-        for load in (qwen.load, lambda path: parallel.load_sharded(path, parallel.setup("cpu"))):
+        for load in (qwen.load, lambda path: parallel.load_sharded(path, distributed.setup("cpu"))):
             with pytest.raises(UserError, match=f"model.safetensors: {name} has numbers that are not finite"):
                 load(tmp_path)
-    parallel.close()
+    distributed.close()
 
 
 BASE = Path(__file__).parent.parent / "data" / "tiny" / "base"

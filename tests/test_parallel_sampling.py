@@ -40,6 +40,7 @@ TWO_ENGINES = """
 import json, sys
 import torch, torch.distributed as dist
 import model as qwen, parallel
+from lib import distributed
 from replica import tp_slice
 from sampler import Sampler
 from scheduler import Request

@@ -167,7 +167,7 @@ def test_the_peak_of_a_real_update_is_within_a_tenth_of_torchs_tracker(shape, le
 
 TWO_RANKS = """
 import json, sys
-import parallel
+from lib import distributed
 from tests.test_plan import CASES, measured
 world = distributed.setup("cpu")
 found = [measured(*CASES[0], recompute, world) for recompute in (False, True)]
