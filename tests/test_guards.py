@@ -6,9 +6,9 @@ from types import SimpleNamespace
 import pytest
 
 import text as guards
-from bench import attacks
 from lib.scoring import Reward, score
 from rewards import REWARDS
+from tests import attacks
 
 TIDES_EN, TIDES_ZH = "Write an essay about tidal power for a town council.", "写一篇关于潮汐能的文章"
 EN = """The council met on a wet Tuesday, and by nine o'clock nobody could say where the money for the barrage
