@@ -91,8 +91,7 @@ class ModelConfig:
         return 2 * self.num_hidden_layers * self.num_key_value_heads * self.head_dim * dtype.itemsize
 
 
-# ---------------------------------------------------------------------- rotary
-# embedding
+# ---------------------------------------------------------------------- rotary embedding
 
 
 def rope_frequencies(config: ModelConfig) -> tuple[torch.Tensor, float]:
@@ -122,8 +121,7 @@ def rope_frequencies(config: ModelConfig) -> tuple[torch.Tensor, float]:
     return plain / factor * ramp + plain * (1 - ramp), float(magnitude)
 
 
-# ---------------------------------------------------------------------- attention
-# plan
+# ---------------------------------------------------------------------- attention plan
 
 
 class Packed:

@@ -13,6 +13,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 
@@ -150,6 +151,11 @@ class Groups:
     statistics: dict[str, torch.Tensor]  # name -> value_BG, fp64, NaN where a sample has none
     texts: list[str]  # N; once gathered, on the main rank alone
 
+    @cached_property
+    def placed_BGR(self) -> torch.Tensor:
+        """The rewards as they are logged, with a number for LOWEST; of the groups of all ranks."""
+        return grpo.place_lowest(self.rewards_BGR)
+
     @property
     def truncated_N(self) -> list[bool]:
         return self.statistics["truncated"].bool().flatten().tolist()
@@ -266,12 +272,11 @@ def describe_text(prompt, c: Completion, tokenizer: Tokenizer) -> dict[str, floa
 
 def summarise(groups: Groups, rewards: list[Reward]) -> dict[str, float]:
     """Metrics of all samples: rewards, their spread within groups, lengths."""
-    raw_BGR = grpo.place_lowest(groups.rewards_BGR)
-    _, std, dead = grpo.group_spread(raw_BGR)
-    present_R, found = (~raw_BGR.isnan()).sum((0, 1)), groups.statistics
+    _, std, dead = grpo.group_spread(groups.placed_BGR)
+    present_R, found = (~groups.placed_BGR.isnan()).sum((0, 1)), groups.statistics
     out = {}
     for r, reward in enumerate(rewards):
-        total = raw_BGR[..., r].nansum().item()
+        total = groups.placed_BGR[..., r].nansum().item()
         out |= {f"reward/{reward.name}": total / (present_R[r].item() or math.nan),  # all missing: null
                 f"reward_std/{reward.name}": std[:, r].mean().item(),
                 f"dead_groups/{reward.name}": int(dead[:, r].sum()),
@@ -321,7 +326,7 @@ def training_samples(groups: Groups, advantage_BG: torch.Tensor, config) -> list
 
 def records(groups: Groups, prompts: list, rewards: list[Reward], **columns: list) -> list[dict]:
     """The lines of a rollouts file, one a sample, on the main rank. columns: more fields, N values each."""
-    rows = grpo.place_lowest(groups.rewards_BGR).flatten(0, 1).tolist()
+    rows = groups.placed_BGR.flatten(0, 1).tolist()
     G = groups.rewards_BGR.shape[1]
     return [{"prompt_id": prompts[i // G].id, "sample": i % G, "prompt": prompts[i // G].text, "text": text,
              "tokens": len(ids), "finish_reason": "length" if cut else "stop",

@@ -27,8 +27,8 @@ from data import prompts as prompt_data
 from data.tokenizer import Tokenizer
 from lib import distributed
 from lib.distributed import World, broadcast, raise_on_all_ranks
-from lib.files import ROOT, locate, read_jsonl, replace, write_jsonl
-from lib.options import Field, UserError, read_json
+from lib.files import ROOT, jsonl, locate, read_jsonl, replace, write_jsonl
+from lib.options import Field, UserError, environment, read_json
 from lib.wandb_log import Wandb, open_wandb
 
 # Options that may differ when a run is resumed: the steps do not depend on them.
@@ -154,7 +154,7 @@ def choose_folder(config, restarted: bool) -> Path:
 
 def open_run(config, inputs: Inputs, world: World) -> tuple[Path, tuple[Path, dict] | None]:
     """The run's folder, and its newest whole checkpoint with its state. Raises UserError on all ranks."""
-    restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))  # 0 on a node that has just come back
+    restarts = environment()["TORCHELASTIC_RESTART_COUNT"]  # 0 on a node that has just come back
     restarted, folder = distributed.largest({"restarts": restarts}, world)["restarts"] > 0, None
     with raise_on_all_ranks(world):
         folder = choose_folder(config, restarted) if world.main else None
@@ -221,7 +221,7 @@ def cut_back(folder: Path, step: int):
     metrics, records, steps = folder / "metrics.jsonl", [], set(range(1, step + 1))
     if metrics.exists():
         records = [record for record in read_jsonl(metrics, step=Field(int, 0)) if record["step"] <= step]
-        replace(metrics, "".join(json.dumps(record) + "\n" for record in records))
+        replace(metrics, jsonl(records))
     files = {(m[1], int(m[2])): file for file in (folder / "rollouts").iterdir()
              if (m := re.fullmatch(r"(step|eval)_(\d{6,})\.jsonl", file.name))}
     for file in (file for (_, of), file in files.items() if of > step):

@@ -11,7 +11,6 @@ no question to a judge is paid for twice.
 """
 
 import json
-import os
 import re
 import subprocess
 import sys
@@ -278,7 +277,7 @@ def check(config: Config):
                         "and written: 2,8")
     if config.baselines and config.benchmark != "arena":
         raise UserError(f"baselines are opponents in arena, not in {config.benchmark}: leave them out")
-    if (here := int(os.environ.get("LOCAL_WORLD_SIZE", 1))) % config.tp:
+    if (here := options.environment()["LOCAL_WORLD_SIZE"] or 1) % config.tp:
         raise UserError(f"tp {config.tp} does not divide the {here} processes of a node")
 
 

@@ -216,10 +216,10 @@ def compare(steps: list[tuple], chosen: list[scoring.Reward], config: Config) ->
                                key=lambda c: -abs(c["advantage"][1] - c["advantage"][0]))[:MOST]}
 
 
-def excerpt(text: str, first: int = 150, last: int = 80) -> str:
+def excerpt(text: str) -> str:
     """Its answer body, or all of it, on one line; the middle left out."""
     text = " ".join((structure(text)[2] or text).split())
-    return text if len(text) <= first + last else f"{text[:first]} [...] {text[-last:]}"
+    return text if len(text) <= 230 else f"{text[:150]} [...] {text[-80:]}"
 
 
 def show(result: dict) -> str:
