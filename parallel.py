@@ -191,12 +191,12 @@ def publish(trainer: Qwen2, sampler: Qwen2) -> int:
     sent, received = ({name: head.new_zeros((), dtype=torch.int64) for name in target} for _ in range(2))
     for bucket in buckets(trainer):
         sizes = [piece.rows * piece.local.shape[1] for piece in bucket]
-        mine = head.new_empty(sum(sizes))
-        for piece, part in zip(bucket, mine.split(sizes)):
+        local = head.new_empty(sum(sizes))
+        for piece, part in zip(bucket, local.split(sizes)):
             part = part.view(piece.rows, -1)[:len(piece.local)].copy_(piece.local)
             sent[piece.name] += bits(part, *piece.first)
-        gathered = DTensor.from_local(mine, mesh, [Shard(0)]).full_tensor() if mesh else mine
-        for piece, part in zip(bucket, gathered.view(-1, len(mine)).split(sizes, dim=1)):
+        gathered = DTensor.from_local(local, mesh, [Shard(0)]).full_tensor() if mesh else local
+        for piece, part in zip(bucket, gathered.view(-1, len(local)).split(sizes, dim=1)):
             width, column = piece.local.shape[1], piece.first[1]
             whole, to = part.reshape(-1, width)[:piece.whole_rows], target[piece.name]
             to.view(len(to), -1)[:, column:column + width].copy_(
@@ -229,12 +229,12 @@ def agreement(sent: dict[str, torch.Tensor], received: dict[str, torch.Tensor], 
         if group is not None:
             dist.all_reduce(sum_P, group=group)
         sums.append(sum_P.tolist())
-    mine = sum((2 * i + 1) * number for i, number in enumerate(sums[0])) % 2**53
+    fingerprint = sum((2 * i + 1) * number for i, number in enumerate(sums[0])) % 2**53
     differ = [name for name, a, b in zip(sent, *sums) if a != b]
-    gathered = gather((mine, differ), None, dist.group.WORLD)
+    gathered = gather((fingerprint, differ), None, dist.group.WORLD)
     for rank, (number, names) in enumerate(gathered):
         if names or number != gathered[0][0]:
             what = f"the sampler's {names[0]} is not the trainer's" if names else "weights are not rank 0's"
             raise UserError(f"publish: on rank {rank} {what}. A machine or a change of the code is at "
                             "fault; the same command goes on from the last checkpoint")
-    return mine
+    return fingerprint

@@ -64,8 +64,8 @@ def length_reward(words: int, lo: int, hi: int) -> float:
         return words / lo
     if words <= hi:
         return 1.0
-    most = max(1.5 * hi, hi + 20)
-    return max(0.0, (most - words) / (most - hi))
+    zero_at = max(1.5 * hi, hi + 20)
+    return max(0.0, (zero_at - words) / (zero_at - hi))
 
 
 def length(completion, prompt) -> float | None:

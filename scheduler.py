@@ -277,11 +277,11 @@ class Scheduler:
         rest = sorted(((s.remaining, len(s.pages) - s.shared)
                        for s in (*self.running, *coming, *starters)), reverse=True)
         own = sum(pages for _, pages in rest)
-        most = 0
+        peak = 0
         for k, (remaining, pages) in enumerate(rest, 1):
             own -= pages  # of those that end before the k-th
-            most = max(most, k * (self.pages.needed(remaining) + 1) - own)
-        return most
+            peak = max(peak, k * (self.pages.needed(remaining) + 1) - own)
+        return peak
 
     def fork(self, step: Step):
         """Gives rows to samples of prefilled prefixes while every running sequence can get one more page."""
@@ -343,9 +343,9 @@ def assign(expected: list[int], ranks: int) -> list[list[int]]:
     """Indices of the groups that each rank samples, equally many on each: longest expected output first, each
     to the rank with the least expected tokens so far."""
     shares, load = [[] for _ in range(ranks)], [0] * ranks
-    most = -(-len(expected) // ranks)
+    per_rank = -(-len(expected) // ranks)
     for i in sorted(range(len(expected)), key=lambda i: -expected[i]):
-        rank = min((r for r in range(ranks) if len(shares[r]) < most), key=lambda r: load[r])
+        rank = min((r for r in range(ranks) if len(shares[r]) < per_rank), key=lambda r: load[r])
         shares[rank].append(i)
         load[rank] += expected[i]
     return [sorted(share) for share in shares]

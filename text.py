@@ -225,10 +225,10 @@ def stuffing(answer: str, query: str) -> float | None:
     tokens, worst = TOKEN.findall(answer.casefold()), 0.0
     for i in range(0, max(1, len(tokens) - PASSAGE // 2), PASSAGE // 2):
         passage = tokens[i:i + PASSAGE]
-        taken = Counter(t for t in passage if t in terms)
-        taken.update({t: 2 * n for t, n in Counter(map("".join, zip(passage, passage[1:]))).items()
-                      if t in terms and CJK.match(t)})
-        worst = max([worst, *(n / max(len(passage), PASSAGE / 2) for n in taken.values())])
+        counts = Counter(t for t in passage if t in terms)
+        counts.update({t: 2 * n for t, n in Counter(map("".join, zip(passage, passage[1:]))).items()
+                       if t in terms and CJK.match(t)})
+        worst = max([worst, *(n / max(len(passage), PASSAGE / 2) for n in counts.values())])
     return falling(worst, *STUFFED)
 
 

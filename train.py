@@ -73,11 +73,11 @@ class Config:
     eps_high: float = None  # clip above (DAPO: 0.28); None: is_ratio's: 0.2 (the paper), GSPO 4e-4, cispo 4
     updates_per_batch: int = 1  # optimiser steps, each on its part of a step's groups; 1: strictly on-policy
     tis_cap: float = 2.0  # largest trainer/sampler ratio that weighs a token; 0: no correction
-    beta: float = 0.0  # weight of the KL to a reference policy (paper: 0, and then there is none)
+    beta: float = 0.0  # weight of the KL to a reference policy (paper: 0; then no reference is loaded)
     reference: str = ""  # its checkpoint folder; empty: `model`
     overlong: str = "keep"  # samples cut at max_new_tokens: keep, or mask (not specified by the paper)
     micro_batch_tokens: int = 16384  # tokens of a packed micro-batch on each rank
-    replicate: int = 1  # HSDP: so many copies of the weights, each sharded over its part of the GPUs
+    replicate: int = 1  # HSDP: copies of the weights, each sharded over its part of the GPUs
     recompute: bool = True  # recompute each layer's activations in backward: less memory, a third more time
     offload_activations: bool = False  # what recompute starts from, a layer's inputs, waits in host memory
     offload_optimizer: bool = False  # AdamW's moments, half of the training state, wait in host memory

@@ -67,7 +67,7 @@ def make(folder: Path, shape: str, tokenizer: Path) -> list[str]:
         vocabulary = raw["model"]["vocab"]
         vocabulary |= {f"<id{i}>": i for i in range(max(vocabulary.values()) + 1, 151665)}
         file.write_text(json.dumps(raw))
-    (path / "generation_config.json").write_text('{"eos_token_id": []}')
+    (path / "generation_config.json").write_text('{"eos_token_id": 151664}')
     texts = [f"Write story number {i} about a lamp in a harbour town." for i in range(8)]
     (folder / "prompts.jsonl").write_text("".join(json.dumps({"prompt": t}) + "\n" for t in texts))
     names = ("prompts_per_step", "group_size", "max_new_tokens", "micro_batch_tokens")

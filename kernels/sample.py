@@ -232,11 +232,11 @@ def pick(hidden, hidden_stride, weight, weight_stride, width, columns, peak, mas
     if t == 0.0:
         tile = tl.min(tl.where(highs == top, n, BLOCK_TILES), 0)
     rest = target - tl.max(tl.where(n < tile, cdf, 0.0), 0)
-    mine = tile - first_tile
+    local_tile = tile - first_tile
 
     i = tl.arange(0, TILE)
-    v = mine * TILE + i
-    real = (v >= 0) & (v < columns) & (mine < tiles)
+    v = local_tile * TILE + i
+    real = (v >= 0) & (v < columns) & (local_tile < tiles)
     c = tl.arange(0, BLOCK_C)
     z = tl.zeros((TILE, BLOCK_C), dtype=tl.float32)
     for start in tl.range(0, width, BLOCK_C, num_stages=3):
@@ -252,6 +252,6 @@ def pick(hidden, hidden_stride, weight, weight_stride, width, columns, peak, mas
     if t == 0.0:
         place = tl.min(tl.where(z == tl.max(z, 0), i, TILE), 0)
     drawn = tl.sum(tl.where(i == place, z, 0.0), 0)
-    owned = (mine >= 0) & (mine < tiles)
-    tl.store(token + s, tl.where(owned, first_id + (mine * TILE + place).to(tl.int64), 0))
+    owned = (local_tile >= 0) & (local_tile < tiles)
+    tl.store(token + s, tl.where(owned, first_id + (local_tile * TILE + place).to(tl.int64), 0))
     tl.store(logp + s, tl.where(owned, drawn - top - tl.log(total).to(tl.float32), 0.0))

@@ -7,19 +7,27 @@ from pathlib import Path
 # NumPy are imported, whose threads would only get in each other's way in matrices of this size.
 os.environ["OMP_NUM_THREADS"] = os.environ["OPENBLAS_NUM_THREADS"] = "1"
 
+import pytest  # noqa: E402
 import torch  # noqa: E402
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 torch.set_num_threads(1)
 importlib.import_module("bench.interpreter")  # before a test imports a kernel
 
-# Files that take longest come first, so that no worker is left alone with one of them at the end.
-LONGEST = ("test_run", "test_variants", "test_survival", "test_evaluate", "test_sharding", "test_errors")
+from tests.forks import Forks  # noqa: E402
+from tests.helpers import in_process  # noqa: E402
 
 
-def pytest_configure(config):
-    config.option.loadscopereorder = False  # xdist would begin with the files of the most tests
+@pytest.fixture(scope="session")
+def forks(tmp_path_factory):
+    forks = Forks(tmp_path_factory.mktemp("ranks"))
+    yield forks
+    forks.close()
 
 
-def pytest_collection_modifyitems(items):
-    items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST))
+@pytest.fixture(scope="session")
+def undisturbed(tmp_path_factory) -> Path:
+    """The folder of a run of six steps on one rank, with an evaluation and a checkpoint every second."""
+    folder = tmp_path_factory.mktemp("runs") / "undisturbed"
+    in_process(folder, "--steps", "6")
+    return folder

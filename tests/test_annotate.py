@@ -20,7 +20,7 @@ from lib import endpoint
 from lib.options import UserError
 from scripts import annotate, convert
 from tests.fake_endpoint import FakeEndpoint
-from tests.launch import ROOT
+from tests.helpers import ROOT
 
 QUERIES = [{"id": f"q{i}", "prompt": f"Write a report of {i}00 words." if i % 3 else f"写一篇{i}00字的报告"}
            for i in range(1, 25)]

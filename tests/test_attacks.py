@@ -9,7 +9,7 @@ import pytest
 
 from rewards import count_words, format_reward, format_words
 from tests import attacks
-from tests.test_rewards import asked, said
+from tests.helpers import asked, said
 
 
 @pytest.fixture(scope="module")

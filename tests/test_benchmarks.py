@@ -11,7 +11,7 @@ from evaluation import benchmarks
 from evaluation.benchmarks import DIMENSIONS, RANGES, Record, parse, questions, read
 from evaluation.scores import aggregate, game, text_means
 from lib.options import UserError
-from tests.launch import ROOT
+from tests.helpers import ROOT
 from text import length_score, statistics
 
 SHARED = ROOT.parent / "shared" / "data"

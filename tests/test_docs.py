@@ -1,13 +1,14 @@
 """README and docs name only files, functions, options, links and metrics that exist."""
 
 import ast
+import json
 import re
 from functools import cache
 from pathlib import Path
 
 import pytest
 
-from tests.launch import ROOT
+from tests.helpers import ROOT
 
 FILES = [*(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "bench/README.md")),
          *sorted(ROOT.glob("docs/*.md"))]
@@ -207,6 +208,12 @@ def test_the_table_of_metrics_is_what_the_code_writes():
     assert unwritten_metrics(text) == []
     assert undocumented_metrics(text, {key for key in keys() if "/" in key}) == []
     assert len(first_column(section(text, "Metrics"))) > 50, "the table is found"
+
+
+def test_the_table_of_metrics_has_those_of_a_run(undisturbed):
+    text = (ROOT / "docs/running.md").read_text(encoding="utf-8")
+    lines = [json.loads(line) for line in (undisturbed / "metrics.jsonl").read_text().splitlines()]
+    assert undocumented_metrics(text, {name for line in lines for name in line}) == []
 
 
 def test_the_tables_of_options_name_options():

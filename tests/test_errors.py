@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 import rewards
 import run
 import train
-from tests.test_run import ROOT, SMALL, equal, in_process, metrics, rollouts, tensors
+from tests.helpers import ROOT, SMALL, equal, in_process, metrics, rollouts, tensors
 
 BASE = ROOT / "data" / "tiny" / "base"
 

@@ -5,7 +5,6 @@ import hashlib
 import json
 import os
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -19,33 +18,18 @@ from evaluation.source import fingerprint
 from lib import endpoint
 from scripts import evaluate, export
 from tests.fake_endpoint import FakeEndpoint
-from tests.launch import ROOT, torchrun
-from tests.test_run import in_process
+from tests.helpers import ROOT, in_process
 from text import split
 
 SHARED = ROOT.parent / "shared" / "data"
 RECORDS = [{"id": f"r{i}", "prompt": f"Write a story of {20 + i} words about Vean and Rura." if i % 3 else
             f"写一篇{20 + i}字的故事", "type": "story", "length": 20 + i} for i in range(24)]
-FORKS = """
-import json, os, signal, sys
-from lib import endpoint; import scripts.evaluate as evaluate
-signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's background jobs ignore
+PRELUDE = """
+import os, signal
+from lib import endpoint
+from scripts import evaluate
+signal.signal(signal.SIGINT, signal.default_int_handler)
 endpoint.BACK_OFF = endpoint.PAUSE = 0.02
-for line in sys.stdin:
-    life = json.loads(line)
-    if not (pid := os.fork()):
-        out, code = os.open(life["log"], os.O_CREAT | os.O_WRONLY | os.O_TRUNC), 0
-        os.dup2(out, 1), os.dup2(out, 2)
-        sys.argv = ["evaluate", *life["argv"]]
-        exec(life["code"])
-        try:
-            evaluate.main()
-        except SystemExit as e:
-            code = e.code
-        sys.stdout.flush()
-        os._exit(code)
-    print(pid, flush=True)
-    print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
 """
 
 
@@ -92,21 +76,19 @@ def run(monkeypatch, capsys):
 
 
 @pytest.fixture(scope="module")
-def start(tmp_path_factory):
-    """start(folder, code, **options) -> (pid, wait); wait() -> (exit code, what it said). Forked from one
-    process that has imported everything; `code` runs first."""
-    log = tmp_path_factory.mktemp("log") / "log"
-    server = subprocess.Popen([sys.executable, "-c", FORKS], cwd=ROOT, text=True, stdin=subprocess.PIPE,
-                              stdout=subprocess.PIPE, env=os.environ | {"OMP_NUM_THREADS": "1"})
-
+def start(forks):
+    """start(folder, code, **options) -> (pid, wait); wait() -> (exit code, what it said). `code` runs
+    first."""
     def begin(folder: Path, code: str = "", **given):
-        life = {"log": str(log), "code": code, "argv": options(folder, **given)}
-        print(json.dumps(life), file=server.stdin, flush=True)
-        return int(server.stdout.readline()), lambda: (int(server.stdout.readline()), log.read_text())
+        (pid,), wait = forks.start(*options(folder, **given), main="scripts.evaluate", code=PRELUDE + code)
 
-    yield begin
-    server.stdin.close()
-    server.wait()
+        def alone() -> tuple[int, str]:
+            (code,), (said,) = wait()
+            return code, said
+
+        return pid, alone
+
+    return begin
 
 
 def result(folder: Path) -> dict:
@@ -309,7 +291,7 @@ def test_what_was_judged_by_one_is_not_mixed_with_another(data, tmp_path, run):
 # ---------------------------------------------------------------------- answers
 
 
-def test_answers_depend_on_seed_and_id_not_on_order_or_ranks(data, tmp_path, run):
+def test_answers_depend_on_seed_and_id_not_on_order_or_ranks(data, tmp_path, run, forks):
     """What another number of ranks had begun is taken over. A checkpoint judges alike on any number, too."""
     judge = dict(judge="data/tiny/base", tries=1, judge_settings='{"max_tokens": 4, "temperature": 1}')
     assert run(tmp_path / "one", **judge)[0] == 0
@@ -318,7 +300,8 @@ def test_answers_depend_on_seed_and_id_not_on_order_or_ranks(data, tmp_path, run
     (tmp_path / "two").mkdir()
     (tmp_path / "two/settings.json").write_bytes((tmp_path / "one/settings.json").read_bytes())
     jsonl(tmp_path / "two/answers.part-3.jsonl", [one["r5"] | {"marked": True}])
-    torchrun(2, ROOT / "scripts/evaluate.py", *options(tmp_path / "two", **judge))
+    codes, said = forks.start(*options(tmp_path / "two", **judge), ranks=2, main="scripts.evaluate")[1]()
+    assert codes == [0, 0], said
     assert files(tmp_path / "two")[1] == files(tmp_path / "one")[1] != b""
     two = read(tmp_path / "two/answers.jsonl")
     assert two[5].pop("marked") and two == [*one.values()] and result(tmp_path / "two")["scores"]

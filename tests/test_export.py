@@ -16,8 +16,7 @@ from data.tokenizer import FILES, Tokenizer
 from lib import weights
 from sampler import Request, Sampler
 from scripts import export
-from tests.test_model import write_qwen3
-from tests.test_run import ROOT, in_process, obeys_umask, tensors
+from tests.helpers import ROOT, in_process, obeys_umask, tensors, write_qwen3
 
 
 @pytest.fixture(scope="module")

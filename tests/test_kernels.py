@@ -460,13 +460,13 @@ def test_every_kernel_compiles_for_three_generations_of_gpus_within_their_limits
 
 SPLIT_HEAD = """
 import sys
-import bench.interpreter
 import torch
 import torch.distributed as dist
 from kernels import backend
 from kernels.sample import head_draw
+from lib import distributed
 
-dist.init_process_group("gloo")
+distributed.setup("cpu")
 rank, size = dist.get_rank(), dist.get_world_size()
 generator = torch.Generator().manual_seed(0)
 hidden, weight = torch.randn(9, 24, generator=generator), torch.randn(201, 24, generator=generator) / 3
@@ -482,21 +482,14 @@ for fused in (False, True):
         assert torch.equal(found[0], right[0]), (found[0], right[0])
         torch.testing.assert_close(found[1], right[1], rtol=1e-5, atol=1e-5)
 print("equal", flush=True)
-dist.destroy_process_group()
+distributed.close()
 """
 
 
-def test_a_head_split_over_ranks_gives_the_same_draws(tmp_path):
+def test_a_head_split_over_ranks_gives_the_same_draws(forks):
     """Reference and kernels; 185 valid ids of 201, so that the last slice is cut; a slice of 67 ids is a tile
     and a bit of the next."""
-    script = tmp_path / "split_head.py"
-    script.write_text(SPLIT_HEAD)
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=3"]
-    done = subprocess.run([*launch, str(script)], cwd=ROOT, capture_output=True, text=True,
-                          env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1",
-                                            "CUDA_VISIBLE_DEVICES": ""})
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.count("equal") == 3
+    assert all("equal" in said for said in forks.run(SPLIT_HEAD, ranks=3))
 
 
 @pytest.mark.parametrize("kernel, itemsize, size, found", [

@@ -20,15 +20,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import model as qwen
 import parallel
-from data.tokenizer import Tokenizer, copy_files
+from data.tokenizer import Tokenizer
 from lib import distributed
 from lib.options import UserError
-from tests.launch import ROOT
+from tests.helpers import KINDS, TINY, YARN, assert_same_bits, random_model, random_tokens
 
-TINY = {"vocab_size": 131, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
-        "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 128,
-        "rms_norm_eps": 1e-6, "rope_theta": 1e6, "tie_word_embeddings": False, "initializer_range": 0.02}
-YARN = {"factor": 4.0, "original_max_position_embeddings": 32}  # and "type" or "rope_type"
 LONG = [100, 3, 45]  # two of three longer than YaRN's original context
 
 # changes to TINY in config.json, None deletes; `lengths`, `n_valid` and `max_shard_bytes` belong to the test
@@ -67,10 +63,6 @@ CASES = {
                            "num_key_value_heads": 5, "rope_scaling": {"rope_type": "yarn", **YARN},
                            "lengths": LONG},  # heads that do not divide hidden_size
 }
-KINDS = {"untied": {}, "tied": {"tie_word_embeddings": True},
-         "Qwen3 untied": {"qk_norm": True, "head_dim": 32},
-         "Qwen3 tied": {"qk_norm": True, "head_dim": 8, "tie_word_embeddings": True},
-         "yarn": {"rope_scaling": {"rope_type": "yarn", **YARN}}}
 
 
 def write_config(path, **changes):
@@ -80,17 +72,6 @@ def write_config(path, **changes):
     (path / "config.json").write_text(text)
 
 
-def random_model(seed=0, dtype=torch.float32, scale=0.02, **fields):
-    """A tiny model, matrices N(0, scale), N(0, 0.2) added to biases and norm weights as made (0 and 1)."""
-    model = qwen.Qwen2(qwen.ModelConfig(**{**TINY, **fields}))
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            noise = torch.randn(p.shape, generator=generator)
-            p.copy_(scale * noise if p.dim() > 1 else 0.2 * noise + (1.0 if "norm" in name else 0.0))
-    return model.to(dtype)
-
-
 def write_checkpoint(path, seed=0, dtype=torch.float32, max_shard_bytes=2**30, **changes):
     """A random checkpoint; its config.json holds `changes` as they are, not as `save` would write them."""
     write_config(path, **changes)
@@ -98,14 +79,6 @@ def write_checkpoint(path, seed=0, dtype=torch.float32, max_shard_bytes=2**30, *
     fields = {name: getattr(config, name) for name in config.__dataclass_fields__}
     qwen.save(random_model(seed, dtype, **fields), path, max_shard_bytes)
     write_config(path, **changes)
-
-
-def write_qwen3(path):
-    """A random Qwen3 of data/tiny's vocabulary, with its tokenizer."""
-    fields = {"vocab_size": 1024, "max_position_embeddings": 2048, "tie_word_embeddings": True}
-    qwen.save(random_model(scale=0.1, head_dim=32, qk_norm=True, **fields), path)
-    copy_files(ROOT / "data/tiny/base", path)
-    return path
 
 
 def transformers_model(path, dtype=torch.float32):
@@ -129,10 +102,6 @@ def transformers_model(path, dtype=torch.float32):
     return model
 
 
-def random_tokens(n, vocabulary=131, seed=1):
-    return torch.randint(vocabulary, (n,), generator=torch.Generator().manual_seed(seed))
-
-
 def logits_of(model, tokens_T, lengths):
     return F.linear(model(tokens_T, qwen.packed(lengths)), model.head_weight)
 
@@ -143,13 +112,6 @@ def transformers_logits(model, tokens_T, lengths):
 
 def relative_error(x, exact):
     return ((x.double() - exact.double()).norm() / exact.double().norm()).item()
-
-
-def assert_same_bits(a, b):
-    a, b = dict(a.named_parameters()), dict(b.named_parameters())
-    assert a.keys() == b.keys()
-    for name in a:
-        assert a[name].dtype == b[name].dtype and torch.equal(a[name], b[name]), name
 
 
 # -------------------------------------------------------------------------------- parity

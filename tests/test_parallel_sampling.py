@@ -1,20 +1,22 @@
 """One engine over several ranks, and several engines side by side: the same samples as on one."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
 
 import model as qwen
+import parallel
 from bench.exactness import compare, split
 from data import prompts as prompt_data
 from data.tokenizer import Tokenizer
+from lib import distributed
 from lib.options import UserError
 from replica import check_tp, tp_slice
 from sampler import Sampler
 from scheduler import Request, assign
-from tests.launch import ROOT, torchrun
-from tests.test_model import write_qwen3
+from tests.helpers import ROOT, write_qwen3
 
 BASE = ROOT / "data" / "tiny" / "base"
 
@@ -36,41 +38,29 @@ def test_two_ranks_with_half_the_heads_each_draw_what_one_draws(family, requests
     assert 0 < found["gap_max"] < 1e-4  # 0 would say that nothing was split
 
 
-TWO_ENGINES = """
-import json, sys
-import torch, torch.distributed as dist
-import model as qwen, parallel
-from lib import distributed
-from replica import tp_slice
-from sampler import Sampler
-from scheduler import Request
-
-world = distributed.setup("cpu")
-group = parallel.tp_group(2)
-whole = qwen.load(sys.argv[1])
-model = qwen.Qwen2(whole.config, group).requires_grad_(False)
-parallel.publish(whole, model)
-engine = world.rank // 2
-requests = [Request(list(range(3, 40 + 7 * engine)), 2 + engine, 30 - 9 * engine, 0.8, seed=engine)]
-sampler = Sampler(model)
-out = sorted((c.sample_index, c.token_ids) for c in sampler.generate(requests))
-with open(f"{sys.argv[2]}/{world.rank}.json", "w") as f:  # lines of four processes mix on one stdout
-    json.dump(out, f)
-distributed.close()
-"""
+def one_of_two_engines(folder: str):
+    """What each of four ranks does."""
+    world = distributed.setup("cpu")
+    whole = qwen.load(BASE)
+    model = qwen.Qwen2(whole.config, parallel.tp_group(2)).requires_grad_(False)
+    parallel.publish(whole, model)
+    out = drawn(model, engine=world.rank // 2)
+    Path(folder, f"{world.rank}.json").write_text(json.dumps(out))
+    distributed.close()
 
 
-def test_two_engines_of_two_ranks_on_one_node_do_not_disturb_each_other(tmp_path):
+def drawn(model, engine: int) -> list:
+    request = Request(list(range(3, 40 + 7 * engine)), 2 + engine, 30 - 9 * engine, 0.8, seed=engine)
+    return sorted([c.sample_index, c.token_ids] for c in Sampler(model).generate([request]))
+
+
+def test_two_engines_of_two_ranks_on_one_node_do_not_disturb_each_other(forks, tmp_path):
     """Weights by `publish`, different requests and numbers of steps in each."""
-    script = tmp_path / "two_engines.py"
-    script.write_text(TWO_ENGINES)
-    torchrun(4, script, BASE, tmp_path)
+    forks.run(f"import tests.test_parallel_sampling as t; t.one_of_two_engines({str(tmp_path)!r})", ranks=4)
     ranks = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(4)]
     model = qwen.load(BASE)
     for engine in (0, 1):
-        request = Request(list(range(3, 40 + 7 * engine)), 2 + engine, 30 - 9 * engine, 0.8, seed=engine)
-        alone = sorted([c.sample_index, c.token_ids] for c in Sampler(model).generate([request]))
-        assert ranks[2 * engine] == ranks[2 * engine + 1] == alone
+        assert ranks[2 * engine] == ranks[2 * engine + 1] == drawn(model, engine)
 
 
 @pytest.mark.parametrize("qk_norm", [False, True])

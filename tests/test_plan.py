@@ -31,7 +31,7 @@ from lib.options import UserError
 from model import ModelConfig, Qwen2
 from scripts import plan as planner
 from scripts.plan import SHAPES, Machine, Plan
-from tests.launch import ROOT, torchrun
+from tests.helpers import ROOT
 from train import Config, parse
 
 SMALL = ModelConfig(1000, 140, 70, 3, 10, 2)  # nothing in it divides by 64
@@ -165,26 +165,20 @@ def test_the_peak_of_a_real_update_is_within_a_tenth_of_torchs_tracker(shape, le
     assert planned == pytest.approx(seen, rel=0.1)
 
 
-TWO_RANKS = """
-import json, sys
-from lib import distributed
-from tests.test_plan import CASES, measured
-world = distributed.setup("cpu")
-found = [measured(*CASES[0], recompute, world) for recompute in (False, True)]
-if world.main:
-    with open(sys.argv[1], "w") as f:
-        json.dump(found, f)
-distributed.close()
-"""
-
-
-def test_so_is_that_of_two_ranks(tmp_path):
+def test_so_is_that_of_two_ranks(forks, tmp_path):
     """Where layers are gathered from others and gradients reduced to them."""
-    script = tmp_path / "two_ranks.py"
-    script.write_text(TWO_RANKS)
-    torchrun(2, script, tmp_path / "out.json", timeout=120)
+    forks.run(f"import tests.test_plan as t; t.two_ranks({str(tmp_path / 'out.json')!r})", ranks=2)
     for planned, seen in json.loads((tmp_path / "out.json").read_text()):
         assert planned == pytest.approx(seen, rel=0.1)
+
+
+def two_ranks(out: str):
+    world = distributed.setup("cpu")
+    found = [measured(*CASES[0], recompute, world) for recompute in (False, True)]
+    if world.main:
+        with open(out, "w") as f:
+            json.dump(found, f)
+    distributed.close()
 
 
 class CudaNorm(torch.autograd.Function):

@@ -15,7 +15,7 @@ import rollout
 import train
 from lib.scoring import Remote, Reward, RewardError
 from rewards import batched, remote
-from tests.test_run import launch, metrics
+from tests.helpers import metrics
 
 LONG = 20  # seconds that a test waits for what must happen
 SMALL = ["--prompts_per_step", "2", "--group_size", "8", "--max_new_tokens", "24", "--unreachable",
@@ -131,13 +131,13 @@ def hangs_on_one_rank(completion, prompt):
     return place(completion)
 
 
-def test_a_call_that_hangs_is_given_up_and_keeps_no_process(tmp_path):
+def test_a_call_that_hangs_is_given_up_and_keeps_no_process(forks, tmp_path):
     """One rank speaks for all."""
     code = "import rewards, tests.test_remote as t; rewards.REWARDS['judge'] = (t.hangs_on_one_rank, 1.0)"
     start = time.monotonic()
-    done = launch(tmp_path / "run", ranks=2, code=code, small=SMALL)
-    assert done.returncode == 0 and time.monotonic() - start < 100, done.stderr
-    (line,) = [line for line in done.stderr.splitlines() if line.startswith("warning: step")]
+    codes, said = forks.train(tmp_path / "run", small=SMALL, ranks=2, code=code)
+    assert codes == [0, 0] and time.monotonic() - start < 100, said
+    (line,) = [line for line in "".join(said).splitlines() if line.startswith("warning: step")]
     assert "is missing for 2 samples, because it failed: 2 x not back 0.5 s after the last" in line
     record = json.loads((tmp_path / "run" / "metrics.jsonl").read_text())
     assert record["missing/judge"] == 2 and 0.3 < record["time/score"] < 20

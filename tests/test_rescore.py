@@ -12,10 +12,8 @@ import numpy as np
 import pytest
 
 import rewards
-import train
 from scripts import rescore
-from tests.test_run import ROOT
-from tests.test_variants import SMALL
+from tests.helpers import ROOT, in_process
 
 NAN = math.nan
 TEXT = "<think>A plan.</think><answer>{}</answer>"
@@ -24,7 +22,8 @@ TEXT = "<think>A plan.</think><answer>{}</answer>"
 @pytest.fixture(scope="module")
 def real(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("runs") / "real"
-    train.train(train.parse([*SMALL, "--run_dir", str(folder), "--steps", "2"]))
+    in_process(folder, "--steps", "2", "--eval_prompts", "", "--max_new_tokens", "64", "--lr",
+               "2e-3", "--warmup", "0")
     return folder
 
 

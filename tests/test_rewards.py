@@ -15,6 +15,7 @@ import text as text_module
 import train
 from lib.scoring import Reward, choose_rewards, score
 from rewards import REWARDS, count_words, format_reward, length, length_reward, repetition, structure
+from tests.helpers import asked, said
 
 ESSAY = """
 Chapter 1: The harbour. My grandfather kept two boats, one for the herring and one that he never explained
@@ -40,14 +41,6 @@ ZH_ESSAY = """
 """
 RULES = {name: Reward(name, *entry) for name, entry in REWARDS.items() if name != "writing"}
 LETTERS, HANZI = "abcdefgh", "春夏秋冬山水风"
-
-
-def said(text):
-    return SimpleNamespace(text=text)
-
-
-def asked(lo=None, hi=None, style="think"):
-    return SimpleNamespace(length_range=None if lo is None else (lo, hi), style=style)
 
 
 # ------------------------------------------------------------------------------------------ words

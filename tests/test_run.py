@@ -5,7 +5,6 @@ import os
 import runpy
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -21,63 +20,8 @@ import train
 from data.tokenizer import Tokenizer
 from lib import distributed, scoring
 from lib.progress import Progress
-from tests.test_docs import undocumented_metrics
+from tests.helpers import ROOT, SMALL, equal, in_process, launch, metrics, rollouts, tensors
 from text import length_score
-
-ROOT = Path(__file__).parent.parent
-SMALL = [
-    "--prompts_per_step", "2", "--group_size", "4", "--max_new_tokens", "48", "--unreachable", "keep",
-    "--eval_every", "2", "--save_every", "2", "--eval_prompts",
-    str(ROOT / "tests" / "eval_small.jsonl")
-]
-
-
-def in_process(folder: Path, *options: str, small=SMALL):
-    train.train(train.parse([*small, "--run_dir", str(folder), *options]))
-
-
-def launch(folder: Path, *options: str, ranks: int = 1, code: str = "", small=SMALL):
-    """train.py as a user starts it; `code` runs first in the same process, to stage an accident."""
-    arguments = [*small, "--run_dir", str(folder), *options]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    script = ROOT / "train.py"
-    if code:
-        script = folder.with_name(f"driver_of_{folder.name}.py")
-        script.write_text(f"{code}\nimport train; train.main()\n")
-    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] * (ranks > 1)
-    command = [sys.executable, *torchrun, str(script), *arguments]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-
-
-def metrics(folder: Path) -> list[dict]:
-    """A dict a step, its evaluation joined to it, without what depends on the machine or the number of
-    ranks."""
-    depends = ("time/", "tokens_per_second/", "memory/", "balance/")
-    by_step = {}
-    for line in (folder / "metrics.jsonl").read_text().splitlines():
-        m = json.loads(line)
-        assert not m.keys() & by_step.get(m["step"], {}).keys() - {"step"}, "no line twice"
-        by_step.setdefault(m["step"], {}).update((k, v) for k, v in m.items() if not k.startswith(depends))
-    return list(by_step.values())
-
-
-def rollouts(folder: Path) -> dict[str, str]:
-    return {f.name: f.read_text() for f in sorted((folder / "rollouts").iterdir())}
-
-
-def tensors(folder: Path, step: int) -> dict[str, torch.Tensor]:
-    files = sorted((folder / "checkpoints" / f"step_{step:06d}").rglob("*.safetensors"))
-    return {f"{f.parent.name}/{f.name}/{name}": t for f in files for name, t in load_file(f).items()}
-
-
-def obeys_umask(folder: Path) -> bool:
-    """Whether all files have the mode of one that was just created."""
-    (plain := folder.with_name("plain")).touch()
-    return {f.stat().st_mode for f in folder.rglob("*") if f.is_file()} == {plain.stat().st_mode}
-
-
-def equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
-    return len(a) > 0 and a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
 class FakeWandb(SimpleNamespace):
@@ -106,13 +50,6 @@ class FakeWandb(SimpleNamespace):
         self.calls.append("teardown")
 
 
-@pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("runs") / "undisturbed"
-    in_process(folder, "--steps", "6")
-    return folder
-
-
 def test_lengths_are_logged_with_and_without_cut_samples_and_thinking_apart(tmp_path):
     in_process(tmp_path / "run", "--steps", "1", "--max_new_tokens", "90", "--eval_prompts", "")
     (m,) = metrics(tmp_path / "run")
@@ -134,8 +71,6 @@ def test_the_folder_of_a_run_holds_what_docs_running_says(undisturbed):
     evaluated = [m for m in lines if "eval/reward/length" in m]
     assert [m["step"] for m in evaluated] == [0, 2, 4, 6], "lines of their own, after the step's"
     assert all(name == "step" or name.startswith("eval/") for m in evaluated for name in m)
-    page = (ROOT / "docs" / "running.md").read_text(encoding="utf-8")
-    assert undocumented_metrics(page, {name for m in lines for name in m}) == []
     for m in (m for m in lines if m not in evaluated):
         expected = {
             "step", "loss", "grad_norm", "skipped_updates", "entropy", "clip_share", "gap/mean", "gap/max",
@@ -206,10 +141,10 @@ def test_an_evaluation_leaves_the_run_bit_for_bit_as_it_was(undisturbed, tmp_pat
     assert metrics(tmp_path / "with") == metrics(undisturbed)[:5]
 
 
-def test_evaluations_describe_the_texts_alike_on_any_number_of_ranks(undisturbed, tmp_path):
+def test_evaluations_describe_the_texts_alike_on_any_number_of_ranks(undisturbed, forks, tmp_path):
     """Three prompts on two ranks: a mean of means would be another number."""
-    done = launch(tmp_path / "two", "--steps", "1", ranks=2)
-    assert done.returncode == 0, done.stderr
+    codes, said = forks.train(tmp_path / "two", "--steps", "1", small=SMALL, ranks=2)
+    assert codes == [0, 0], said
     one, two = ({k: v for k, v in metrics(run)[0].items() if "reward" not in k}
                 for run in (undisturbed, tmp_path / "two"))
     assert one == two and {"eval/S_l", "eval/repetition", "eval/distinct_2", "eval/structure",
@@ -246,11 +181,12 @@ KILLS = {
 
 
 @pytest.mark.parametrize("moment", KILLS)
-def test_a_kill_while_a_checkpoint_is_written_loses_nothing_before_it(undisturbed, tmp_path, moment):
+def test_a_kill_while_a_checkpoint_is_written_loses_nothing_before_it(undisturbed, forks, tmp_path, moment):
     """Killed at the second checkpoint; the same command goes on from the first and ends as if nothing had
     happened."""
-    killed = launch(tmp_path / "run", "--steps", "6", code=ACCIDENT.format(**KILLS[moment]))
-    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    codes, said = forks.train(tmp_path / "run", "--steps", "6", small=SMALL,
+                              code=ACCIDENT.format(**KILLS[moment]))
+    assert codes == [-signal.SIGKILL], said
     assert [m["step"] for m in metrics(tmp_path / "run")] == list(range(5))
     in_process(tmp_path / "run", "--steps", "6")
     assert metrics(tmp_path / "run") == metrics(undisturbed)
@@ -359,13 +295,13 @@ def test_a_reward_that_fails_is_missing_and_training_goes_on(tmp_path, monkeypat
     assert sum(r["rewards"]["moody"] is None and r["advantages"]["moody"] == 0 for r in records) == 2
 
 
-def test_one_and_two_ranks_sample_the_same_texts_and_take_the_same_step(tmp_path):
+def test_one_and_two_ranks_sample_the_same_texts_and_take_the_same_step(forks, tmp_path):
     """Also for other numbers of micro-batches and of concurrent sequences."""
     alike = ["--steps", "1", "--max_new_tokens", "150", "--group_size", "16", "--reward", "length,format"]
     other = ["--micro_batch_tokens", "300", "--max_sequences", "3"]
     for name, ranks, options in (("one", 1, []), ("two", 2, other)):
-        done = launch(tmp_path / name, *alike, *options, ranks=ranks)
-        assert done.returncode == 0, done.stderr
+        codes, said = forks.train(tmp_path / name, *alike, *options, small=SMALL, ranks=ranks)
+        assert codes == [0] * ranks, said
     one, two = (rollouts(tmp_path / name)["step_000001.jsonl"].splitlines() for name in ("one", "two"))
     assert len(one) == 32
     for a, b in zip(map(json.loads, one), map(json.loads, two), strict=True):
@@ -378,7 +314,7 @@ def test_one_and_two_ranks_sample_the_same_texts_and_take_the_same_step(tmp_path
 
 def test_the_rewards_of_the_default_rise(tmp_path):
     """Fourteen steps of what a user starts first: all three must be well on their way."""
-    done = launch(tmp_path / "run", "--steps", "14", "--eval_prompts", "", ranks=2, small=[])
+    done = launch(2, "train.py", "--run_dir", tmp_path / "run", "--steps", "14", "--eval_prompts", "")
     assert done.returncode == 0, done.stderr
     steps = metrics(tmp_path / "run")
     for name in ("format", "length", "writing"):
@@ -388,7 +324,7 @@ def test_the_rewards_of_the_default_rise(tmp_path):
 
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_bad_input_ends_with_one_sentence_and_code_2(tmp_path, ranks):
-    done = launch(tmp_path / "run", "--learning_rate", "1", ranks=ranks)
+    done = launch(ranks, "train.py", "--run_dir", tmp_path / "run", "--learning_rate", "1")
     assert done.returncode == (2 if ranks == 1 else 1)  # torchrun answers 1 whatever its workers say
     assert done.stderr.count("error: command line: there is no option 'learning_rate'") == 1 and not (
         tmp_path / "run").exists()

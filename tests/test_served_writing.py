@@ -20,8 +20,7 @@ from lib import endpoint
 from lib.options import UserError
 from scripts import plan
 from tests.fake_endpoint import FakeEndpoint
-from tests.launch import ROOT
-from tests.test_run import metrics
+from tests.helpers import ROOT, metrics
 
 SMALL = ["--prompts_per_step", "2", "--group_size", "8", "--max_new_tokens", "64", "--unreachable", "keep",
          "--eval_prompts", "", "--save_every", "100", "--reward", "writing"]

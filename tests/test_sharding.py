@@ -1,5 +1,6 @@
 """Several processes against one: loss, gradients, weights read, published and saved, and memory."""
 
+import ctypes
 import json
 import math
 import sys
@@ -20,14 +21,14 @@ from lib.options import UserError
 from replica import tp_slice
 from run import Clock
 from tests import resident
-from tests.launch import ROOT, torchrun
-from tests.test_run import equal, in_process, metrics, rollouts, tensors
+from tests.helpers import ROOT, equal, in_process, metrics, rollouts, tensors
 
 BASE = ROOT / "data" / "tiny" / "base"
 # On 4 ranks no dimension is cut evenly, and the last ranks have no row of some tensors.
 ODD = qwen.ModelConfig(37, 10, 9, 3, 5, 1)
 CONFIG = train.Config(micro_batch_tokens=260, clip_grad=1e9, loss="sequence")
 LENGTHS = [200, 180, 60, 250, 90, 40, 3]  # of samples
+M_MMAP_THRESHOLD = -3  # of <malloc.h>
 UPDATES = [[0, 1, 2, 3, 4, 5], [6, 1]]  # in the second, two of four ranks have none
 
 
@@ -65,6 +66,7 @@ def replica(config: qwen.ModelConfig, group=None, dtype=torch.float32) -> qwen.Q
 
 def worker(folder: Path):
     """What each rank does: `folder` holds the checkpoint `odd`, and then what the tests compare."""
+    ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 65536)  # what is freed is not resident any more
     world, found = distributed.setup("cpu"), {}
     if world.size == 2:  # of `odd` only so that all of torch is there that is loaded at first use
         found["memory"] = [resident.measure(folder / name, world) for name in ("odd", "deep", "wide")][1:]
@@ -110,15 +112,13 @@ def staged_errors(model, sampler, world):
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
+def folder(forks, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("sharding")
     qwen.save(qwen.Qwen2(ODD).init_weights_(0), folder / "odd")
-    script = folder / "ranks.py"
-    script.write_text("import pathlib, sys, tests.test_sharding as t; t.worker(pathlib.Path(sys.argv[1]))")
     resident.write(folder / "deep", 30, vocabulary=1000, hidden=512)
     resident.write(folder / "wide", 30, vocabulary=20000, hidden=256)
-    for ranks in (2, 4):  # what is freed is not resident any more
-        torchrun(ranks, script, folder, MALLOC_MMAP_THRESHOLD_="65536")
+    for ranks in (2, 4):
+        forks.run(f"import pathlib, tests.test_sharding as t; t.worker(pathlib.Path({str(folder)!r}))", ranks)
     return folder
 
 

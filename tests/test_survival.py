@@ -28,94 +28,39 @@ import train
 from bench.chaos import children, differences
 from lib import distributed
 from lib.options import UserError
-from tests.test_run import ROOT, SMALL, equal, in_process, metrics, rollouts, tensors
+from tests.helpers import ROOT, SMALL, equal, in_process, metrics, rollouts, tensors
 
 BASE = ROOT / "data" / "tiny" / "base"
 QUICK = [*SMALL, "--max_new_tokens", "32", "--group_size", "2", "--prompts_per_step", "4", "--eval_prompts",
          "", "--seed", "1", "--steps", "4", "--micro_batch_tokens", "400", "--prompts",
          str(ROOT / "data" / "tiny" / "eval_prompts.jsonl")]
 
-FORKS = """
+PRELUDE = """
 import json, os, signal, sys, time
 import torch, torch.distributed as dist
 import train, run as run_folder, checkpoints, parallel, rewards, rollout
 from lib import distributed
 from bench.chaos import strike
 from sampler import Sampler
-
-torch.set_num_threads(1)
-for number in (signal.SIGINT, signal.SIGHUP):  # a shell in the background, or nohup, may ignore them
-    signal.signal(number, signal.SIG_DFL)
-(told, tell), (over, end) = os.pipe(), os.pipe()
-if not os.fork():  # the store's thread must not hold a lock while a rank is forked
-    os.close(end)
-    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    os.write(tell, str(store.port).encode())
-    os.read(over, 1)  # until all others have ended
-    os._exit(0)
-port = int(os.read(told, 9))
-for restarts, line in enumerate(sys.stdin):
-    life = json.loads(line)
-    world = {"WORLD_SIZE": life["ranks"], "LOCAL_WORLD_SIZE": life["ranks"], "MASTER_ADDR": "127.0.0.1",
-             "MASTER_PORT": port, "TORCHELASTIC_USE_AGENT_STORE": "True",
-             "TORCHELASTIC_RESTART_COUNT": restarts}
-    pids, codes = [], {}
-    for rank in range(life["ranks"]):
-        if pid := os.fork():
-            pids.append(pid)
-            continue
-        out = os.open(f"{life['log']}.{rank}", os.O_CREAT | os.O_WRONLY | os.O_TRUNC)
-        os.dup2(out, 1), os.dup2(out, 2)
-        os.environ.update({k: str(v) for k, v in (world | {"RANK": rank, "LOCAL_RANK": rank}).items()})
-        sys.argv, code = ["train.py", *life["argv"]], 0
-        try:
-            exec(life["code"], {**globals(), "rank": rank})
-            train.main() if life["train"] else None
-        except SystemExit as e:
-            code = e.code
-        except BaseException:
-            import traceback; traceback.print_exc()
-            code = 1
-        sys.stdout.flush()
-        os._exit(code)
-    while len(codes) < len(pids):  # as torchrun: when one has failed, the others are told to stop
-        pid, status = os.wait()
-        codes[pid] = os.waitstatus_to_exitcode(status)
-        if codes[pid] and life["agent"]:
-            for other in set(pids) - set(codes):
-                os.kill(other, signal.SIGTERM)
-    print(json.dumps([codes[pid] for pid in pids]), flush=True)
 """
 
 
 @pytest.fixture(scope="module")
-def forks(tmp_path_factory):
-    """run(folder, *options, ranks, code): exit codes and what each rank said. `code` runs first, with the
-    number of its `rank`."""
-    logs = tmp_path_factory.mktemp("logs")
-    (logs / "forks.py").write_text(FORKS)
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    server = subprocess.Popen([sys.executable, str(logs / "forks.py")], env=environment, text=True,
-                              stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+def start(forks):
+    """start(folder, *options, ranks, code): exit codes and what each rank said. `code` runs first, with the
+    number of its `rank`; only: without train.py after it."""
+    def run(folder: Path, *options: str, ranks: int = 2, code: str = "", only: bool = False, **given):
+        return forks.train(folder, *options, small=QUICK, ranks=ranks, code=PRELUDE + code,
+                           main="" if only else "train", **given)
 
-    def run(folder: Path, *options: str, ranks: int = 2, code: str = "", only=False, agent=True):
-        life = {"ranks": ranks, "argv": [*QUICK, "--run_dir", str(folder), *options], "code": code,
-                "train": not only, "agent": agent, "log": str(logs / "log")}
-        server.stdin.write(json.dumps(life) + "\n")
-        server.stdin.flush()
-        codes = json.loads(server.stdout.readline())
-        return codes, [(logs / f"log.{rank}").read_text() for rank in range(ranks)]
-
-    yield run
-    server.stdin.close()
-    assert server.wait(30) == 0
+    return run
 
 
 @pytest.fixture(scope="module")
-def undisturbed(forks, tmp_path_factory) -> Path:
+def calm(start, tmp_path_factory) -> Path:
     """Four steps on two ranks, with a checkpoint every second."""
-    folder = tmp_path_factory.mktemp("runs") / "undisturbed"
-    codes, said = forks(folder)
+    folder = tmp_path_factory.mktemp("runs") / "calm"
+    codes, said = start(folder)
     assert codes == [0, 0], said
     return folder
 
@@ -152,11 +97,11 @@ def whole(checkpoint: Path) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("ranks", [1, 4])
-def test_what_two_ranks_saved_is_what_another_number_reads(forks, undisturbed, tmp_path, ranks):
+def test_what_two_ranks_saved_is_what_another_number_reads(start, calm, tmp_path, ranks):
     """And written: in as many files, each hashed by its rank."""
-    source = undisturbed / "checkpoints" / "step_000004"
+    source = calm / "checkpoints" / "step_000004"
     code = RESAVE.format(base=BASE, source=source, target=tmp_path)
-    codes, said = forks(tmp_path, ranks=ranks, code=code, only=True)
+    codes, said = start(tmp_path, ranks=ranks, code=code, only=True)
     assert codes == [0] * ranks, said
     (there,) = checkpoints.complete(tmp_path)
     a, b = whole(source), whole(there)
@@ -166,19 +111,19 @@ def test_what_two_ranks_saved_is_what_another_number_reads(forks, undisturbed, t
 
 
 @pytest.mark.parametrize("ranks", [1, 4])
-def test_a_run_of_two_ranks_goes_on_with_another_number(forks, undisturbed, tmp_path, ranks):
+def test_a_run_of_two_ranks_goes_on_with_another_number(start, calm, tmp_path, ranks):
     """The same prompts in every step, the same texts in the first; gradients differ by their rounding."""
-    folder = cut(undisturbed, tmp_path / "run", 2)
-    codes, said = forks(folder, ranks=ranks)
+    folder = cut(calm, tmp_path / "run", 2)
+    codes, said = start(folder, ranks=ranks)
     assert codes == [0] * ranks and "resumed after step 2" in said[0], said
-    ours, theirs = rollouts(folder), rollouts(undisturbed)
+    ours, theirs = rollouts(folder), rollouts(calm)
     assert ours.keys() == theirs.keys()
     for name in ours:
         a, b = ([json.loads(line) for line in x[name].splitlines()] for x in (ours, theirs))
         assert [r["prompt_id"] for r in a] == [r["prompt_id"] for r in b]
         if name <= "step_000003.jsonl":
             assert [r["text"] for r in a] == [r["text"] for r in b]
-    for a, b in zip(metrics(folder)[2:3], metrics(undisturbed)[2:3], strict=True):
+    for a, b in zip(metrics(folder)[2:3], metrics(calm)[2:3], strict=True):
         assert a["step"] == 3 and a["grad_norm"] > 0
         assert all(a[k] == pytest.approx(b[k], rel=1e-4, abs=1e-6) for k in a)
 
@@ -186,63 +131,63 @@ def test_a_run_of_two_ranks_goes_on_with_another_number(forks, undisturbed, tmp_
 # ---------------------------------------------------------------------- kills and signals
 
 
-def test_kills_at_any_moment_change_nothing(forks, undisturbed, tmp_path):
+def test_kills_at_any_moment_change_nothing(start, calm, tmp_path):
     """A rank is killed, the other told to stop, as torchrun does, and both are started again."""
     for victim, moment, nth in ((0, "rename", 2), (1, "sampling", 10), (0, "backward", 3)):
         start = time.monotonic()
-        codes, said = forks(tmp_path / "run", code=f"rank == {victim} and strike('{moment}', {nth})")
+        codes, said = start(tmp_path / "run", code=f"rank == {victim} and strike('{moment}', {nth})")
         assert codes[victim] == -signal.SIGKILL and codes[1 - victim] == 1, (moment, codes, said)
         assert time.monotonic() - start < 60, "the other rank does not wait for one that is gone"
         assert f"error: rank {1 - victim} in phase " in said[1 - victim], said
-    codes, said = forks(tmp_path / "run")
+    codes, said = start(tmp_path / "run")
     assert codes == [0, 0] and "resumed after step 2" in said[0], said
-    assert differences(tmp_path / "run", undisturbed) == []
+    assert differences(tmp_path / "run", calm) == []
 
 
 @pytest.mark.parametrize("sign, moment, nth", [("SIGTERM", "sampling", 45), ("SIGINT", "backward", 3)])
-def test_a_signal_keeps_the_last_step_and_both_ranks_end_with_0(forks, undisturbed, tmp_path, sign, moment,
+def test_a_signal_keeps_the_last_step_and_both_ranks_end_with_0(start, calm, tmp_path, sign, moment,
                                                                 nth):
     """Sent to one rank alone in the second step, between its micro-batches; no checkpoint is due."""
     code = f"rank == 1 and strike('{moment}', {nth}, signal.{sign})"
-    codes, said = forks(tmp_path / "run", "--save_every", "100", code=code)
+    codes, said = start(tmp_path / "run", "--save_every", "100", code=code)
     assert codes == [0, 0] and f"\nstopped by {sign}: step 1 is kept" in said[0] and not said[1], said
-    codes, said = forks(tmp_path / "run")
+    codes, said = start(tmp_path / "run")
     assert codes == [0, 0] and "resumed after step 1" in said[0], said
-    assert differences(tmp_path / "run", undisturbed) == []
+    assert differences(tmp_path / "run", calm) == []
 
 
-def test_ranks_that_share_a_sampler_stop_together(forks, tmp_path):
+def test_ranks_that_share_a_sampler_stop_together(start, tmp_path):
     """One is told in the middle of sampling: it cannot leave before the other."""
     shared = ["--tp", "2", "--steps", "3"]
-    assert forks(tmp_path / "calm", *shared)[0] == [0, 0]
+    assert start(tmp_path / "calm", *shared)[0] == [0, 0]
     told = "rank == 1 and strike('sampling', 45, signal.SIGTERM)"
-    codes, said = forks(tmp_path / "run", *shared, code=told)
+    codes, said = start(tmp_path / "run", *shared, code=told)
     assert codes == [0, 0] and "stopped by SIGTERM: step" in said[0], said
     stopped = len(metrics(tmp_path / "run"))
     assert stopped < 3
-    codes, said = forks(tmp_path / "run", *shared)
+    codes, said = start(tmp_path / "run", *shared)
     assert codes == [0, 0] and f"resumed after step {stopped}" in said[0], said
     assert differences(tmp_path / "run", tmp_path / "calm") == []
 
 
-def test_a_stop_during_an_evaluation_loses_neither_it_nor_the_step(forks, tmp_path):
+def test_a_stop_during_an_evaluation_loses_neither_it_nor_the_step(start, tmp_path):
     """The last step's line is written and its checkpoint saved; the evaluation is made on the next start."""
     evaluated = ["--eval_prompts", str(ROOT / "tests" / "eval_small.jsonl"), "--steps", "4"]
-    assert forks(tmp_path / "calm", *evaluated, ranks=1)[0] == [0]
-    codes, said = forks(tmp_path / "run", *evaluated, ranks=1, code="""
+    assert start(tmp_path / "calm", *evaluated, ranks=1)[0] == [0]
+    codes, said = start(tmp_path / "run", *evaluated, ranks=1, code="""
 real, calls = rollout.evaluate, []
 rollout.evaluate = lambda *a: (calls.append(1), len(calls) == 3 and os.kill(os.getpid(), 1), real(*a))[-1]""")
     assert codes == [0] and "stopped by SIGHUP: step 4 is kept" in said[0], said
     assert ["eval/truncated" in m for m in metrics(tmp_path / "run")] == [True, False, True, False, False]
-    codes, said = forks(tmp_path / "run", *evaluated, ranks=1)
+    codes, said = start(tmp_path / "run", *evaluated, ranks=1)
     assert codes == [0] and "resumed after step 4" in said[0] and "eval after step 4" in said[0], said
-    codes, said = forks(tmp_path / "run", *evaluated, ranks=1)
+    codes, said = start(tmp_path / "run", *evaluated, ranks=1)
     assert codes == [0] and "has finished its 4 steps" in said[0], said
     assert differences(tmp_path / "run", tmp_path / "calm") == []
 
 
-def test_ctrl_c_ends_at_once_when_it_is_the_second_and_a_signal_that_is_ignored_stays_so(forks, tmp_path):
-    codes, said = forks(tmp_path, ranks=1, only=True, code="""
+def test_ctrl_c_ends_at_once_when_it_is_the_second_and_a_signal_that_is_ignored_stays_so(start, tmp_path):
+    codes, said = start(tmp_path, ranks=1, only=True, code="""
 signal.signal(signal.SIGHUP, signal.SIG_IGN)
 watch = distributed.Watch()
 watch.start(None, 0, 1)
@@ -291,17 +236,17 @@ after({owner}, "{name}", "{wanted}")
 """
 
 
-def test_a_kill_between_any_two_writes_of_a_step_loses_nothing_and_repeats_nothing(forks, tmp_path):
+def test_a_kill_between_any_two_writes_of_a_step_loses_nothing_and_repeats_nothing(start, tmp_path):
     """Rollouts, the step's line, the checkpoint, the evaluation's texts and its line, in this order."""
     evaluated = ["--eval_prompts", str(ROOT / "tests" / "eval_small.jsonl"), "--eval_every", "2", "--steps",
                  "2", "--save_every", "1"]
-    assert forks(tmp_path / "calm", *evaluated, ranks=1)[0] == [0]
+    assert start(tmp_path / "calm", *evaluated, ranks=1)[0] == [0]
     for owner, name, wanted, resumed in (
             ("run_folder", "write_jsonl", "step_000002", 1), ("run_folder", "write_jsonl", "'step': 2", 1),
             ("os", "rename", "writing_000002", 1), ("run_folder", "write_jsonl", "eval_000002", 2),
             ("run_folder", "write_jsonl", "'step': 2, 'eval/", 2), ("", "", "", 2)):
         code = KILL_AFTER.format(owner=owner, name=name, wanted=wanted) if owner else ""
-        codes, said = forks(tmp_path / "run", *evaluated, ranks=1, code=code)
+        codes, said = start(tmp_path / "run", *evaluated, ranks=1, code=code)
         assert codes == [-signal.SIGKILL if owner else 0], (wanted, said)
         assert (tmp_path / "run" / "checkpoints").exists()
         assert f"resumed after step {resumed}" in said[0] or wanted in ("", "step_000002"), (wanted, said)
@@ -321,10 +266,10 @@ if rank == 1:
 """
 
 
-def test_ranks_that_sample_longer_than_timeout_end_no_run_and_hear_a_reward_that_raises(forks, tmp_path):
+def test_ranks_that_sample_longer_than_timeout_end_no_run_and_hear_a_reward_that_raises(start, tmp_path):
     """Rank 1 samples for some 13 s, rank 0 waits for it, and a collective may take 4."""
     options = ["--timeout", "4", "--steps", "1", "--reward", "length"]
-    codes, said = forks(tmp_path / "slow", *options, code=SLOW)
+    codes, said = start(tmp_path / "slow", *options, code=SLOW)
     assert codes == [0, 0] and "done: " in said[0], said
     raises = """
 def bad(completion, prompt):
@@ -335,7 +280,7 @@ if rank == 0:
     rewards.REWARDS["length"] = bad, 1.0
 """
     start = time.monotonic()
-    codes, said = forks(tmp_path / "bad", *options, code=SLOW + raises)
+    codes, said = start(tmp_path / "bad", *options, code=SLOW + raises)
     assert codes == [2, 2] and "reward 'length' raised KeyError ('mine')" in said[0], said
     assert time.monotonic() - start < 40
 
@@ -392,13 +337,13 @@ def wait_for(condition, seconds: float):
         time.sleep(0.05)
 
 
-def test_a_rank_that_is_waited_for_in_vain_ends_the_run_with_a_sentence(forks, tmp_path):
+def test_a_rank_that_is_waited_for_in_vain_ends_the_run_with_a_sentence(start, tmp_path):
     code = """
 def hangs(*a, real=train.backward):
     time.sleep(8 * rank)
     return real(*a)
 train.backward = hangs"""
-    codes, said = forks(tmp_path / "run", "--timeout", "3", code=code)
+    codes, said = start(tmp_path / "run", "--timeout", "3", code=code)
     assert codes == [1, 1]
     where = r"error: rank 0 in phase '(logprob|backward|update)' of step 1"
     assert re.search(rf"{where} has lost the others \(Timed out waiting 3000ms", said[0])
@@ -416,7 +361,7 @@ signal.alarm(60)
 ENDS_TOO = "rank {} ends too, and the same command goes on from the last checkpoint\n"
 
 
-def test_a_death_ends_the_rank_that_waits_for_the_dead_in_c_and_the_cause_is_said(forks, undisturbed,
+def test_a_death_ends_the_rank_that_waits_for_the_dead_in_c_and_the_cause_is_said(start, calm,
                                                                                   tmp_path):
     """As NCCL does. The run goes on, though nothing of it was in the hands of Python."""
     for victim, death, moment, nth, cause, other in (
@@ -430,13 +375,13 @@ def test_a_death_ends_the_rank_that_waits_for_the_dead_in_c_and_the_cause_is_sai
             (1, "signal.SIGKILL", "backward", 1, "^$", "error: a rank was killed: ")):
         code = f"{NCCL}from lib.options import UserError\n" \
                f"rank == {victim} and strike('{moment}', {nth}, {death})"
-        codes, said = forks(tmp_path / "run", "--save_every", "1", code=code)
+        codes, said = start(tmp_path / "run", "--save_every", "1", code=code)
         assert codes[victim] == {"U": 2, "s": -9}.get(death[0], 1) and codes[1 - victim] == 1, (codes, said)
         assert re.search(cause, said[victim]), said
         assert re.search(rf"(^|\n){other}{ENDS_TOO.format(1 - victim)}$", said[1 - victim]), said
-    codes, said = forks(tmp_path / "run")
+    codes, said = start(tmp_path / "run")
     assert codes == [0, 0] and "resumed after step" in said[0], said
-    assert differences(tmp_path / "run", undisturbed) == []
+    assert differences(tmp_path / "run", calm) == []
 
 
 def test_a_rank_that_is_out_of_memory_says_what_helps_in_its_phase():
@@ -451,7 +396,7 @@ def test_a_rank_that_is_out_of_memory_says_what_helps_in_its_phase():
     assert distributed.failure(ValueError("out of memory"), "start") == ""
 
 
-def test_a_rank_that_saves_or_computes_while_all_have_answered_a_signal_is_left_alone(forks, tmp_path):
+def test_a_rank_that_saves_or_computes_while_all_have_answered_a_signal_is_left_alone(start, tmp_path):
     """However long it takes to come to a check, and then to write."""
     slow = NCCL.replace("2.0", "1.0") + """
 stop.GRACE = 0.5
@@ -466,11 +411,11 @@ strike("backward", 3 if rank else 99, signal.SIGTERM)
 if rank == 0:
     train.backward = slowly
 """
-    codes, said = forks(tmp_path / "run", "--save_every", "100", code=slow)
+    codes, said = start(tmp_path / "run", "--save_every", "100", code=slow)
     assert codes == [0, 0] and "stopped by SIGTERM: step 1 is kept" in said[0] and not said[1], said
 
 
-def test_scripts_of_several_ranks_say_what_is_wrong_before_they_wait_for_each_other(forks, tmp_path):
+def test_scripts_of_several_ranks_say_what_is_wrong_before_they_wait_for_each_other(start, tmp_path):
     """Where a rank is gone, NCCL's goodbye never returns."""
     code = f"""
 import scripts.train_rm
@@ -479,9 +424,9 @@ scripts.train_rm.%s = lambda *a: 1 / rank and time.sleep(30)
 parallel.dist.destroy_process_group = signal.pause
 sys.argv = ["train_rm", "--device", "cpu", "--out", "{tmp_path}/out", "--pairs", "nowhere.jsonl"]
 scripts.train_rm.main()"""
-    codes, said = forks(tmp_path, only=True, code=code % "nothing")
+    codes, said = start(tmp_path, only=True, code=code % "nothing")
     assert codes == [2, -signal.SIGTERM] and said[0].startswith("error: ") and not said[1], (codes, said)
-    codes, said = forks(tmp_path, only=True, code=code % "split")
+    codes, said = start(tmp_path, only=True, code=code % "split")
     assert codes == [1, -signal.SIGTERM] and "\nZeroDivisionError: " in said[0] and not said[1], (codes, said)
 
 

@@ -22,8 +22,7 @@ from data.tiny.pairs import KINDS, pairs
 from data.tokenizer import Tokenizer
 from lib.options import UserError
 from scripts import pretrain, train_rm
-from tests.launch import ROOT
-from tests.test_run import obeys_umask
+from tests.helpers import ROOT, obeys_umask
 from text import count_words
 
 BASE = ROOT / "data/tiny/base"

@@ -29,7 +29,7 @@ from lib import distributed
 from lib.scoring import Reward
 from sampler import Completion
 from scheduler import Stats
-from tests.test_run import ROOT, metrics
+from tests.helpers import ROOT, metrics
 
 BASE = ROOT / "data" / "tiny" / "base"
 N_VALID, ROWS, C = 1024, 1030, 4  # ids of the tokenizer, rows of the head, width

@@ -11,7 +11,7 @@ import torch.distributed.checkpoint as dcp
 import model as qwen
 import rewards
 import train
-from tests.test_run import ROOT, launch, metrics, tensors
+from tests.helpers import ROOT, metrics, tensors
 
 MATRIX = [  # what test_update does not follow to the weights, and several at once of what it does
     ["--updates_per_batch", "2", "--is_ratio", "sequence", "--advantage", "gdpo", "--beta", "0.05",
@@ -144,8 +144,8 @@ PATCHY = "import rewards, tests.test_variants as t; rewards.REWARDS['patchy'] = 
 
 @pytest.mark.parametrize("loss, advantage, updates", [
     ("token", "per_reward", 1), ("sequence", "gdpo", 1), ("constant", "sum", 1), ("token", "gdpo", 4)])
-def test_an_update_is_the_same_on_two_ranks_and_in_any_micro_batches(loss, advantage, updates, tmp_path,
-                                                                     monkeypatch):
+def test_an_update_is_the_same_on_two_ranks_and_in_any_micro_batches(loss, advantage, updates, forks,
+                                                                     tmp_path, monkeypatch):
     """Masked, truncated and missing-reward samples among them, a KL, a correction for the sampler. With 4
     updates on two ranks most samples are trained elsewhere than they were written."""
     options = ["--steps", "1", "--prompts_per_step", "4", "--loss", loss, "--advantage", advantage,
@@ -158,8 +158,8 @@ def test_an_update_is_the_same_on_two_ranks_and_in_any_micro_batches(loss, advan
         if ranks == 1:
             train.train(train.parse([*SMALL, "--run_dir", str(folder), *given]))
         else:
-            done = launch(folder, *given, ranks=ranks, code=PATCHY, small=SMALL)
-            assert done.returncode == 0, done.stderr
+            codes, said = forks.train(folder, *given, small=SMALL, ranks=ranks, code=PATCHY)
+            assert codes == [0] * ranks, said
         texts = [json.loads(line) for line in (folder / "rollouts/step_000001.jsonl").open()]
         assert all((t["gap_mean"] is None) == (t["finish_reason"] == "length") for t in texts)
         weights, moments = (merged(folder, part, base, suffix)

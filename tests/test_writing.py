@@ -26,8 +26,7 @@ from lib import distributed, offload
 from lib.options import UserError
 from sampler import Completion
 from scripts import train_rm
-from tests.launch import ROOT, torchrun
-from tests.test_model import KINDS, TINY, assert_same_bits, random_tokens
+from tests.helpers import KINDS, ROOT, TINY, assert_same_bits, random_tokens
 
 BASE, DEFAULT = ROOT / "data/tiny/base", ROOT / "data/tiny/writing"
 LENGTHS = [5, 1, 37, 12]
@@ -106,16 +105,14 @@ def worker(folder: Path):
     distributed.close()
 
 
-def test_two_ranks_score_as_one_packed_as_one_by_one_and_save_the_same_bits(tmp_path, capsys):
+def test_two_ranks_score_as_one_packed_as_one_by_one_and_save_the_same_bits(forks, tmp_path, capsys):
     model = random_scorer()
     qwen.save(model, tmp_path / "rm")
     qwen.save(qwen.Qwen2(qwen.ModelConfig(**TINY)).init_weights_(0), tmp_path / "policy")
     for name, count in (("pairs", 6), ("eval", 8)):
         lines = [json.dumps(pair) + "\n" for pair in pairs(name, 60) if len(pair["chosen"]) < 200][:count]
         (tmp_path / f"{name}.jsonl").write_text("".join(lines))
-    script = tmp_path / "ranks.py"
-    script.write_text("import pathlib, sys, tests.test_writing as t; t.worker(pathlib.Path(sys.argv[1]))")
-    torchrun(2, script, tmp_path)
+    forks.run(f"import pathlib, tests.test_writing as t; t.worker(pathlib.Path({str(tmp_path)!r}))", ranks=2)
     rows, world = rows_of([9, 80, 3, 44, 10, 10, 31, 2, 50]), distributed.setup("cpu")
     with torch.no_grad():
         single = [model(torch.tensor(row), qwen.packed([len(row)])).item() for row in rows]
