@@ -112,9 +112,9 @@ class Checkpoints:
         every = self.config.save_every
         return step // every > self.saved // every or step == self.config.steps
 
-    def save(self, step: int):
+    def save(self, step: int, **more):
         state = {"step": step, "code": self.code, "inputs": self.inputs,
-                 "config": dataclasses.asdict(self.config)}
+                 "config": dataclasses.asdict(self.config), **more}
         self.clock.seconds["save"] = 0.0
         with self.clock("save"):
             save(self.folder, self.model, self.optimizer, state, self.world, self.config.keep_checkpoints,

@@ -137,11 +137,23 @@ def clip_grad_(model: Qwen2, max_norm: float) -> float:
     return norm
 
 
-def warmup_cosine(step: int, steps: int, warmup: int, peak: float) -> float:
-    """Learning rate of a step, counted from 0: linear warm-up, then cosine decay to 5 % of the peak."""
+def adamw(model: Qwen2, lr: float, weight_decay: float) -> torch.optim.AdamW:
+    """AdamW that decays matrices, and no vector."""
+    matrices = [p for p in model.parameters() if p.dim() > 1]
+    vectors = [p for p in model.parameters() if p.dim() < 2]
+    return torch.optim.AdamW([{"params": matrices, "weight_decay": weight_decay},
+                              {"params": vectors, "weight_decay": 0.0}], lr, betas=(0.9, 0.95), fused=True)
+
+
+def warmup_cosine(step: int, steps: int, warmup: int, peak: float, decay: float = 1.0,
+                  linear: bool = False) -> float:
+    """Learning rate of a step, counted from 0: linear warm-up, the peak, then cosine (or linear) decay to 5 %
+    of it over the last `decay` of the steps, by default all after warm-up."""
     if step < warmup:
         return peak * (step + 1) / warmup
-    return peak * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup))))
+    start = max(warmup, steps - round(decay * steps))
+    x = max(0, step - start) / max(1, steps - start)
+    return peak * (0.05 + 0.95 * (1 - x if linear else 0.5 * (1 + math.cos(math.pi * x))))
 
 
 # ---------------------------------------------------------------------- publish

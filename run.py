@@ -34,7 +34,7 @@ from lib.wandb_log import Wandb, open_wandb
 # Options that may differ when a run is resumed: the steps do not depend on them.
 MAY_DIFFER = {"run_dir", "resume", "steps", "save_every", "keep_checkpoints", "keep_every", "device", "wandb",
               "max_sequences", "replicate", "recompute", "offload_activations", "offload_optimizer",
-              "offload_reward_model", "timeout", "max_skipped"}
+              "offload_reward_model", "timeout", "max_skipped", "out", "peak_tflops"}
 
 # ---------------------------------------------------------------------- inputs
 
@@ -95,9 +95,9 @@ def differences(config, recorded: dict) -> list[str]:
             if k not in MAY_DIFFER and name(recorded.get(k)) != name(v)]
 
 
-def lock(folder: Path):
-    """Locks the folder until this process ends. Raises UserError if another process, even a stopped one,
-    holds the lock. It is a POSIX lock, which child processes do not inherit."""
+def lock(folder: Path, option: str = "run_dir"):
+    """Locks the folder that an option names until this process ends. Raises UserError if another process,
+    even a stopped one, holds the lock. It is a POSIX lock, which child processes do not inherit."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         file = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o666)  # never closed: that would unlock it
@@ -108,7 +108,7 @@ def lock(folder: Path):
         os.ftruncate(file, os.write(file, f"process {os.getpid()} on {socket.gethostname()}".encode()))
     except (BlockingIOError, PermissionError):
         raise UserError(f"{folder} is in use by {os.read(file, 999).decode()}: end that run first, or "
-                        "choose another run_dir") from None
+                        f"choose another {option}") from None
     except OSError as e:
         print(f"warning: {folder} cannot be locked ({e.strerror}): start no other run in it", file=sys.stderr,
               flush=True)
@@ -162,7 +162,7 @@ def open_run(config, inputs: Inputs, world: World) -> tuple[Path, tuple[Path, di
     newest = checkpoints.newest(folder / "checkpoints", world)
     for name, value in (newest[1].get("inputs", {}) if newest else {}).items():
         if inputs.record[name] != value:
-            where = {"prompts": config.prompts, "model": f"{inputs.model}/config.json"}[name]
+            where = f"{inputs.model}/config.json" if name == "model" else getattr(config, name)
             raise UserError(f"{where} is not what {newest[0]} was made with: put it back, or choose another "
                             "run_dir")
     with raise_on_all_ranks(world):
@@ -227,7 +227,7 @@ def cut_back(folder: Path, step: int):
     for file in (file for (_, of), file in files.items() if of > step):
         file.unlink()
     there = {"metrics.jsonl": {record["step"] for record in records if "loss" in record},
-             "rollouts": {of for kind, of in files if kind == "step"}}
+             "rollouts": {of for kind, of in files if kind == "step"} or steps}  # none: pretraining
     for name, found in there.items():
         if lost := sorted(steps - found):
             print(f"warning: {folder / name} lacks {len(lost)} steps before the checkpoint, the first is "
@@ -389,10 +389,12 @@ class Log:
             self.say(f"{self.folder}/reward_error.txt has the whole traceback")
 
     def write(self, file: str, metrics: dict, records: list[dict]):
-        """Writes numbers that are not finite as null, because JSON has no NaN."""
+        """Writes numbers that are not finite as null, because JSON has no NaN. file: of the records, empty
+        without any."""
         with raise_on_all_ranks(self.world):
             if self.world.main:
-                write_jsonl(self.folder / "rollouts" / file, records)
+                if file:
+                    write_jsonl(self.folder / "rollouts" / file, records)
                 finite = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
                 write_jsonl(self.folder / "metrics.jsonl", [finite], "a")
         self.wandb.send("log", metrics, step=metrics["step"])

@@ -90,12 +90,14 @@ class Tokenizer:
         ends = self.encode("<|im_end|>")
         return len(ends) == 1 and ends[0] in self.eos_ids
 
-    def chat(self, query: str, think: bool = True) -> str:
-        """A chat of one message of the user, up to where the model answers. think: False for Qwen3's answer
-        without thinking, which an empty one precedes."""
-        system = f"<|im_start|>system\n{self.system}<|im_end|>\n" if self.system else ""
-        return f"{system}<|im_start|>user\n{query}<|im_end|>\n<|im_start|>assistant\n" + (
-            "" if think else "<think>\n\n</think>\n\n")
+    def chat(self, query: str | list[dict], think: bool = True) -> str:
+        """A chat of one message of the user, or of the messages (role, content), up to where the model
+        answers. think: False for Qwen3's answer without thinking, which an empty one precedes."""
+        messages = [{"role": "user", "content": query}] if isinstance(query, str) else query
+        if self.system and messages[0]["role"] != "system":
+            messages = [{"role": "system", "content": self.system}, *messages]
+        chat = "".join(f"<|im_start|>{m['role']}\n{m['content']}<|im_end|>\n" for m in messages)
+        return f"{chat}<|im_start|>assistant\n" + ("" if think else "<think>\n\n</think>\n\n")
 
     def find_eos(self, path: Path, vocabulary: dict[str, int]) -> list[int]:
         """End-of-text ids from generation_config.json, else the `eos_token` of tokenizer_config.json."""

@@ -39,7 +39,7 @@ def export(source: Path, out: Path, dtype: str = "", model_path: str = "") -> Pa
     """Writes the folder; returns the checkpoint that it holds."""
     run, checkpoint = checkpoints.find(source)
     recorded = read_json(run / "config.json", "give a run", model=Field(str))["model"]
-    start = Path(locate(model_path or recorded))
+    start = Path(locate(model_path or recorded or str(run / "start")))  # start: of a model from scratch
     config, tokenizer = qwen.read_config(start), Tokenizer(start)
     if out.exists() and any(out.iterdir()):
         raise UserError(f"{out} is not empty: choose another folder")

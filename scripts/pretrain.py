@@ -1,34 +1,54 @@
-"""Next-token pretraining on JSONL documents: what makes the base of the embedded default.
+"""Next-token training of Qwen2.5 and Qwen3: continual pretraining, a base from scratch, fine-tuning on chats.
 
-    torchrun --nproc_per_node=2 -m scripts.pretrain --documents FILE --tokenizer FOLDER --out FOLDER
+    torchrun --nproc_per_node=8 -m scripts.pretrain --model FOLDER --data NAME=FOLDER[:WEIGHT],... --steps N
+    torchrun --nproc_per_node=8 -m scripts.pretrain --model FOLDER --sft FILE.jsonl --steps N
 
-Documents ({"text": ...}) are tokenised, ended, and packed into rows of one length; attention stays inside a
-document. One epoch, AdamW, linear warm-up and cosine decay. Left out: resume and streaming from disk, which
-small corpora do not need.
+--data are folders of scripts/tokenise.py; without it and --sft, --documents are tokenised in memory. Without
+--model a model of the given shape starts from scratch. A step trains rows_per_step rows of row_tokens inputs,
+packed, with attention inside documents (data/corpus.py). The folder of the run is like train.py's: the same
+command goes on from its last checkpoint, and scripts.curves and scripts.export read it.
 """
 
 import dataclasses
-import random
+import faulthandler
+import math
+import re
+import signal
 import sys
 import time
 from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import torch
+import torch.distributed as dist
 
+import checkpoints
 import model as qwen
 import parallel
-from data.prompts import objects
+import run
+from data import corpus, prompts, sft
 from data.tokenizer import Tokenizer, copy_files
 from kernels import linear_logprob
-from lib import distributed, options
-from lib.options import Field, UserError, typed
+from lib import distributed, offload, options
+from lib.files import locate
+from lib.options import UserError, typed
+from lib.stop import Stopped, Watch
+
+BUCKETS = {"0-1k": 0, "1-4k": 2**10, "4-16k": 2**12, "16k+": 2**14}  # of positions: where each begins
+NO_ROW = corpus.Row(np.array([0]), np.array([-1]), [1])  # keeps the ranks' collectives in step
 
 
 @dataclass
 class Config:
-    documents: str = "data/tiny/documents.jsonl"  # JSONL with `text`
+    documents: str = "data/tiny/documents.jsonl"  # JSONL with `text`, read without data and sft
+    data: str = ""  # NAME=FOLDER[:WEIGHT],... of tokenised documents; weights are shares of the rows
+    sft: str = ""  # JSONL with `messages`, or `prompt` and `response`: only responses are trained
+    prompt_style: str = "think"  # of sft: think or direct
+    eval_data: str = ""  # NAME=FOLDER,... of tokenised documents, evaluated as a whole
+    model: str = ""  # checkpoint folder to go on from; empty: from scratch, with tokenizer and shape below
     tokenizer: str = "data/tiny/base"  # folder with tokenizer.json
-    out: str = ""  # folder for the Hugging Face checkpoint
     hidden_size: int = 128  # this and the next eight are fields of model.ModelConfig
     intermediate_size: int = 384  # of an MLP
     num_hidden_layers: int = 4  # of attention and MLP
@@ -38,103 +58,249 @@ class Config:
     rope_theta: float = 10000.0  # base of the angular frequencies
     head_dim: int = 0  # of queries, keys and values; 0: hidden_size / num_attention_heads
     qk_norm: bool = False  # true: Qwen3
-    row_tokens: int = 1024  # of documents in a row
+    out: str = ""  # folder for the Hugging Face checkpoint in fp32; empty: none, scripts.export makes one
+    run_dir: str = ""  # folder of the run; empty: a new one under runs/
+    resume: str = "auto"  # auto: go on with an unfinished run of this config; true: insist; false: refuse
+    steps: int = 0  # optimiser steps; 0: one pass over the data
+    row_tokens: int = 1024  # inputs of a row
     rows_per_step: int = 4  # over all ranks
-    lr: float = 3e-3  # AdamW, linear warm-up and cosine decay to 5 %
+    micro_batch_tokens: int = 16384  # of rows that a rank computes together; at least one row
+    lr: float = 3e-3  # AdamW's peak, which decays to 5 % (try 1e-5 to go on from 7B up)
     warmup: int = 100  # steps of linear warm-up
+    decay: float = 1.0  # share of the steps, at the end, in which lr decays; until then it is constant
+    linear: bool = False  # lr decays linearly; false: as a cosine
     weight_decay: float = 0.1  # of matrices
+    max_skipped: int = 3  # steps in a row without a finite gradient that end the run
+    replicate: int = 1  # HSDP: copies of the weights, each sharded over its part of the GPUs
+    recompute: bool = False  # recompute each layer's activations in backward: less memory, a third more time
+    offload_optimizer: bool = False  # AdamW's moments, half of the training state, wait in host memory
+    peak_tflops: float = 0.0  # of a GPU in bf16, for the metric mfu; 0: no such metric
+    eval_every: int = 500  # steps between evaluations, the first before training
+    save_every: int = 500  # steps between checkpoints; the last step is always saved
+    keep_checkpoints: int = 2  # newest checkpoints that are kept
+    keep_every: int = 0  # every Nth step's checkpoint is kept for good; a multiple of save_every, 0: none
     seed: int = 0  # of the weights and of the order of documents
     device: str = "auto"  # auto, cpu or cuda
+    timeout: int = 1800  # seconds that a rank waits for the others before the run ends
+    wandb: bool = False  # log to Weights & Biases too (offline without a key)
 
 
-def pack_documents(documents: list[list[int]], row_tokens: int, seed: int) -> list[list[list[int]]]:
-    """Shuffles documents and cuts their stream into rows of exactly `row_tokens` tokens; a row is a list of
-    pieces.
-
-    A document that crosses a row's end is continued in the next row as a piece of its own. The last,
-    incomplete row is dropped.
-    """
-    if row_tokens < 1:
-        raise ValueError(f"row_tokens must be at least 1, not {row_tokens}")
-    shuffled = list(documents)
-    random.Random(seed).shuffle(shuffled)
-    rows, row, room = [], [], row_tokens
-    for document in shuffled:
-        while document:
-            piece, document = document[:room], document[room:]
-            row.append(piece)
-            room -= len(piece)
-            if room == 0:
-                rows.append(row)
-                row, room = [], row_tokens
-    return rows
+# ---------------------------------------------------------------------- inputs
 
 
-def run(config: Config):
-    options.check_numbers(config, "row_tokens rows_per_step", "lr warmup weight_decay")
+def check(config: Config, ranks: int):
+    """Raises UserError."""
+    options.check_numbers(
+        config, "row_tokens rows_per_step micro_batch_tokens max_skipped replicate eval_every save_every "
+        "keep_checkpoints timeout", "steps lr warmup weight_decay peak_tflops keep_every", decay=(0, 1))
+    options.check_choices(config, device=options.DEVICES, prompt_style=prompts.STYLES,
+                          resume=("auto", "true", "false"))
     typed(vars(config), "command line", {k: v for k, v in qwen.FIELDS.items() if k in vars(config)})
-    options.check_choices(config, device=options.DEVICES)
-    if not config.out:
-        raise UserError("--out is missing: give a folder for the checkpoint")
-    world = distributed.setup(config.device)
-    if config.rows_per_step % world.size:
-        raise UserError(f"rows_per_step {config.rows_per_step} does not divide by {world.size} ranks")
-    tokenizer = Tokenizer(config.tokenizer)
-    documents = [typed(record, f"{config.documents}, line {line}", {"text": Field(str)})["text"]
-                 for line, record in objects(config.documents, "documents")]
-    documents = [tokenizer.encode(text) + [tokenizer.eos_ids[0]] for text in documents]
-    rows = pack_documents(documents, config.row_tokens, config.seed)
-    steps = len(rows) // config.rows_per_step
-    shape = {
-        f.name: getattr(config, f.name)
-        for f in dataclasses.fields(qwen.ModelConfig) if hasattr(config, f.name)
-    }
-    model = qwen.Qwen2(qwen.ModelConfig(vocab_size=tokenizer.n_valid, tie_word_embeddings=True,
-                                        **shape)).init_weights_(config.seed)
-    parallel.shard(model.to(world.device), world)
-    decay = [p for p in model.parameters() if p.dim() > 1]
-    plain = [p for p in model.parameters() if p.dim() < 2]
-    optimizer = torch.optim.AdamW(
-        [{"params": decay, "weight_decay": config.weight_decay}, {"params": plain, "weight_decay": 0.0}],
-        lr=config.lr,
-        betas=(0.9, 0.95),
-        fused=True)
-    start = time.perf_counter()
-    for step in range(steps):
-        first = step * config.rows_per_step
-        pieces = [
-            piece for row in rows[first:first + config.rows_per_step][world.rank::world.size] for piece in row
-            if len(piece) > 1
-        ]
-        tokens = torch.tensor([t for piece in pieces for t in piece], device=world.device)
-        targets = torch.tensor([t for piece in pieces for t in piece[1:] + [-1]], device=world.device)
-        keep = targets >= 0
-        count = distributed.total({"tokens": keep.sum().item()}, world)["tokens"]
-        hidden = model(tokens, qwen.packed([len(piece) for piece in pieces], world.device))
-        logp, _ = linear_logprob(hidden[keep], model.head_weight, targets[keep])
-        loss = -logp.sum() / count
+    if config.rows_per_step % ranks or ranks % config.replicate:
+        raise UserError(f"rows_per_step {config.rows_per_step} must be a multiple of the {ranks} ranks, and "
+                        f"replicate {config.replicate} divide them")
+
+
+def folders(config: Config, option: str, tokenizer: Tokenizer) -> dict[str, tuple[corpus.Corpus, float]]:
+    """The corpora that an option names, and their weights. Raises UserError."""
+    found = {}
+    for part in filter(None, getattr(config, option).split(",")):
+        m = re.fullmatch(r"([\w.-]+)=(.+?)(?::(\d*\.?\d+))?", part)
+        if not m or m[1] in found or float(m[3] or 1) == 0:
+            raise UserError(f"{option}: {part!r} must be NAME=FOLDER or NAME=FOLDER:WEIGHT, with a new NAME")
+        source = corpus.open_corpus(m[1], Path(m[2]), tokenizer, config.row_tokens, config.seed)
+        found[m[1]] = source, float(m[3] or 1)
+    return found
+
+
+def read_inputs(config: Config) -> SimpleNamespace:
+    """What a run reads besides weights: model (a folder), shape, n_valid, sources and weights of the mixture,
+    held_out sources, and the record of them in checkpoints. Raises UserError."""
+    path, rest = locate(config.model or config.tokenizer), (config.row_tokens, config.seed)
+    tokenizer = Tokenizer(path)
+    shape = qwen.read_config(path) if config.model else qwen.ModelConfig(
+        tokenizer.n_valid, tie_word_embeddings=True,
+        **{name: value for name, value in vars(config).items() if name in qwen.FIELDS})
+    tokenizer.check_rows(shape.vocab_size, path)
+    if shape.scalar_head or config.row_tokens > shape.max_position_embeddings:
+        raise UserError(f"{path} is a reward model, or row_tokens {config.row_tokens} exceeds the context of "
+                        f"{shape.max_position_embeddings}: choose others")
+    option = "data" if config.data else "sft" if config.sft else "documents"
+    found = folders(config, "data", tokenizer) if config.data else {option: (
+        sft.Chats(config.sft, tokenizer, config.prompt_style, *rest) if config.sft else
+        corpus.in_memory(Path(locate(config.documents)), tokenizer, *rest), 1.0)}
+    held_out = [source for source, _ in folders(config, "eval_data", tokenizer).values()]
+    sources, weights = zip(*found.values())
+    if sum(source.rows for source in sources) < config.rows_per_step or not all(s.rows for s in sources):
+        raise UserError(f"{option} {getattr(config, option)} has too few tokens for rows_per_step "
+                        f"{config.rows_per_step} rows of row_tokens {config.row_tokens}: lower them")
+    record = {"model": dataclasses.asdict(shape), option: [checkpoints.digest(s.file) for s in sources]}
+    return SimpleNamespace(model=path, shape=shape, n_valid=tokenizer.n_valid, sources=sources,
+                           weights=weights, held_out=held_out, record=record)
+
+
+# ---------------------------------------------------------------------- loss
+
+
+def micro_batches(rows: list[corpus.Row], config: Config) -> list[list[corpus.Row]]:
+    size = max(1, config.micro_batch_tokens // config.row_tokens)
+    return [rows[i:i + size] for i in range(0, len(rows), size)]
+
+
+def logprobs(model: qwen.Qwen2, rows: list[corpus.Row], n_valid: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """(logp_N of the trained targets, position_N of each in its sequence)."""
+    device, (tokens, targets, lengths) = model.head_weight.device, zip(*rows)
+    tokens_T, targets_T = (torch.from_numpy(np.concatenate(x)).to(device) for x in (tokens, targets))
+    attention, trained_T = qwen.packed(sum(lengths, []), device), targets_T >= 0
+    hidden_TC = model(tokens_T, attention)
+    logp_N, _ = linear_logprob(hidden_TC[trained_T], model.head_weight, targets_T[trained_T], n_valid=n_valid)
+    return logp_N, attention.positions_T[trained_T]
+
+
+def update(model: qwen.Qwen2, optimizer, rows: list[corpus.Row], config: Config, n_valid: int, world) -> dict:
+    """One optimiser step on this rank's rows, unless the gradient is not finite; returns sums and metrics.
+    The loss is the mean over the tokens of all ranks: neither ranks nor micro-batches change the gradient."""
+    flops = 3 * sum(n * model.config.flops_per_token(n // 2) for row in rows for n in row.lengths)
+    sums = {"tokens": sum(int((row.targets_T >= 0).sum()) for row in rows), "flops": flops}
+    sums, parts, mean = distributed.total(sums, world), micro_batches(rows, config), 0.0
+    for part in parts:
+        if config.replicate > 1:  # reduce over replicas only once
+            model.set_requires_all_reduce(part is parts[-1])
+        loss = -logprobs(model, part, n_valid)[0].sum() / sums["tokens"]
         loss.backward()
-        parallel.clip_grad_(model, 1.0)
-        for group in optimizer.param_groups:
-            group["lr"] = parallel.warmup_cosine(step, steps, config.warmup, config.lr)
+        mean += loss.item()
+    norm = parallel.clip_grad_(model, 1.0)
+    if math.isfinite(norm):
         optimizer.step()
-        optimizer.zero_grad()
-        if step % 100 == 0 or step == steps - 1:
-            mean = distributed.total({"loss": loss.item()}, world)["loss"]
-            if world.main:
-                print(f"step {step + 1}/{steps}  loss {mean:.3f}  {time.perf_counter() - start:.0f} s",
-                      flush=True)
-    parallel.save_sharded(model, config.out, world)
-    if world.main:
-        copy_files(config.tokenizer, config.out)
+    optimizer.zero_grad()
+    return sums | distributed.total({"loss": mean}, world) | {
+        "grad_norm": norm, "skipped_updates": int(not math.isfinite(norm))}
+
+
+@torch.no_grad()
+def evaluate(step: int, model: qwen.Qwen2, inputs: SimpleNamespace, config: Config, log: run.Log, world):
+    """Logs the loss of each held-out source and its perplexity by position in a sequence, if that is due."""
+    if not inputs.held_out or step in log.evaluated or step % config.eval_every and step != config.steps:
+        return
+    metrics, starts = {}, torch.tensor(list(BUCKETS.values()), device=world.device)
+    for source in inputs.held_out:
+        rows = [source.row(k) for k in range(world.rank, source.rows, world.size)]
+        rows += [NO_ROW] * (-(-source.rows // world.size) - len(rows))
+        sums = torch.zeros(2, len(BUCKETS), dtype=torch.float64, device=world.device)
+        for part in micro_batches(rows, config):
+            logp_N, position_N = logprobs(model, part, inputs.n_valid)
+            bucket_N = torch.bucketize(position_N, starts, right=True) - 1
+            sums.index_add_(1, bucket_N, torch.stack((-logp_N, torch.ones_like(logp_N))).double())
+        dist.all_reduce(sums)
+        loss, tokens = sums.sum(1).tolist()
+        metrics[f"eval/loss/{source.name}"] = loss / tokens
+        metrics |= {f"eval/perplexity/{source.name}/{bucket}": x for bucket, x in zip(
+            BUCKETS, (sums[0] / sums[1]).exp().tolist()) if x == x}
+    parallel.reshard(model)
+    log.write("", {"step": step, **metrics}, [])
+    log.say(f"eval after step {step}: " + "  ".join(f"{name[5:]} {x:.3f}" for name, x in metrics.items()))
+
+
+# ---------------------------------------------------------------------- the run
+
+
+def make_model(config: Config, inputs: SimpleNamespace, folder: Path, world) -> qwen.Qwen2:
+    """The sharded model to start with. start/ gets what scripts.export needs of one from scratch."""
+    if config.model:
+        model = parallel.load_sharded(inputs.model, world)
+    else:
+        model = qwen.Qwen2(inputs.shape).init_weights_(config.seed).to(world.device)
+        parallel.shard(model, world)
+        if world.main:
+            (folder / "start").mkdir(exist_ok=True)
+            qwen.write_config(inputs.shape, folder / "start", torch.float32)
+            copy_files(inputs.model, folder / "start")
+    model.recompute = config.recompute
+    return model
+
+
+def train(config: Config, clock: run.Clock | None = None, watch: Watch | None = None):
+    clock = clock or run.Clock()
+    world = distributed.setup(config.device, config.timeout, watch, config.replicate)
+    with distributed.raise_on_all_ranks(world):
+        check(config, world.size)
+        inputs = read_inputs(config)
+    rows = sum(source.rows for source in inputs.sources)
+    config = dataclasses.replace(config, steps=config.steps or rows // config.rows_per_step)
+    folder, newest = run.open_run(config, inputs, world)
+    log, model = run.Log(folder, config, [], clock, world), make_model(config, inputs, folder, world)
+    optimizer = parallel.adamw(model, config.lr, config.weight_decay)
+    state = checkpoints.load(newest[0], model, optimizer) if newest else {
+        "step": 0, "position": {source.name: 0 for source in inputs.sources}}
+    done, position, skipped = state["step"], state["position"], 0
+    if config.offload_optimizer:
+        offload.offload_(optimizer)
+    saver = checkpoints.Checkpoints(folder, model, optimizer, done, config, inputs.record, run.code_hash(),
+                                    clock, world)
+    log.say(f"{folder}: {inputs.shape.num_parameters:,} parameters, {rows:,} rows of {config.row_tokens} "
+            f"tokens, {sum(s.dropped for s in inputs.sources)} longer chats dropped, {world.size} x "
+            f"{world.device.type}" + f", resumed after step {done}" * (done > 0))
+    try:
+        evaluate(done, model, inputs, config, log, world)
+        for step in range(done + 1, config.steps + 1):
+            clock.begin(step)
+            distributed.check_stop(world)
+            picked, after = corpus.take(inputs.sources, inputs.weights, position, config.rows_per_step)
+            lr = parallel.warmup_cosine(step - 1, config.steps, config.warmup, config.lr, config.decay,
+                                        config.linear)
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            with clock("update"):
+                local = [inputs.sources[i].row(k) for i, k in picked[world.rank::world.size]]
+                metrics = {"step": step, "lr": lr} | update(model, optimizer, local, config, inputs.n_valid,
+                                                            world)
+            metrics |= distributed.largest({"time/total": time.perf_counter() - clock.begun[-1],
+                                            "memory/peak_gb": run.peak_memory_gb(world.device)}, world)
+            metrics["tokens_per_second/train"] = metrics["tokens"] / metrics["time/total"]
+            flops = metrics.pop("flops") / metrics["time/total"] / world.size
+            if config.peak_tflops:
+                metrics["mfu"] = flops / config.peak_tflops / 1e12
+            log.write("", metrics, [])
+            if step % 10 == 0 or step == config.steps:
+                log.say(f"step {step}/{config.steps}  loss {metrics['loss']:.3f}  lr {lr:.1e}  grad "
+                        f"{metrics['grad_norm']:.2f}  {metrics['tokens_per_second/train']:,.0f} tok/s")
+            done, position = step, after
+            skipped = skipped + 1 if metrics["skipped_updates"] else 0
+            if skipped >= config.max_skipped:
+                raise UserError(f"{skipped} gradients in a row were not finite: lower lr; the same command "
+                                f"goes on after step {saver.saved}")
+            if saver.due(step) and not skipped:
+                saver.save(step, position=position)
+            evaluate(step, model, inputs, config, log, world)
+    except Stopped as e:
+        if watch:
+            watch.noticed = True
+        if done > saver.saved and not skipped:
+            saver.save(done, position=position)
+        log.say(f"stopped by {signal.Signals(*e.args).name}: step {saver.saved} is kept, and the same "
+                "command goes on from there")
+        raise
+    if config.out:
+        parallel.save_sharded(model, config.out, world)
+        if world.main:
+            copy_files(inputs.model, config.out)
+    log.wandb.send("finish")
+    log.say(f"done: {folder} holds metrics.jsonl and checkpoints/")
 
 
 @options.command
 def main():
+    clock, watch = run.Clock(), Watch()
+    faulthandler.enable(sys.__stderr__)  # where NCCL's watchdog ends a process, it says in which line
     try:
-        run(options.parse(Config, sys.argv[1:], __doc__))
+        train(options.parse(Config, sys.argv[1:], __doc__), clock, watch)
+    except Stopped:
+        pass
+    except Exception as e:
+        distributed.leave(e, watch, clock.phase, clock.step)
+        raise
     finally:
-        distributed.close()
+        watch.close()
 
 
 if __name__ == "__main__":

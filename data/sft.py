@@ -1,0 +1,74 @@
+"""Supervised fine-tuning: chats in JSONL, as rows in which only the response, the last message, is trained.
+
+A line has `messages`, a list of objects with `role` and `content`, or the request under `prompt` (or `query`,
+`question`, `instruction`) and the `response`. Where the tokenizer's texts end as chats do, a chat is written
+as one; else the request, all before the response, stands in the template of data/prompts.py.
+"""
+
+import random
+from pathlib import Path
+
+import numpy as np
+
+from data.corpus import Row
+from data.prompts import QUERY_FIELDS, objects, present, render
+from data.tokenizer import Tokenizer
+from lib.options import UserError
+
+
+def messages_of(record: dict) -> list[dict]:
+    """Raises ValueError."""
+    found = record.get("messages", [{"role": "user", "content": present(record, QUERY_FIELDS)},
+                                    {"role": "assistant", "content": record.get("response")}])
+    if not isinstance(found, list) or len(found) < 2 or not all(
+            isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str)
+            and m["content"].strip() for m in found) or found[-1]["role"] != "assistant":
+        raise ValueError("it needs a prompt and a response, or messages with role and content, of which the "
+                         "last is the assistant's")
+    "".join(m["role"] + m["content"] for m in found).encode()  # a lone surrogate fails here
+    return found
+
+
+def encode(messages: list[dict], tokenizer: Tokenizer, style: str) -> Row:
+    """A chat, trained from the first token of the response to the end of text. The request is encoded by
+    itself, as it is when the model answers."""
+    *before, response = messages
+    prompt, end = render("\n\n".join(m["content"] for m in before), style), tokenizer.eos_ids[:1]
+    if tokenizer.chats:
+        prompt = tokenizer.chat(before, style == "think" or not tokenizer.thinks)
+        end = tokenizer.encode("<|im_end|>")
+    prompt_ids = tokenizer.encode(prompt)
+    ids = np.array(prompt_ids + tokenizer.encode(response["content"]) + end)
+    trained = np.arange(1, len(ids)) >= len(prompt_ids)
+    return Row(ids[:-1], np.where(trained, ids[1:], -1), [len(ids) - 1])
+
+
+class Chats:
+    """The rows of a file, of whole chats; `dropped` are those of more than row_tokens inputs. Each epoch has
+    an order of its own."""
+    name = "sft"
+
+    def __init__(self, path: str, tokenizer: Tokenizer, style: str, row_tokens: int, seed: int):
+        self.file, self.seed, self.packed, self.dropped, chats, room = Path(path), seed, [], 0, [], 0
+        for number, record in objects(path, "sft"):
+            try:
+                chats.append(encode(messages_of(record), tokenizer, style))
+            except ValueError as e:
+                raise UserError(f"{path}, line {number}: {e}") from None
+        random.Random(seed).shuffle(chats)
+        for chat in chats:
+            if (size := chat.lengths[0]) > row_tokens:
+                self.dropped += 1
+                continue
+            if size > room:
+                self.packed.append([])
+                room = row_tokens
+            self.packed[-1].append(chat)
+            room -= size
+        self.rows = len(self.packed)
+
+    def row(self, k: int) -> Row:
+        epoch, i = divmod(k, self.rows)
+        order = np.random.RandomState([self.seed % 2**32, epoch]).permutation(self.rows)
+        tokens, targets, lengths = zip(*self.packed[order[i]])
+        return Row(np.concatenate(tokens), np.concatenate(targets), sum(lengths, []))
