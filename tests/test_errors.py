@@ -436,6 +436,7 @@ def test_help_into_a_pipe_that_closes_is_no_traceback():
     assert (done.returncode, done.stderr) == (-signal.SIGPIPE, "")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options, part", [
     (["--prompts_per_step", "3"], "prompts_per_step 3 does not divide by 2 ranks"),
     (["--prompts", "nowhere.jsonl"], "nowhere.jsonl cannot be read")])
