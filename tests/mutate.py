@@ -43,6 +43,13 @@ TESTS = {  # of each file, fastest first
     "lib/files.py": "checkpoints",
     "lib/scoring.py": "rewards remote options",
     "data/prompts.py": "prompts options",
+    "lib/endpoint.py": "endpoint served_writing",
+    "evaluation/ask.py": "annotate evaluate",
+    "evaluation/benchmarks.py": "benchmarks evaluate",
+    "evaluation/elo.py": "elo evaluate",
+    "evaluation/judge.py": "evaluate",
+    "evaluation/scores.py": "benchmarks evaluate",
+    "evaluation/source.py": "evaluate",
 }
 COMPARED = {ast.Lt: (ast.LtE, ast.GtE), ast.LtE: (ast.Lt, ast.Gt), ast.Gt: (ast.GtE, ast.LtE),
             ast.GtE: (ast.Gt, ast.Lt), ast.Eq: (ast.NotEq,), ast.NotEq: (ast.Eq,), ast.In: (ast.NotIn,),

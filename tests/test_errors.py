@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 import rewards
 import run
 import train
-from tests.helpers import ROOT, SMALL, equal, in_process, metrics, rollouts, tensors
+from tests.helpers import ROOT, SMALL, equal, in_process, launch, metrics, rollouts, tensors
 
 BASE = ROOT / "data" / "tiny" / "base"
 
@@ -437,13 +437,17 @@ def test_help_into_a_pipe_that_closes_is_no_traceback():
 
 
 @pytest.mark.parametrize("options, part", [
+    (["--learning_rate", "1"], "command line: there is no option 'learning_rate'"),
     (["--prompts_per_step", "3"], "prompts_per_step 3 does not divide by 2 ranks"),
     (["--prompts", "nowhere.jsonl"], "nowhere.jsonl cannot be read")])
-def test_of_several_ranks_one_speaks(options, part, tmp_path):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
-               str(ROOT / "train.py"), "--run_dir", str(tmp_path / "run"), *options]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60,
-                          env={**os.environ, "OMP_NUM_THREADS": "1"})
-    said = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-    assert len(said) == 1 and part in said[0] and done.returncode == 1  # torchrun's own, whatever workers say
+def test_of_several_ranks_one_speaks(options, part, forks, tmp_path):
+    codes, said = forks.train(tmp_path / "run", *options, ranks=2, agent=False)
+    lines = [line for text in said for line in text.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1 and part in lines[0] and codes == [2, 2] and not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_so_it_is_under_torchrun(tmp_path):
+    done = launch(2, "train.py", "--run_dir", tmp_path / "run", "--prompts", "nowhere.jsonl", timeout=60)
+    assert done.stderr.count("error: ") == 1 and done.returncode == 1  # torchrun's own, whatever workers say
     assert "exitcode  : 2" in done.stderr and not (tmp_path / "run").exists()

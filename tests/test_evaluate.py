@@ -132,6 +132,7 @@ def opinion(request: dict) -> str:
 # ---------------------------------------------------------------------- kills
 
 
+@pytest.mark.slow
 def test_killed_at_three_places_the_result_is_that_of_an_undisturbed_run(data, tmp_path, start):
     """While answers are written, while they are judged, and between verdicts and scores."""
     with FakeEndpoint(reply=opinion) as fake:
@@ -291,6 +292,7 @@ def test_what_was_judged_by_one_is_not_mixed_with_another(data, tmp_path, run):
 # ---------------------------------------------------------------------- answers
 
 
+@pytest.mark.slow
 def test_answers_depend_on_seed_and_id_not_on_order_or_ranks(data, tmp_path, run, forks):
     """What another number of ranks had begun is taken over. A checkpoint judges alike on any number, too."""
     judge = dict(judge="data/tiny/base", tries=1, judge_settings='{"max_tokens": 4, "temperature": 1}')

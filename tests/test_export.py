@@ -26,6 +26,7 @@ def run(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_transformers_writes_the_same_hundred_tokens_as_our_sampler(run, tmp_path):
     command = [sys.executable, "-m", "scripts.export", str(run), str(tmp_path / "hf")]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
@@ -75,6 +76,7 @@ def test_a_file_at_a_time_is_the_same_checkpoint(run, tmp_path, monkeypatch):
     assert one.keys() == trained.keys() and all(torch.equal(one[name], trained[name]) for name in one)
 
 
+@pytest.mark.slow
 def test_a_qwen3_trains_and_is_exported_as_one_bit_for_bit(tmp_path, monkeypatch):
     """Two steps from random weights, on a reward that they can earn."""
     start = write_qwen3(tmp_path / "start")

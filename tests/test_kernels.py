@@ -438,6 +438,7 @@ print(backend.AVAILABLE, len(c.token_ids), logp.isfinite().all().item())
 # ------------------------------------------------------------------------------------------ compiled
 
 
+@pytest.mark.slow
 def test_every_kernel_compiles_for_three_generations_of_gpus_within_their_limits():
     """In a process of its own, without the interpreter. ptxas spills a few bytes here and there; the full
     table is bench/results/aot.json."""

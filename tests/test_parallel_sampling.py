@@ -54,6 +54,7 @@ def drawn(model, engine: int) -> list:
     return sorted([c.sample_index, c.token_ids] for c in Sampler(model).generate([request]))
 
 
+@pytest.mark.slow
 def test_two_engines_of_two_ranks_on_one_node_do_not_disturb_each_other(forks, tmp_path):
     """Weights by `publish`, different requests and numbers of steps in each."""
     forks.run(f"import tests.test_parallel_sampling as t; t.one_of_two_engines({str(tmp_path)!r})", ranks=4)

@@ -165,6 +165,7 @@ def test_the_peak_of_a_real_update_is_within_a_tenth_of_torchs_tracker(shape, le
     assert planned == pytest.approx(seen, rel=0.1)
 
 
+@pytest.mark.slow
 def test_so_is_that_of_two_ranks(forks, tmp_path):
     """Where layers are gathered from others and gradients reduced to them."""
     forks.run(f"import tests.test_plan as t; t.two_ranks({str(tmp_path / 'out.json')!r})", ranks=2)

@@ -131,6 +131,7 @@ def hangs_on_one_rank(completion, prompt):
     return place(completion)
 
 
+@pytest.mark.slow
 def test_a_call_that_hangs_is_given_up_and_keeps_no_process(forks, tmp_path):
     """One rank speaks for all."""
     code = "import rewards, tests.test_remote as t; rewards.REWARDS['judge'] = (t.hangs_on_one_rank, 1.0)"

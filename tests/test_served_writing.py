@@ -90,6 +90,7 @@ def test_a_model_of_any_scale_and_mean_drives_the_advantage_as_one_around_zero_d
     assert len({rewards.structure(r["text"])[2] is None for r in texts}) == 2
 
 
+@pytest.mark.slow
 def test_while_no_server_answers_all_ranks_wait_and_can_be_stopped(tmp_path):
     """It dies with the fourth call of the first step and is back 2 s later; later it dies for good."""
     def behave(number, request):

@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
+from torch.distributed.fsdp import FSDPModule
 
 import grpo
 import model as qwen
@@ -86,6 +87,8 @@ def worker(folder: Path):
     sampler = replica(model.config, parallel.tp_group(2))
     found["tp"] = parallel.publish(model, sampler)
     save_file(dict(sampler.named_parameters()), folder / f"slice_{world.size}_{world.rank}.safetensors")
+    reduce, found["reduced"] = FSDPModule.set_requires_all_reduce, []
+    FSDPModule.set_requires_all_reduce = lambda *a: found["reduced"].append(a[1]) or reduce(*a)
     in_process(folder / f"run_{world.size}", *STEP, *RUNS[world.size])
     (folder / f"found_{world.size}_{world.rank}.json").write_text(json.dumps(found))
     distributed.close()
@@ -159,6 +162,13 @@ def test_the_first_step_of_a_run_is_the_same_on_four_ranks_and_under_tensor_para
     assert len(set(texts)) > 10 and numbers["grad_norm"] > 0.01
     for other_texts, other_numbers in others:
         assert other_texts == texts and other_numbers == pytest.approx(numbers, rel=1e-5, abs=1e-6)
+
+
+def test_gradients_cross_replicas_once_an_update(folder):
+    """After the last micro-batch of several."""
+    for rank in found(folder, 4):
+        assert rank["reduced"] == [False] * (len(rank["reduced"]) - 1) + [True] and len(rank["reduced"]) > 1
+    assert all(rank["reduced"] == [] for rank in found(folder, 2))
 
 
 @CASES

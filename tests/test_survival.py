@@ -46,9 +46,9 @@ from sampler import Sampler
 
 
 @pytest.fixture(scope="module")
-def start(forks):
-    """start(folder, *options, ranks, code): exit codes and what each rank said. `code` runs first, with the
-    number of its `rank`; only: without train.py after it."""
+def train_ranks(forks):
+    """train_ranks(folder, *options, ranks, code): exit codes and what each rank said. `code` runs first, with
+    the number of its `rank`; only: without train.py after it."""
     def run(folder: Path, *options: str, ranks: int = 2, code: str = "", only: bool = False, **given):
         return forks.train(folder, *options, small=QUICK, ranks=ranks, code=PRELUDE + code,
                            main="" if only else "train", **given)
@@ -57,10 +57,10 @@ def start(forks):
 
 
 @pytest.fixture(scope="module")
-def calm(start, tmp_path_factory) -> Path:
+def calm(train_ranks, tmp_path_factory) -> Path:
     """Four steps on two ranks, with a checkpoint every second."""
     folder = tmp_path_factory.mktemp("runs") / "calm"
-    codes, said = start(folder)
+    codes, said = train_ranks(folder)
     assert codes == [0, 0], said
     return folder
 
@@ -97,11 +97,11 @@ def whole(checkpoint: Path) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("ranks", [1, 4])
-def test_what_two_ranks_saved_is_what_another_number_reads(start, calm, tmp_path, ranks):
+def test_what_two_ranks_saved_is_what_another_number_reads(train_ranks, calm, tmp_path, ranks):
     """And written: in as many files, each hashed by its rank."""
     source = calm / "checkpoints" / "step_000004"
     code = RESAVE.format(base=BASE, source=source, target=tmp_path)
-    codes, said = start(tmp_path, ranks=ranks, code=code, only=True)
+    codes, said = train_ranks(tmp_path, ranks=ranks, code=code, only=True)
     assert codes == [0] * ranks, said
     (there,) = checkpoints.complete(tmp_path)
     a, b = whole(source), whole(there)
@@ -111,10 +111,10 @@ def test_what_two_ranks_saved_is_what_another_number_reads(start, calm, tmp_path
 
 
 @pytest.mark.parametrize("ranks", [1, 4])
-def test_a_run_of_two_ranks_goes_on_with_another_number(start, calm, tmp_path, ranks):
+def test_a_run_of_two_ranks_goes_on_with_another_number(train_ranks, calm, tmp_path, ranks):
     """The same prompts in every step, the same texts in the first; gradients differ by their rounding."""
     folder = cut(calm, tmp_path / "run", 2)
-    codes, said = start(folder, ranks=ranks)
+    codes, said = train_ranks(folder, ranks=ranks)
     assert codes == [0] * ranks and "resumed after step 2" in said[0], said
     ours, theirs = rollouts(folder), rollouts(calm)
     assert ours.keys() == theirs.keys()
@@ -131,63 +131,65 @@ def test_a_run_of_two_ranks_goes_on_with_another_number(start, calm, tmp_path, r
 # ---------------------------------------------------------------------- kills and signals
 
 
-def test_kills_at_any_moment_change_nothing(start, calm, tmp_path):
+def test_kills_at_any_moment_change_nothing(train_ranks, calm, tmp_path):
     """A rank is killed, the other told to stop, as torchrun does, and both are started again."""
     for victim, moment, nth in ((0, "rename", 2), (1, "sampling", 10), (0, "backward", 3)):
         start = time.monotonic()
-        codes, said = start(tmp_path / "run", code=f"rank == {victim} and strike('{moment}', {nth})")
+        codes, said = train_ranks(tmp_path / "run", code=f"rank == {victim} and strike('{moment}', {nth})")
         assert codes[victim] == -signal.SIGKILL and codes[1 - victim] == 1, (moment, codes, said)
         assert time.monotonic() - start < 60, "the other rank does not wait for one that is gone"
         assert f"error: rank {1 - victim} in phase " in said[1 - victim], said
-    codes, said = start(tmp_path / "run")
+    codes, said = train_ranks(tmp_path / "run")
     assert codes == [0, 0] and "resumed after step 2" in said[0], said
     assert differences(tmp_path / "run", calm) == []
 
 
 @pytest.mark.parametrize("sign, moment, nth", [("SIGTERM", "sampling", 45), ("SIGINT", "backward", 3)])
-def test_a_signal_keeps_the_last_step_and_both_ranks_end_with_0(start, calm, tmp_path, sign, moment,
+def test_a_signal_keeps_the_last_step_and_both_ranks_end_with_0(train_ranks, calm, tmp_path, sign, moment,
                                                                 nth):
     """Sent to one rank alone in the second step, between its micro-batches; no checkpoint is due."""
     code = f"rank == 1 and strike('{moment}', {nth}, signal.{sign})"
-    codes, said = start(tmp_path / "run", "--save_every", "100", code=code)
+    codes, said = train_ranks(tmp_path / "run", "--save_every", "100", code=code)
     assert codes == [0, 0] and f"\nstopped by {sign}: step 1 is kept" in said[0] and not said[1], said
-    codes, said = start(tmp_path / "run")
+    codes, said = train_ranks(tmp_path / "run")
     assert codes == [0, 0] and "resumed after step 1" in said[0], said
     assert differences(tmp_path / "run", calm) == []
 
 
-def test_ranks_that_share_a_sampler_stop_together(start, tmp_path):
+@pytest.mark.slow
+def test_ranks_that_share_a_sampler_stop_together(train_ranks, tmp_path):
     """One is told in the middle of sampling: it cannot leave before the other."""
     shared = ["--tp", "2", "--steps", "3"]
-    assert start(tmp_path / "calm", *shared)[0] == [0, 0]
+    assert train_ranks(tmp_path / "calm", *shared)[0] == [0, 0]
     told = "rank == 1 and strike('sampling', 45, signal.SIGTERM)"
-    codes, said = start(tmp_path / "run", *shared, code=told)
+    codes, said = train_ranks(tmp_path / "run", *shared, code=told)
     assert codes == [0, 0] and "stopped by SIGTERM: step" in said[0], said
     stopped = len(metrics(tmp_path / "run"))
     assert stopped < 3
-    codes, said = start(tmp_path / "run", *shared)
+    codes, said = train_ranks(tmp_path / "run", *shared)
     assert codes == [0, 0] and f"resumed after step {stopped}" in said[0], said
     assert differences(tmp_path / "run", tmp_path / "calm") == []
 
 
-def test_a_stop_during_an_evaluation_loses_neither_it_nor_the_step(start, tmp_path):
+@pytest.mark.slow
+def test_a_stop_during_an_evaluation_loses_neither_it_nor_the_step(train_ranks, tmp_path):
     """The last step's line is written and its checkpoint saved; the evaluation is made on the next start."""
     evaluated = ["--eval_prompts", str(ROOT / "tests" / "eval_small.jsonl"), "--steps", "4"]
-    assert start(tmp_path / "calm", *evaluated, ranks=1)[0] == [0]
-    codes, said = start(tmp_path / "run", *evaluated, ranks=1, code="""
+    assert train_ranks(tmp_path / "calm", *evaluated, ranks=1)[0] == [0]
+    codes, said = train_ranks(tmp_path / "run", *evaluated, ranks=1, code="""
 real, calls = rollout.evaluate, []
 rollout.evaluate = lambda *a: (calls.append(1), len(calls) == 3 and os.kill(os.getpid(), 1), real(*a))[-1]""")
     assert codes == [0] and "stopped by SIGHUP: step 4 is kept" in said[0], said
     assert ["eval/truncated" in m for m in metrics(tmp_path / "run")] == [True, False, True, False, False]
-    codes, said = start(tmp_path / "run", *evaluated, ranks=1)
+    codes, said = train_ranks(tmp_path / "run", *evaluated, ranks=1)
     assert codes == [0] and "resumed after step 4" in said[0] and "eval after step 4" in said[0], said
-    codes, said = start(tmp_path / "run", *evaluated, ranks=1)
+    codes, said = train_ranks(tmp_path / "run", *evaluated, ranks=1)
     assert codes == [0] and "has finished its 4 steps" in said[0], said
     assert differences(tmp_path / "run", tmp_path / "calm") == []
 
 
-def test_ctrl_c_ends_at_once_when_it_is_the_second_and_a_signal_that_is_ignored_stays_so(start, tmp_path):
-    codes, said = start(tmp_path, ranks=1, only=True, code="""
+def test_a_second_ctrl_c_ends_at_once_and_a_signal_that_is_ignored_stays_so(train_ranks, tmp_path):
+    codes, said = train_ranks(tmp_path, ranks=1, only=True, code="""
 signal.signal(signal.SIGHUP, signal.SIG_IGN)
 watch = distributed.Watch()
 watch.start(None, 0, 1)
@@ -236,17 +238,18 @@ after({owner}, "{name}", "{wanted}")
 """
 
 
-def test_a_kill_between_any_two_writes_of_a_step_loses_nothing_and_repeats_nothing(start, tmp_path):
+@pytest.mark.slow
+def test_a_kill_between_any_two_writes_of_a_step_loses_nothing_and_repeats_nothing(train_ranks, tmp_path):
     """Rollouts, the step's line, the checkpoint, the evaluation's texts and its line, in this order."""
     evaluated = ["--eval_prompts", str(ROOT / "tests" / "eval_small.jsonl"), "--eval_every", "2", "--steps",
                  "2", "--save_every", "1"]
-    assert start(tmp_path / "calm", *evaluated, ranks=1)[0] == [0]
+    assert train_ranks(tmp_path / "calm", *evaluated, ranks=1)[0] == [0]
     for owner, name, wanted, resumed in (
             ("run_folder", "write_jsonl", "step_000002", 1), ("run_folder", "write_jsonl", "'step': 2", 1),
             ("os", "rename", "writing_000002", 1), ("run_folder", "write_jsonl", "eval_000002", 2),
             ("run_folder", "write_jsonl", "'step': 2, 'eval/", 2), ("", "", "", 2)):
         code = KILL_AFTER.format(owner=owner, name=name, wanted=wanted) if owner else ""
-        codes, said = start(tmp_path / "run", *evaluated, ranks=1, code=code)
+        codes, said = train_ranks(tmp_path / "run", *evaluated, ranks=1, code=code)
         assert codes == [-signal.SIGKILL if owner else 0], (wanted, said)
         assert (tmp_path / "run" / "checkpoints").exists()
         assert f"resumed after step {resumed}" in said[0] or wanted in ("", "step_000002"), (wanted, said)
@@ -266,10 +269,12 @@ if rank == 1:
 """
 
 
-def test_ranks_that_sample_longer_than_timeout_end_no_run_and_hear_a_reward_that_raises(start, tmp_path):
+@pytest.mark.slow
+def test_ranks_that_sample_longer_than_timeout_end_no_run_and_hear_of_a_reward_that_raises(train_ranks,
+                                                                                          tmp_path):
     """Rank 1 samples for some 13 s, rank 0 waits for it, and a collective may take 4."""
     options = ["--timeout", "4", "--steps", "1", "--reward", "length"]
-    codes, said = start(tmp_path / "slow", *options, code=SLOW)
+    codes, said = train_ranks(tmp_path / "slow", *options, code=SLOW)
     assert codes == [0, 0] and "done: " in said[0], said
     raises = """
 def bad(completion, prompt):
@@ -280,11 +285,12 @@ if rank == 0:
     rewards.REWARDS["length"] = bad, 1.0
 """
     start = time.monotonic()
-    codes, said = start(tmp_path / "bad", *options, code=SLOW + raises)
+    codes, said = train_ranks(tmp_path / "bad", *options, code=SLOW + raises)
     assert codes == [2, 2] and "reward 'length' raised KeyError ('mine')" in said[0], said
     assert time.monotonic() - start < 40
 
 
+@pytest.mark.slow
 def test_torchrun_restarts_a_killed_rank_and_no_rank_outlives_torchrun(tmp_path):
     """Without a run_dir: the run that broke off is found by its config."""
     driver = tmp_path / "driver_of_restarts.py"
@@ -337,13 +343,14 @@ def wait_for(condition, seconds: float):
         time.sleep(0.05)
 
 
-def test_a_rank_that_is_waited_for_in_vain_ends_the_run_with_a_sentence(start, tmp_path):
+@pytest.mark.slow
+def test_a_rank_that_is_waited_for_in_vain_ends_the_run_with_a_sentence(train_ranks, tmp_path):
     code = """
 def hangs(*a, real=train.backward):
     time.sleep(8 * rank)
     return real(*a)
 train.backward = hangs"""
-    codes, said = start(tmp_path / "run", "--timeout", "3", code=code)
+    codes, said = train_ranks(tmp_path / "run", "--timeout", "3", code=code)
     assert codes == [1, 1]
     where = r"error: rank 0 in phase '(logprob|backward|update)' of step 1"
     assert re.search(rf"{where} has lost the others \(Timed out waiting 3000ms", said[0])
@@ -361,7 +368,8 @@ signal.alarm(60)
 ENDS_TOO = "rank {} ends too, and the same command goes on from the last checkpoint\n"
 
 
-def test_a_death_ends_the_rank_that_waits_for_the_dead_in_c_and_the_cause_is_said(start, calm,
+@pytest.mark.slow
+def test_a_death_ends_the_rank_that_waits_for_the_dead_in_c_and_the_cause_is_said(train_ranks, calm,
                                                                                   tmp_path):
     """As NCCL does. The run goes on, though nothing of it was in the hands of Python."""
     for victim, death, moment, nth, cause, other in (
@@ -375,11 +383,11 @@ def test_a_death_ends_the_rank_that_waits_for_the_dead_in_c_and_the_cause_is_sai
             (1, "signal.SIGKILL", "backward", 1, "^$", "error: a rank was killed: ")):
         code = f"{NCCL}from lib.options import UserError\n" \
                f"rank == {victim} and strike('{moment}', {nth}, {death})"
-        codes, said = start(tmp_path / "run", "--save_every", "1", code=code)
+        codes, said = train_ranks(tmp_path / "run", "--save_every", "1", code=code)
         assert codes[victim] == {"U": 2, "s": -9}.get(death[0], 1) and codes[1 - victim] == 1, (codes, said)
         assert re.search(cause, said[victim]), said
         assert re.search(rf"(^|\n){other}{ENDS_TOO.format(1 - victim)}$", said[1 - victim]), said
-    codes, said = start(tmp_path / "run")
+    codes, said = train_ranks(tmp_path / "run")
     assert codes == [0, 0] and "resumed after step" in said[0], said
     assert differences(tmp_path / "run", calm) == []
 
@@ -396,7 +404,8 @@ def test_a_rank_that_is_out_of_memory_says_what_helps_in_its_phase():
     assert distributed.failure(ValueError("out of memory"), "start") == ""
 
 
-def test_a_rank_that_saves_or_computes_while_all_have_answered_a_signal_is_left_alone(start, tmp_path):
+@pytest.mark.slow
+def test_a_rank_that_saves_or_computes_while_all_have_answered_a_signal_is_left_alone(train_ranks, tmp_path):
     """However long it takes to come to a check, and then to write."""
     slow = NCCL.replace("2.0", "1.0") + """
 stop.GRACE = 0.5
@@ -411,11 +420,11 @@ strike("backward", 3 if rank else 99, signal.SIGTERM)
 if rank == 0:
     train.backward = slowly
 """
-    codes, said = start(tmp_path / "run", "--save_every", "100", code=slow)
+    codes, said = train_ranks(tmp_path / "run", "--save_every", "100", code=slow)
     assert codes == [0, 0] and "stopped by SIGTERM: step 1 is kept" in said[0] and not said[1], said
 
 
-def test_scripts_of_several_ranks_say_what_is_wrong_before_they_wait_for_each_other(start, tmp_path):
+def test_scripts_of_several_ranks_say_what_is_wrong_before_they_wait_for_each_other(train_ranks, tmp_path):
     """Where a rank is gone, NCCL's goodbye never returns."""
     code = f"""
 import scripts.train_rm
@@ -424,9 +433,9 @@ scripts.train_rm.%s = lambda *a: 1 / rank and time.sleep(30)
 parallel.dist.destroy_process_group = signal.pause
 sys.argv = ["train_rm", "--device", "cpu", "--out", "{tmp_path}/out", "--pairs", "nowhere.jsonl"]
 scripts.train_rm.main()"""
-    codes, said = start(tmp_path, only=True, code=code % "nothing")
+    codes, said = train_ranks(tmp_path, only=True, code=code % "nothing")
     assert codes == [2, -signal.SIGTERM] and said[0].startswith("error: ") and not said[1], (codes, said)
-    codes, said = start(tmp_path, only=True, code=code % "split")
+    codes, said = train_ranks(tmp_path, only=True, code=code % "split")
     assert codes == [1, -signal.SIGTERM] and "\nZeroDivisionError: " in said[0] and not said[1], (codes, said)
 
 

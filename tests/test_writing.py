@@ -105,6 +105,7 @@ def worker(folder: Path):
     distributed.close()
 
 
+@pytest.mark.slow
 def test_two_ranks_score_as_one_packed_as_one_by_one_and_save_the_same_bits(forks, tmp_path, capsys):
     model = random_scorer()
     qwen.save(model, tmp_path / "rm")
