@@ -44,28 +44,25 @@ def encode(messages: list[dict], tokenizer: Tokenizer, style: str) -> Row:
 
 
 class Chats:
-    """The rows of a file, of whole chats; `dropped` are those of more than row_tokens inputs. Each epoch has
-    an order of its own."""
+    """The rows of a file: whole chats of at most row_tokens inputs together, in an order of each epoch's own.
+    `dropped` chats have more."""
     name = "sft"
 
     def __init__(self, path: str, tokenizer: Tokenizer, style: str, row_tokens: int, seed: int):
-        self.file, self.seed, self.packed, self.dropped, chats, room = Path(path), seed, [], 0, [], 0
+        self.file, self.seed, self.packed, chats, room = Path(path), seed, [], [], 0
         for number, record in objects(path, "sft"):
             try:
                 chats.append(encode(messages_of(record), tokenizer, style))
             except ValueError as e:
                 raise UserError(f"{path}, line {number}: {e}") from None
         random.Random(seed).shuffle(chats)
-        for chat in chats:
-            if (size := chat.lengths[0]) > row_tokens:
-                self.dropped += 1
-                continue
-            if size > room:
+        for chat in (fitting := [chat for chat in chats if chat.lengths[0] <= row_tokens]):
+            if chat.lengths[0] > room:
                 self.packed.append([])
                 room = row_tokens
             self.packed[-1].append(chat)
-            room -= size
-        self.rows = len(self.packed)
+            room -= chat.lengths[0]
+        self.rows, self.dropped = len(self.packed), len(chats) - len(fitting)
 
     def row(self, k: int) -> Row:
         epoch, i = divmod(k, self.rows)

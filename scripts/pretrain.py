@@ -1,11 +1,11 @@
-"""Next-token training of Qwen2.5 and Qwen3: continual pretraining, a base from scratch, fine-tuning on chats.
+"""Next-token training of Qwen2.5 and Qwen3: continual pretraining, a base from scratch, chats.
 
-    torchrun --nproc_per_node=8 -m scripts.pretrain --model FOLDER --data NAME=FOLDER[:WEIGHT],... --steps N
-    torchrun --nproc_per_node=8 -m scripts.pretrain --model FOLDER --sft FILE.jsonl --steps N
+    torchrun --nproc_per_node=8 -m scripts.pretrain --model FOLDER --data NAME=FOLDER[:WEIGHT],...
+    torchrun --nproc_per_node=8 -m scripts.pretrain --model FOLDER --sft FILE.jsonl
 
 --data are folders of scripts/tokenise.py; without it and --sft, --documents are tokenised in memory. Without
 --model a model of the given shape starts from scratch. A step trains rows_per_step rows of row_tokens inputs,
-packed, with attention inside documents (data/corpus.py). The folder of the run is like train.py's: the same
+packed, with attention inside documents (data/corpus.py). The run's folder is like that of train.py: the same
 command goes on from its last checkpoint, and scripts.curves and scripts.export read it.
 """
 
@@ -44,9 +44,9 @@ NO_ROW = corpus.Row(np.array([0]), np.array([-1]), [1])  # keeps the ranks' coll
 class Config:
     documents: str = "data/tiny/documents.jsonl"  # JSONL with `text`, read without data and sft
     data: str = ""  # NAME=FOLDER[:WEIGHT],... of tokenised documents; weights are shares of the rows
-    sft: str = ""  # JSONL with `messages`, or `prompt` and `response`: only responses are trained
+    sft: str = ""  # JSONL with `messages`, or `prompt` and `response`, read without data
     prompt_style: str = "think"  # of sft: think or direct
-    eval_data: str = ""  # NAME=FOLDER,... of tokenised documents, evaluated as a whole
+    eval_data: str = ""  # NAME=FOLDER,... of tokenised documents, whose rows are all evaluated
     model: str = ""  # checkpoint folder to go on from; empty: from scratch, with tokenizer and shape below
     tokenizer: str = "data/tiny/base"  # folder with tokenizer.json
     hidden_size: int = 128  # this and the next eight are fields of model.ModelConfig
@@ -88,61 +88,55 @@ class Config:
 # ---------------------------------------------------------------------- inputs
 
 
-def check(config: Config, ranks: int):
-    """Raises UserError."""
+def folders(config: Config, option: str, tokenizer: Tokenizer) -> dict[corpus.Corpus, float]:
+    """The corpora that an option names, and their weights. Raises UserError."""
+    found = {}
+    for part in filter(None, getattr(config, option).split(",")):
+        m = re.fullmatch(r"([\w.-]+)=(.+?)(?::(\d*\.?\d+))?", part)
+        if not m or float(m[3] or 1) == 0 or m[1] in [source.name for source in found]:
+            raise UserError(f"{option}: {part!r} must be NAME=FOLDER or NAME=FOLDER:WEIGHT, with a new NAME")
+        source = corpus.open_corpus(m[1], Path(m[2]), tokenizer, config.row_tokens, config.seed)
+        found[source] = float(m[3] or 1)
+    return found
+
+
+def read_inputs(config: Config, ranks: int) -> SimpleNamespace:
+    """Checks the options. Returns what a run reads besides weights: model (a folder), shape, n_valid, sources
+    (and their weights in the mixture), held_out sources, record (of it in checkpoints). Raises UserError."""
     options.check_numbers(
         config, "row_tokens rows_per_step micro_batch_tokens max_skipped replicate eval_every save_every "
         "keep_checkpoints timeout", "steps lr warmup weight_decay peak_tflops keep_every", decay=(0, 1))
     options.check_choices(config, device=options.DEVICES, prompt_style=prompts.STYLES,
                           resume=("auto", "true", "false"))
-    typed(vars(config), "command line", {k: v for k, v in qwen.FIELDS.items() if k in vars(config)})
+    given = {name: field for name, field in qwen.FIELDS.items() if name in vars(config)}
     if config.rows_per_step % ranks or ranks % config.replicate:
         raise UserError(f"rows_per_step {config.rows_per_step} must be a multiple of the {ranks} ranks, and "
                         f"replicate {config.replicate} divide them")
-
-
-def folders(config: Config, option: str, tokenizer: Tokenizer) -> dict[str, tuple[corpus.Corpus, float]]:
-    """The corpora that an option names, and their weights. Raises UserError."""
-    found = {}
-    for part in filter(None, getattr(config, option).split(",")):
-        m = re.fullmatch(r"([\w.-]+)=(.+?)(?::(\d*\.?\d+))?", part)
-        if not m or m[1] in found or float(m[3] or 1) == 0:
-            raise UserError(f"{option}: {part!r} must be NAME=FOLDER or NAME=FOLDER:WEIGHT, with a new NAME")
-        source = corpus.open_corpus(m[1], Path(m[2]), tokenizer, config.row_tokens, config.seed)
-        found[m[1]] = source, float(m[3] or 1)
-    return found
-
-
-def read_inputs(config: Config) -> SimpleNamespace:
-    """What a run reads besides weights: model (a folder), shape, n_valid, sources and weights of the mixture,
-    held_out sources, and the record of them in checkpoints. Raises UserError."""
-    path, rest = locate(config.model or config.tokenizer), (config.row_tokens, config.seed)
+    path, size = locate(config.model or config.tokenizer), (config.row_tokens, config.seed)
     tokenizer = Tokenizer(path)
     shape = qwen.read_config(path) if config.model else qwen.ModelConfig(
-        tokenizer.n_valid, tie_word_embeddings=True,
-        **{name: value for name, value in vars(config).items() if name in qwen.FIELDS})
+        tokenizer.n_valid, tie_word_embeddings=True, **typed(vars(config), "command line", given))
     tokenizer.check_rows(shape.vocab_size, path)
     if shape.scalar_head or config.row_tokens > shape.max_position_embeddings:
         raise UserError(f"{path} is a reward model, or row_tokens {config.row_tokens} exceeds the context of "
                         f"{shape.max_position_embeddings}: choose others")
     option = "data" if config.data else "sft" if config.sft else "documents"
-    found = folders(config, "data", tokenizer) if config.data else {option: (
-        sft.Chats(config.sft, tokenizer, config.prompt_style, *rest) if config.sft else
-        corpus.in_memory(Path(locate(config.documents)), tokenizer, *rest), 1.0)}
-    held_out = [source for source, _ in folders(config, "eval_data", tokenizer).values()]
-    sources, weights = zip(*found.values())
-    if sum(source.rows for source in sources) < config.rows_per_step or not all(s.rows for s in sources):
-        raise UserError(f"{option} {getattr(config, option)} has too few tokens for rows_per_step "
-                        f"{config.rows_per_step} rows of row_tokens {config.row_tokens}: lower them")
+    sources = folders(config, "data", tokenizer) or {
+        sft.Chats(config.sft, tokenizer, config.prompt_style, *size) if config.sft else
+        corpus.in_memory(Path(locate(config.documents)), tokenizer, *size): 1.0}
+    held_out = list(folders(config, "eval_data", tokenizer))
+    if not all(s.rows for s in [*sources, *held_out]) or sum(s.rows for s in sources) < config.rows_per_step:
+        raise UserError(f"{option} {getattr(config, option)}, or eval_data, has too few tokens for a row of "
+                        f"row_tokens {config.row_tokens} or rows_per_step {config.rows_per_step}: lower them")
     record = {"model": dataclasses.asdict(shape), option: [checkpoints.digest(s.file) for s in sources]}
-    return SimpleNamespace(model=path, shape=shape, n_valid=tokenizer.n_valid, sources=sources,
-                           weights=weights, held_out=held_out, record=record)
+    return SimpleNamespace(model=path, shape=shape, n_valid=tokenizer.n_valid, sources=list(sources),
+                           weights=list(sources.values()), held_out=held_out, record=record)
 
 
 # ---------------------------------------------------------------------- loss
 
 
-def micro_batches(rows: list[corpus.Row], config: Config) -> list[list[corpus.Row]]:
+def micro_batches(rows: list, config: Config) -> list[list]:
     size = max(1, config.micro_batch_tokens // config.row_tokens)
     return [rows[i:i + size] for i in range(0, len(rows), size)]
 
@@ -184,11 +178,12 @@ def evaluate(step: int, model: qwen.Qwen2, inputs: SimpleNamespace, config: Conf
         return
     metrics, starts = {}, torch.tensor(list(BUCKETS.values()), device=world.device)
     for source in inputs.held_out:
-        rows = [source.row(k) for k in range(world.rank, source.rows, world.size)]
-        rows += [NO_ROW] * (-(-source.rows // world.size) - len(rows))
+        rounds = -(-source.rows // world.size)  # of which the last may lack a row for this rank
+        local = range(world.rank, rounds * world.size, world.size)
         sums = torch.zeros(2, len(BUCKETS), dtype=torch.float64, device=world.device)
-        for part in micro_batches(rows, config):
-            logp_N, position_N = logprobs(model, part, inputs.n_valid)
+        for part in micro_batches(local, config):
+            rows = [source.row(k) if k < source.rows else NO_ROW for k in part]
+            logp_N, position_N = logprobs(model, rows, inputs.n_valid)
             bucket_N = torch.bucketize(position_N, starts, right=True) - 1
             sums.index_add_(1, bucket_N, torch.stack((-logp_N, torch.ones_like(logp_N))).double())
         dist.all_reduce(sums)
@@ -223,8 +218,7 @@ def train(config: Config, clock: run.Clock | None = None, watch: Watch | None = 
     clock = clock or run.Clock()
     world = distributed.setup(config.device, config.timeout, watch, config.replicate)
     with distributed.raise_on_all_ranks(world):
-        check(config, world.size)
-        inputs = read_inputs(config)
+        inputs = read_inputs(config, world.size)
     rows = sum(source.rows for source in inputs.sources)
     config = dataclasses.replace(config, steps=config.steps or rows // config.rows_per_step)
     folder, newest = run.open_run(config, inputs, world)

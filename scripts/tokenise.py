@@ -62,35 +62,34 @@ def tokenise(config: Config) -> dict:
             os.fsync(f.fileno())
         (out / "writing").replace(file := shard_file(out, len(meta["shards"])))
         meta["shards"].append([len(lengths), tokens])
-        replace(out / "meta.json", json.dumps(meta | {"complete": complete}) + "\n")
+        meta["complete"] = complete
+        replace(out / "meta.json", json.dumps(meta) + "\n")
         print(f"{file}: {len(lengths):,} documents, {tokens:,} tokens", flush=True)
 
-    for ids, why, where, place in tokenised(files, tokenizer, meta["place"]):
+    for ids_T, why, where, place in tokenised(files, tokenizer, meta["place"]):
         if why:
             meta["dropped"].setdefault(why, {"first": where, "documents": 0})["documents"] += 1
         else:
-            if lengths and tokens + len(lengths) + len(ids) >= config.shard_mib * 2**18:
-                finish(False)
+            if lengths and tokens + len(lengths) + len(ids_T) >= config.shard_mib * 2**18:
+                finish(complete=False)
                 f, tokens, lengths = (out / "writing").open("wb"), 0, []
-            f.write(ids.tobytes())
-            tokens += len(ids)
-            lengths.append(len(ids))
+            f.write(ids_T.tobytes())
+            tokens += len(ids_T)
+            lengths.append(len(ids_T))
         meta["place"] = place
-    if lengths:
-        finish(True)
-    for why, dropped in meta["dropped"].items():
-        print(f"{dropped['documents']:,} documents are {why}, the first is {dropped['first']}", flush=True)
-    if not meta["shards"]:
-        raise UserError(f"no document is left of {', '.join(config.files)}: give others")
+    if not lengths:
+        raise UserError(f"no document is left of {', '.join(config.files)}, see `dropped`: {meta['dropped']}")
+    finish(complete=True)
     return meta
 
 
 @options.command
 def main():
     config = options.parse(Config, sys.argv[1:], __doc__, "files")
-    shards = tokenise(config)["shards"]
-    print(f"{config.out}: {sum(documents for documents, _ in shards):,} documents, "
-          f"{sum(tokens for _, tokens in shards):,} tokens in {len(shards)} shards")
+    meta = tokenise(config)
+    documents, tokens = (sum(sizes) for sizes in zip(*meta["shards"]))
+    notes = [f"left out: {x['documents']:,} {why}, first {x['first']}" for why, x in meta["dropped"].items()]
+    print(f"{config.out}: {documents:,} documents, {tokens:,} tokens", *notes, sep="\n")
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from data.tokenizer import Tokenizer
 from kernels import linear_logprob
 from lib.options import UserError
 from scripts import curves, distil, export, pretrain, tokenise
-from tests.helpers import ROOT, equal, random_model, tensors
+from tests.helpers import ROOT, equal, obeys_umask, random_model, tensors
 
 BASE = ROOT / "data/tiny/base"
 ONE = SimpleNamespace(rank=0, size=1, main=True, device=torch.device("cpu"))
@@ -64,7 +64,8 @@ def run(capsys, *options, config=SMALL) -> str:
 def lines(folder: Path) -> list[dict]:
     """metrics.jsonl without what depends on the machine."""
     depends = ("time/", "memory/", "tokens_per_second/")
-    return [{k: v for k, v in json.loads(line).items() if not k.startswith(depends)} for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in json.loads(line).items() if not k.startswith(depends)}
+            for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
 # ---------------------------------------------------------------------- tokeniser
@@ -86,7 +87,10 @@ def test_documents_keep_their_order_and_what_cannot_be_used_is_counted_with_its_
     for batch in (1, 500, 2**20):
         monkeypatch.setattr(corpus, "BATCH", batch)
         out = tmp_path / str(batch)
-        meta = tokenise.tokenise(tokenise.Config((str(tmp_path / "in"), ), str(BASE), str(out)))
+        monkeypatch.setattr(sys, "argv", ["tokenise", str(tmp_path / "in"), f"--tokenizer={BASE}",
+                                          f"--out={out}"])
+        tokenise.main()
+        meta = json.loads((out / "meta.json").read_text())
         found.append((out / "shard_00000.bin").read_bytes())
         assert meta["dropped"] == {
             "no JSON object": {"first": f"{jsonl}, line 2", "documents": 2},
@@ -96,9 +100,10 @@ def test_documents_keep_their_order_and_what_cannot_be_used_is_counted_with_its_
     expected = [tokenizer.encode(text) + tokenizer.eos_ids for text in texts]
     flat = [*sum(expected, []), *map(len, expected)]
     assert np.frombuffer(found[0], "<u4").tolist() == flat and found[0] == found[1] == found[2]
-    assert f"2 documents are no JSON object, the first is {jsonl}, line 2" in capsys.readouterr().out
+    assert f"left out: 2 no JSON object, first {jsonl}, line 2\n" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_tokeniser_that_is_killed_goes_on_to_the_same_bytes(tmp_path, forks, capsys):
     """After the second of several shards; and between a shard and its mention in meta.json."""
     texts, size = documents(120), 0.004
@@ -304,7 +309,7 @@ def test_evaluation_reports_each_source_and_perplexity_by_position(monkeypatch):
     names = {"eval/loss/a", "eval/loss/b", "eval/perplexity/b/near"} | {
         f"eval/perplexity/a/{x}" for x in ("near", "middle", "far")}
     assert written[0].keys() == names | {"step"}, "no document of b reaches further"
-    logp = torch.cat([pretrain.logprobs(model, [held_out[0].row(k)], 131)[0] for k in range(4)]).detach().view(4, 30)
+    logp = pretrain.logprobs(model, [held_out[0].row(k) for k in range(4)], 131)[0].detach().view(4, 30)
     expected = {"near": logp[:, :4], "middle": logp[:, 4:16], "far": logp[:, 16:]}
     assert written[0]["eval/loss/a"] == pytest.approx(-logp.mean().item(), abs=1e-5)
     for name, part in expected.items():
@@ -362,6 +367,7 @@ def test_a_run_that_is_killed_goes_on_to_the_same_bits(tmp_path, folders, capsys
     assert losses[-1] < losses[0] - 0.05 and losses[0] == pytest.approx(math.log(1024), abs=0.1)
 
 
+@pytest.mark.slow
 def test_two_ranks_are_one(tmp_path, folders, capsys, forks):
     options = [*folders, "--steps", "4", "--rows_per_step", "4"]
     run(capsys, *options, "--run_dir", tmp_path / "one", "--out", tmp_path / "a")
@@ -372,6 +378,20 @@ def test_two_ranks_are_one(tmp_path, folders, capsys, forks):
     assert all(torch.allclose(one[k], two[k], rtol=0, atol=1e-5) for k in one)
     for a, b in zip(lines(tmp_path / "one"), lines(tmp_path / "two"), strict=True):
         assert a == pytest.approx(b, abs=1e-5, rel=1e-5)
+
+
+def test_the_folder_of_a_base_from_scratch_is_complete(tmp_path, capsys):
+    """From one command; also where it is the tokenizer's own, and a Qwen3."""
+    file = write(tmp_path / "documents.jsonl", *({"text": text} for text in documents(20)))
+    shutil.copytree(BASE, tmp_path / "own")
+    for i, (out, tokenizer, more) in enumerate((
+            ("base", BASE, []), ("own", tmp_path / "own", []),
+            ("3", BASE, ["--qk_norm", "true", "--head_dim", "12"]))):
+        run(capsys, "--documents", file, "--tokenizer", tokenizer, "--out", tmp_path / out, "--run_dir",
+            tmp_path / f"run{i}", "--rows_per_step", "10", *more)
+        made = qwen.load(tmp_path / out).config
+        assert Tokenizer(tmp_path / out).n_valid == made.vocab_size and obeys_umask(tmp_path / out)
+        assert (made.qk_norm, made.head_dim) == ((True, 12) if more else (False, 8))
 
 
 def test_a_checkpoint_is_gone_on_from_and_chats_are_trained(tmp_path, capsys):
@@ -425,7 +445,8 @@ def test_a_stopped_run_keeps_its_last_step(tmp_path, folders, capsys, monkeypatc
     (["--data", "a=nowhere"], "nowhere/meta.json does not exist: make the folder by scripts.tokenise"),
     (["--eval_data", "a=nowhere:2"], "nowhere/meta.json does not exist"),
     (["--documents", "nowhere"], "nowhere"), (["--sft", "nowhere"], "sft file nowhere cannot be read"),
-    (["--documents", "FEW"], "has too few tokens for rows_per_step 2 rows of row_tokens 32"),
+    (["--documents", "FEW"], "too few tokens for a row of row_tokens 32 or rows_per_step 2"),
+    (["--eval_data", "a=FEW"], "FEW/meta.json does not exist"),
     (["--documents", "BAD"], ", line 2 is no JSON object: mend it"),
     (["--tokenizer", "nowhere"], "nowhere/tokenizer.json does not exist"),
     (["--model", "WRITING"], "is a reward model"), (["--resume", "true"], "has no checkpoint to go on from"),

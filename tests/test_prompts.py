@@ -1,4 +1,4 @@
-"""Reading prompts, rendering them, the order in which a run sees them; packing documents for pretraining."""
+"""Reading prompts, rendering them, the order in which a run sees them."""
 
 import json
 import random
@@ -10,7 +10,6 @@ import pytest
 from data.prompts import QUERY_FIELDS, STYLES, TEMPLATES, language, load, order, read, render
 from data.tokenizer import Tokenizer
 from lib.options import UserError
-from scripts.pretrain import pack_documents
 from train import Config
 
 BASE = Path(__file__).parent.parent / "data" / "tiny" / "base"
@@ -311,49 +310,6 @@ def test_the_seed_decides_the_order():
 def test_a_batch_that_the_prompts_cannot_fill_is_an_error_that_names_both_numbers(batch):
     with pytest.raises(ValueError, match=rf"{batch} prompts.*10 are usable"):
         order(10, batch, 0, 0)
-
-
-# ------------------------------------------------------------------------------------------ packing
-
-
-def documents(seed, count=60):
-    """Documents whose tokens name their document and place: (document, index)."""
-    rng = random.Random(seed)
-    return [[(d, i) for i in range(rng.choice([0, 1, 2, 5, 31, 32, 33, 64, 100]))] for d in range(count)]
-
-
-@pytest.mark.parametrize("row_tokens", [1, 7, 32, 500])
-def test_rows_are_full_and_hold_every_token_once_and_in_order(row_tokens):
-    """Only the last, incomplete row is left out; a document is continued in the next row where it was cut."""
-    docs = documents(0)
-    total = sum(map(len, docs))
-    rows = pack_documents(docs, row_tokens, seed=4)
-    assert [sum(map(len, row)) for row in rows] == [row_tokens] * (total // row_tokens)
-    stream = [token for row in rows for piece in row for token in piece]
-    assert len(stream) == len(set(stream)) > total - row_tokens
-    for d in {d for d, _ in stream}:
-        mine = [(at, i) for at, (e, i) in enumerate(stream) if e == d]
-        assert [i for _, i in mine] == list(range(len(mine))), "in order, from the document's start"
-        assert mine[-1][0] - mine[0][0] == len(mine) - 1, "without a stranger in between"
-
-
-def test_a_piece_never_spans_two_documents_nor_is_it_empty():
-    """Attention stays inside a piece, so a piece with two documents would leak one into the other."""
-    pieces = [piece for row in pack_documents(documents(1), 32, seed=0) for piece in row]
-    assert all(piece and len({d for d, _ in piece}) == 1 for piece in pieces)
-
-
-def test_packing_shuffles_by_its_seed_and_leaves_its_argument_alone():
-    docs = documents(2)
-    copy = [list(d) for d in docs]
-    a, b, c = (pack_documents(docs, 32, seed) for seed in (0, 0, 1))
-    assert a == b != c and docs == copy
-    shown = [d for row in a for piece in row for d, _ in piece]
-    assert shown != sorted(shown)
-
-
-def test_too_few_tokens_make_no_row():
-    assert pack_documents([], 8, 0) == pack_documents([[1, 2, 3], [4]], 8, 0) == []
 
 
 def test_a_prompt_of_ten_megabytes_is_refused_without_being_tokenised(tmp_path):

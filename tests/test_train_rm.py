@@ -6,7 +6,6 @@ Not exercised here: CUDA. Several ranks are in test_writing.py.
 import json
 import math
 import re
-import runpy
 import shutil
 import sys
 import zlib
@@ -19,9 +18,8 @@ from data.preferences import Pair, read
 from data.tiny import make
 from data.tiny import pairs as tiny
 from data.tiny.pairs import KINDS, pairs
-from data.tokenizer import Tokenizer
 from lib.options import UserError
-from scripts import pretrain, train_rm
+from scripts import train_rm
 from tests.helpers import ROOT, obeys_umask
 from text import count_words
 
@@ -207,24 +205,6 @@ def test_a_short_training_tells_texts_apart_and_transformers_reads_the_result(tm
     train_rm.main()
     again = float(re.search(r"^all +(\S+)", capsys.readouterr().out, re.M).group(1))
     assert again == pytest.approx(found["accuracy"]["all"][0], abs=0.1), "a reward model is only reported on"
-
-
-def test_a_pretrained_folder_is_complete(tmp_path, monkeypatch, capsys):
-    """Also where it is the tokenizer's own, and a Qwen3. Nothing is written where nobody said."""
-    documents = write(tmp_path / "documents.jsonl", [{"text": "The fog came over the harbour."}] * 4)
-    shutil.copytree(BASE, tmp_path / "own")
-    for out, tokenizer, more in (
-            (tmp_path / "base", BASE, {}), (tmp_path / "own", tmp_path / "own", {}),
-            (tmp_path / "3", BASE, {"qk_norm": True, "head_dim": 12})):
-        pretrain.run(pretrain.Config(documents, str(tokenizer), str(out), 16, 16, 1, 2, 1, row_tokens=8,
-                                     device="cpu", **more))
-        made = qwen.load(out).config
-        assert Tokenizer(out).n_valid == made.vocab_size and obeys_umask(out)
-        assert (made.qk_norm, made.head_dim) == (("qk_norm" in more), more.get("head_dim", 8))
-    monkeypatch.setattr(sys, "argv", ["pretrain"])
-    with pytest.raises(SystemExit, match="2"):
-        runpy.run_path(pretrain.__file__, run_name="__main__")
-    assert capsys.readouterr().err == "error: --out is missing: give a folder for the checkpoint\n"
 
 
 @pytest.mark.parametrize("options, said", [
