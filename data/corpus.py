@@ -24,6 +24,7 @@ from data.tokenizer import Tokenizer
 from lib.options import Field, UserError, parse_json, read_json
 
 BATCH = 2**20  # characters that are tokenised together, in parallel
+SHARD = "shard_{:05d}.bin"
 
 
 class Row(NamedTuple):
@@ -125,10 +126,6 @@ class Corpus:
                    [len(ids) - 1 for ids in pieces])
 
 
-def shard_file(folder: Path, index: int) -> Path:
-    return folder / f"shard_{index:05d}.bin"
-
-
 def open_corpus(name: str, folder: Path, tokenizer: Tokenizer, row_tokens: int, seed: int) -> Corpus:
     """The corpus in a folder. Raises UserError if another tokenizer made it, or if it is not whole."""
     meta = read_json(file := folder / "meta.json", "make the folder by scripts.tokenise",
@@ -138,12 +135,12 @@ def open_corpus(name: str, folder: Path, tokenizer: Tokenizer, row_tokens: int, 
     if not meta["complete"]:
         raise UserError(f"{folder} is not complete: give scripts.tokenise the same command again")
     for i, size in enumerate(meta["shards"]):
-        path = shard_file(folder, i)
+        path = folder / SHARD.format(i)
         if not path.is_file() or path.stat().st_size != 4 * sum(size):
             raise UserError(f"{path} must have {4 * sum(size):,} bytes by its meta.json: copy it again")
 
     def read(shard: int) -> list[np.ndarray]:
-        return np.split(np.memmap(shard_file(folder, shard), "<u4", "r"), [meta["shards"][shard][1]])
+        return np.split(np.memmap(folder / SHARD.format(shard), "<u4", "r"), [meta["shards"][shard][1]])
 
     return Corpus(name, file, meta["shards"], read, row_tokens, seed)
 
@@ -155,7 +152,7 @@ def in_memory(file: Path, tokenizer: Tokenizer, row_tokens: int, seed: int) -> C
         if why:
             raise UserError(f"{where} is {why}: mend it, or leave it out")
         documents.append(ids_T)
-    shard = np.concatenate([*documents, []]).astype("<u4"), np.array([len(ids_T) for ids_T in documents])
+    shard = np.concatenate(documents or [[]]), np.array([len(ids_T) for ids_T in documents])
     return Corpus("documents", file, [[len(documents), len(shard[0])]], lambda _: shard, row_tokens, seed)
 
 

@@ -16,22 +16,17 @@ from data.tokenizer import Tokenizer
 from lib.options import UserError
 
 
-def messages_of(record: dict) -> list[dict]:
-    """Raises ValueError."""
-    found = record.get("messages", [{"role": "user", "content": present(record, QUERY_FIELDS)},
-                                    {"role": "assistant", "content": record.get("response")}])
-    if not isinstance(found, list) or len(found) < 2 or not all(
+def encode(record: dict, tokenizer: Tokenizer, style: str) -> Row:
+    """A chat, trained from the first token of the response to the end of text. The request is encoded by
+    itself, as it is when the model answers. Raises ValueError."""
+    messages = record.get("messages", [{"role": "user", "content": present(record, QUERY_FIELDS)},
+                                       {"role": "assistant", "content": record.get("response")}])
+    if not isinstance(messages, list) or len(messages) < 2 or not all(
             isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str)
-            and m["content"].strip() for m in found) or found[-1]["role"] != "assistant":
+            and m["content"].strip() for m in messages) or messages[-1]["role"] != "assistant":
         raise ValueError("it needs a prompt and a response, or messages with role and content, of which the "
                          "last is the assistant's")
-    "".join(m["role"] + m["content"] for m in found).encode()  # a lone surrogate fails here
-    return found
-
-
-def encode(messages: list[dict], tokenizer: Tokenizer, style: str) -> Row:
-    """A chat, trained from the first token of the response to the end of text. The request is encoded by
-    itself, as it is when the model answers."""
+    "".join(m["role"] + m["content"] for m in messages).encode()  # a lone surrogate fails here
     *before, response = messages
     prompt, end = render("\n\n".join(m["content"] for m in before), style), tokenizer.eos_ids[:1]
     if tokenizer.chats:
@@ -52,7 +47,7 @@ class Chats:
         self.file, self.seed, self.packed, chats, room = Path(path), seed, [], [], 0
         for number, record in objects(path, "sft"):
             try:
-                chats.append(encode(messages_of(record), tokenizer, style))
+                chats.append(encode(record, tokenizer, style))
             except ValueError as e:
                 raise UserError(f"{path}, line {number}: {e}") from None
         random.Random(seed).shuffle(chats)

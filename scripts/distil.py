@@ -24,17 +24,17 @@ class Config:
 
 def distil(config: Config) -> list[dict]:
     """The documents, highest reward first; samples that were cut are left out. Raises UserError."""
-    run, left, found, documents = Path(config.run), float("inf"), [], []
-    tokenizer = Tokenizer(locate(read_json(run / "config.json", "give an RL run", model=Field(str))["model"]))
+    recorded, left, found, documents = Path(config.run, "config.json"), float("inf"), [], []
+    tokenizer = Tokenizer(locate(read_json(recorded, "give an RL run", model=Field(str))["model"]))
     if config.corpus:
         meta = read_json(Path(config.corpus, "meta.json"), "make it by scripts.tokenise", shards=Field(list))
         left = config.share * sum(tokens for _, tokens in meta["shards"])
-    for file in sorted(run.glob("rollouts/step_*.jsonl")):
-        for record in read_jsonl(file, prompt=Field(str), text=Field(str), rewards=Field(dict)):
-            rewards = [x for x in record["rewards"].values() if x is not None]
-            mean = sum(rewards) / max(1, len(rewards))
-            if rewards and mean >= config.min_reward and record.get("finish_reason") != "length":
-                found.append((mean, record["prompt"] + record["text"]))
+    for file in sorted(Path(config.run).glob("rollouts/step_*.jsonl")):
+        for sample in read_jsonl(file, prompt=Field(str), text=Field(str), rewards=Field(dict)):
+            rewards = [x for x in sample["rewards"].values() if x is not None] or [float("-inf")]
+            mean = sum(rewards) / len(rewards)
+            if mean >= config.min_reward and sample.get("finish_reason") != "length":
+                found.append((mean, sample["prompt"] + sample["text"]))
     for _, text in sorted(found, key=lambda x: -x[0]):
         if (left := left - len(tokenizer.encode(text)) - 1) < 0:
             break

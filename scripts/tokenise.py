@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data.corpus import fingerprint, shard_file, tokenised
+from data.corpus import SHARD, fingerprint, tokenised
 from data.tokenizer import Tokenizer
 from lib import options
 from lib.files import locate, replace
@@ -60,7 +60,7 @@ def tokenise(config: Config) -> dict:
             f.write(np.array(lengths, "<u4").tobytes())
             f.flush()
             os.fsync(f.fileno())
-        (out / "writing").replace(file := shard_file(out, len(meta["shards"])))
+        (out / "writing").replace(file := out / SHARD.format(len(meta["shards"])))
         meta["shards"].append([len(lengths), tokens])
         meta["complete"] = complete
         replace(out / "meta.json", json.dumps(meta) + "\n")

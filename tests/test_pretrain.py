@@ -216,7 +216,7 @@ def test_only_the_response_of_a_chat_is_trained(chats, style, before, end):
     assert tokenizer.chats == chats
     for record in ({"prompt": "Ask", "response": "Told."}, {"messages": [
             {"role": "user", "content": "Ask"}, {"role": "assistant", "content": "Told."}]}):
-        row = sft.encode(sft.messages_of(record), tokenizer, style)
+        row = sft.encode(record, tokenizer, style)
         assert tokenizer.decode([*row.tokens_T, row.targets_T[-1]]) == before + "Told." + end
         trained = row.targets_T[row.targets_T >= 0]
         assert tokenizer.decode(trained) == "Told." + end and row.lengths == [len(row.tokens_T)]
@@ -227,7 +227,7 @@ def test_earlier_messages_stand_before_the_response():
     tokenizer = Tokenizer(BASE)
     chat = [{"role": role, "content": text} for role, text in (
         ("system", "S"), ("user", "A"), ("assistant", "B"), ("user", "C"), ("assistant", "D"))]
-    assert tokenizer.decode(sft.encode(chat, tokenizer, "direct").tokens_T) == prompts.render(
+    assert tokenizer.decode(sft.encode({"messages": chat}, tokenizer, "direct").tokens_T) == prompts.render(
         "S\n\nA\n\nB\n\nC", "direct") + "D"
     assert tokenizer.chat(chat[:2]) == ("<|im_start|>system\nS<|im_end|>\n<|im_start|>user\nA<|im_end|>\n"
                                         "<|im_start|>assistant\n")
@@ -237,7 +237,7 @@ def test_chats_are_packed_whole_and_longer_ones_are_dropped_and_counted(tmp_path
     tokenizer, style = Tokenizer(BASE), "direct"
     records = [{"prompt": "Ask", "response": "word " * n} for n in (1, 2, 5, 9, 400, 3)]
     file = write(tmp_path / "chats.jsonl", *records)
-    lengths = [sft.encode(sft.messages_of(x), tokenizer, style).lengths[0] for x in records]
+    lengths = [sft.encode(x, tokenizer, style).lengths[0] for x in records]
     room = max(n for n in lengths if n < 400) + 10
     chats = sft.Chats(str(file), tokenizer, style, room, seed=0)
     assert chats.dropped == 1 and chats.rows > 1
