@@ -170,6 +170,8 @@ def test_every_token_but_a_documents_first_is_predicted_once_an_epoch(row_tokens
         assert (row.targets_T == row.tokens_T + 1).all()
         for part in np.split(row.tokens_T, np.cumsum(row.lengths)[:-1]):
             assert (np.diff(part) == 1).all() and not set(part[1:]) & set(starts)
+    one = source(lengths=[9] * 20, row_tokens=160)
+    assert (one.row(0).tokens_T != one.row(1).tokens_T).any(), "so has its only shard"
     first = {tuple(source(lengths=lengths, shards=4, row_tokens=99, seed=seed, name=name).row(0).tokens_T)
              for seed, name in ((0, "a"), (1, "a"), (0, "b"))}
     assert len(first) == 3, "keyed by seed and source"
@@ -368,16 +370,25 @@ def test_a_run_that_is_killed_goes_on_to_the_same_bits(tmp_path, folders, capsys
 
 
 @pytest.mark.slow
-def test_two_ranks_are_one(tmp_path, folders, capsys, forks):
+def test_two_ranks_are_one_and_go_on_to_the_same_bits_when_they_are_killed(tmp_path, folders, capsys, forks):
     options = [*folders, "--steps", "4", "--rows_per_step", "4"]
     run(capsys, *options, "--run_dir", tmp_path / "one", "--out", tmp_path / "a")
-    argv = ["pretrain", *SMALL, *options, "--run_dir", str(tmp_path / "two"), "--out", str(tmp_path / "b")]
-    said = forks.run(f"import sys; from scripts import pretrain; sys.argv = {argv!r}; pretrain.main()", 2)
+    code = "import os, sys; from scripts import pretrain; sys.argv = {!r}; {}; pretrain.main()"
+    argv = ["pretrain", *SMALL, *options, "--out", str(tmp_path / "b"), "--run_dir"]
+    said = forks.run(code.format([*argv, str(tmp_path / "two")], "pass"), 2)
     assert "2 x cpu" in said[0] and said[1] == ""
     one, two = (qwen.load(tmp_path / x).state_dict() for x in "ab")
     assert all(torch.allclose(one[k], two[k], rtol=0, atol=1e-5) for k in one)
     for a, b in zip(lines(tmp_path / "one"), lines(tmp_path / "two"), strict=True):
         assert a == pytest.approx(b, abs=1e-5, rel=1e-5)
+    argv.append(str(tmp_path / "killed"))
+    dies = ("left, take = [1] * 3, pretrain.corpus.take; pretrain.corpus.take = lambda *a: "
+            "take(*a) if left and left.pop() else os.kill(os.getpid(), 9)")
+    codes, _ = forks.start(main="", ranks=2, code=code.format(argv, dies))[1]()
+    assert codes == [-9, -9] and len(lines(tmp_path / "killed")) == 4, "an evaluation and three steps"
+    assert "resumed after step 3" in forks.run(code.format(argv, "pass"), 2)[0]
+    assert equal(tensors(tmp_path / "two", 4), tensors(tmp_path / "killed", 4))
+    assert lines(tmp_path / "two") == lines(tmp_path / "killed")
 
 
 def test_the_folder_of_a_base_from_scratch_is_complete(tmp_path, capsys):
