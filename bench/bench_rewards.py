@@ -8,16 +8,14 @@ measures of repetition beside plain shares of n-grams. Writes bench/results/rewa
 same as one JSON line.
 """
 
-import json
 import random
 import time
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 
 import rewards
-from bench import hardware
+from bench import finish, hardware
 from lib import scoring
 from rewards import REWARDS
 from scripts import plan
@@ -88,8 +86,7 @@ def main():
           f"{rows['either']['auc'] >= 0.98 and rows['either']['auc'] > best}; length + format under 30 ms: "
           f"{result['length_and_format_ms'] < 30}; at most 2 % of a step: "
           f"{max(c['share'] for c in result['step']['all rules'].values()) <= 0.02}")
-    (Path(__file__).parent / "results" / "rewards.json").write_text(json.dumps(result, indent=1) + "\n")
-    print(json.dumps(result))
+    finish(result, save=True)
 
 
 if __name__ == "__main__":
