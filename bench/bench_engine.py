@@ -12,6 +12,7 @@ fits; its prefill is timed apart and taken off. --smoke runs a small shape on an
 """
 
 import gc
+import tempfile
 from functools import partial
 
 import torch
@@ -80,10 +81,11 @@ def their_model(config: qwen.ModelConfig):
     import transformers
 
     transformers.logging.set_verbosity_error()
-    fields = {k: v for k, v in qwen.config_json(config, torch.bfloat16).items() if k != "architectures"}
+    with tempfile.TemporaryDirectory() as folder:
+        qwen.write_config(config, folder, torch.bfloat16)
+        theirs = transformers.AutoConfig.from_pretrained(folder)
     with torch.device(DEVICE):  # in bf16 at once: on a CPU in fp32 7B takes minutes
-        return transformers.AutoModelForCausalLM.from_config(transformers.Qwen2Config(**fields),
-                                                             dtype=torch.bfloat16).eval()
+        return transformers.AutoModelForCausalLM.from_config(theirs, dtype=torch.bfloat16).eval()
 
 
 ENGINES = {"eager": (our_model, partial(ours, graphs=False)),

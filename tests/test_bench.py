@@ -222,3 +222,5 @@ def test_the_engines_bench_runs_and_counts_what_has_to_be_read(monkeypatch, caps
         assert case["ms_per_step"]["limit"] == pytest.approx(
             1e3 * (weights + cache) / result["copy_bytes_per_s"])
         assert case["tokens_per_second"]["graphs"] > 0 and not case["bars"]
+    peer = bench_engine.their_model(config)
+    assert sum(p.numel() for p in peer.parameters()) == config.num_parameters
