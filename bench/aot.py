@@ -84,8 +84,7 @@ def rows(columns, dtype):
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 SHAPES = {  # query heads, KV heads, head dim, page size
     "0.5B": (14, 2, 64, 16), "7B": (28, 4, 128, 16), "32B": (40, 8, 128, 64), "dim 80": (8, 8, 80, 32),
-    "dim 96": (8, 8, 96, 32)
-}
+    "dim 96": (8, 8, 96, 32)}
 CASES = {
     f"{job.__name__} {shape} {str(dtype)[6:]}": (job, *SHAPES[shape], dtype)
     for job in (decode, prefill, write)

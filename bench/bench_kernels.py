@@ -30,8 +30,7 @@ from bench import CUDA, finish, first_line, hardware, now, parser
 from kernels import attention, backend, linear_logprob
 from kernels.sample import head_draw
 
-DEVICE = "cuda" if CUDA else "cpu"
-PAGE = 16
+DEVICE, PAGE = "cuda" if CUDA else "cpu", 16
 sdpa = partial(F.scaled_dot_product_attention, enable_gqa=True)
 
 
@@ -142,7 +141,6 @@ def run(name: str, case: Case, limit: dict[str, float], repeats: int) -> dict:
         met = value is not None and value >= bound
         row["bars"][bar] = {"figure": value, "bound": bound, "met": met}
         print(f"    bar {bar}: {'met' if met else 'MISSED'} ({value} >= {bound})")
-    sys.stdout.flush()
     return row
 
 
@@ -193,10 +191,10 @@ def cumulative(lengths: list[int]) -> torch.Tensor:
     return F.pad(torch.tensor(lengths, device=DEVICE).cumsum(0), (1, 0)).int()
 
 
-def flash(q, k, v, queries: list[int], contexts: list[int], causal: bool, **pages) -> Callable:
+def flash(q, k, v, queries: list[int], contexts: list[int], window=(-1, 0), **pages) -> Callable:
     ends = cumulative(queries), cumulative(contexts)
-    return lambda: attention.varlen()(q, k, v, *ends, max(queries), max(contexts),
-                                      window_size=(-1, 0) if causal else (-1, -1), **pages)
+    return lambda: attention.varlen()(q, k, v, *ends, max(queries), max(contexts), window_size=window,
+                                      **pages)
 
 
 def decode(contexts: list[int], heads: int, kv_heads: int, dim: int = 128) -> Case:
@@ -209,8 +207,8 @@ def decode(contexts: list[int], heads: int, kv_heads: int, dim: int = 128) -> Ca
     seen = (torch.arange(k.shape[2], device=DEVICE) < context[:, None])[:, None, None]
     mask = None if seen.all() else seen
     peers = {"SDPA, contiguous": partial(sdpa, q[:, :, None], k, v, mask),
-             "varlen, paged": flash(q, keys, values, queries, contexts, False, seqused_k=context.int(),
-                                    block_table=table.int())}
+             "varlen, paged": flash(q, keys, values, queries, contexts, (-1, -1),
+                                    seqused_k=context.int(), block_table=table.int())}
     return paged_case(plan, peers, q, keys, values, table, queries, contexts)
 
 
@@ -219,7 +217,7 @@ def prefill(queries: list[int], contexts: list[int], heads: int, kv_heads: int, 
     q = normal(sum(queries), heads, dim)
     plan = attention.PagedPrefill(keys, heads, table, queries, contexts)
     k, v = (torch.cat(end_to_end(x, table, contexts)) for x in (keys, values))
-    peers = {"varlen flash, contiguous": flash(q, k, v, queries, contexts, True)}
+    peers = {"varlen flash, contiguous": flash(q, k, v, queries, contexts)}
     if queries == contexts:
         peers["SDPA, contiguous"] = lambda: attention.packed_reference(q, k, v, queries)
     return paged_case(plan, peers, q, keys, values, table, queries, contexts)
@@ -397,8 +395,7 @@ def main():
             traceback.print_exc()
             failed.append(f"{name}: {first_line(e)}")
         case = None
-        if CUDA:
-            torch.cuda.empty_cache()
+        torch.cuda.empty_cache()
     finish(result)
     if failed:
         sys.exit(f"failed: {'; '.join(failed)}")

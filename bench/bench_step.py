@@ -145,9 +145,8 @@ def measure(folder: Path, options: list[str], shape: str):
 
 def answer(*command: str, **given) -> dict:
     """The JSON object that a command ends with."""
-    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
-    done = subprocess.run(command, check=True, cwd=ROOT, stdout=subprocess.PIPE, text=True, env=environment,
-                          **given)
+    done = subprocess.run(command, check=True, cwd=ROOT, stdout=subprocess.PIPE, text=True, **given,
+                          env={**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())})
     return json.loads(done.stdout.splitlines()[-1])
 
 

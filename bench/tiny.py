@@ -29,8 +29,7 @@ PANELS = {
     "format": "format reward", "length": "length reward", "writing": "writing reward",
     "length_given_answer": "length, given an answer",
     "correlation": "correlation asked, written", "distinct_5grams": "distinct 5-grams",
-    "names_used": "names used"
-}
+    "names_used": "names used"}
 
 
 def measure(rollouts: Path, asked: dict[str, dict]) -> dict[str, float]:
@@ -84,18 +83,16 @@ def main():
                         f"--nproc_per_node={args.ranks}", "train.py", "--run_dir", str(folder),
                         "--seed", str(seed), *options],
                        check=True, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"})
-        seconds = round(time.perf_counter() - start)
-        files = sorted((folder / "rollouts").glob("eval_*.jsonl"))
-        runs.append({"seed": seed, "seconds": seconds,
-                     "curve": {int(f.stem[5:]): measure(f, asked) for f in files}})
-    machine = hardware()
+        runs.append({"seed": seed, "seconds": round(time.perf_counter() - start),
+                     "curve": {int(f.stem[5:]): measure(f, asked)
+                               for f in sorted((folder / "rollouts").glob("eval_*.jsonl"))}})
     print(f"{args.ranks} ranks; best constant length {constant_words} words earns {constant:.3f}")
     for run in runs:
         first, *_, last = run["curve"].values()
         moves = "  ".join(f"{key} {first[key]:.3f} -> {last[key]:.3f}" for key in PANELS if key in first)
         print(f"seed {run['seed']} ({run['seconds']} s, {max(run['curve'])} steps): {moves}")
     (RESULTS / "tiny.svg").write_text(draw(runs, constant))
-    finish({"bench": "tiny", **machine, "ranks": args.ranks, "options": options,
+    finish({"bench": "tiny", **hardware(), "ranks": args.ranks, "options": options,
             "best_constant_length": round(constant, 4), "runs": runs}, save=True)
 
 
