@@ -88,7 +88,7 @@ def main():
                                for f in sorted((folder / "rollouts").glob("eval_*.jsonl"))}})
     print(f"{args.ranks} ranks; best constant length {constant_words} words earns {constant:.3f}")
     for run in runs:
-        first, *_, last = run["curve"].values()
+        first, last = (run["curve"][step] for step in (min(run["curve"]), max(run["curve"])))
         moves = "  ".join(f"{key} {first[key]:.3f} -> {last[key]:.3f}" for key in PANELS if key in first)
         print(f"seed {run['seed']} ({run['seconds']} s, {max(run['curve'])} steps): {moves}")
     (RESULTS / "tiny.svg").write_text(draw(runs, constant))
