@@ -10,6 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
+import rewards
+from model import ModelConfig
+
 pytest.importorskip("triton")
 from bench import bench_engine, bench_kernels, bench_sampler, bench_step, gpu_check, tune  # noqa: E402 - they need triton
 from kernels import backend  # noqa: E402
@@ -136,10 +139,15 @@ def test_killed_in_the_middle_gpu_check_leaves_a_valid_record(tmp_path, monkeypa
     assert json.loads(file.read_text())["stages"]["tests"][0]["tail"] == ["first"]
 
 
-def test_bench_step_writes_no_checkpoint(tmp_path, capsys):
-    options = ["--device", "cpu", *gpu_check.SMOKE_STEP]
-    bench_step.measure(tmp_path, options, "")
-    assert json.loads(capsys.readouterr().out.splitlines()[-1])["seconds"] > 0
+def test_bench_step_trains_random_weights_on_whole_samples_and_writes_no_checkpoint(tmp_path, monkeypatch,
+                                                                                    capsys):
+    monkeypatch.setattr(bench_step.Tokenizer, "find_eos", bench_step.Tokenizer.find_eos)  # it replaces both
+    monkeypatch.setitem(rewards.REWARDS, "varied", None)
+    shape = ModelConfig(151936, 16, 32, 1, 2, 1, tie_word_embeddings=True)
+    monkeypatch.setitem(bench_step.SHAPES, "43m", shape)
+    bench_step.measure(tmp_path, ["--device", "cpu", "--steps", "2", "--max_new_tokens", "9"], "43m")
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert result["seconds"] > 0 and result["length/tokens"] == 9
     assert not any((tmp_path / "run/checkpoints").iterdir())
 
 
