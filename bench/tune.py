@@ -21,8 +21,6 @@ from bench import CUDA, bench_kernels, first_line, hardware, parser
 from bench.bench_kernels import decode, logprob, prefill, sampling
 from kernels import backend
 
-REPEATS = 10
-
 
 def grid(**values) -> list[dict[str, int]]:
     return [dict(zip(values, chosen)) for chosen in product(*values.values())]
@@ -58,7 +56,7 @@ def time_of(make: Callable) -> float:
         case = make()
         if not case.error(case.ours()) < case.tolerance:
             return float("inf")
-        return statistics.median(bench_kernels.timed(case.ours) for _ in range(REPEATS))
+        return statistics.median(bench_kernels.timed(case.ours) for _ in range(10))
     except Exception as e:  # no room on the chip: OutOfResources, or the compiler gives up
         print(f"    {first_line(e)}")
         return float("inf")
