@@ -88,13 +88,9 @@ def judge_of(result: dict) -> str:
 def about(results: list[dict]) -> dict[str, str]:
     """Data, judge, sampling and model of each result; under `all` what they have in common."""
     def facts(r: dict) -> list[str]:
-        model, judge, calls = r["model"], r["judge"], []
-        if judge:
-            cost = "" if judge["cost"] is None else f" for ${judge['cost']:.2f}"
-            calls = [f"{judge['calls']:,} calls of the judge{cost}, {judge['missing']:,} verdicts missing"]
-        return [data_of(r), f"judge {judge_of(r)}", settings(r["sampling"]),
-                f"{len(r['records'])} answers", *calls, f"{r['folder']}, {r['made']}",
-                f"{model['path']} (weights {model['fingerprint'][:12]})"]
+        return [data_of(r), f"judge {judge_of(r)}", settings(r["sampling"]), f"{len(r['records'])} answers",
+                f"{r['folder']}, {r['made']}",
+                f"{r['model']['path']} (weights {r['model']['fingerprint'][:12]})"]
 
     every = {r["label"]: facts(r) for r in results}
     common = [fact for fact in facts(results[0]) if all(fact in facts for facts in every.values())]
