@@ -222,9 +222,7 @@ def generate(config: Config, job: Job, world) -> list[dict]:
         lines = [answers[r.id] for r in job.records]
         if world.main:
             merge_parts(out, "answers", lines)
-            cut, missing = (sum(a["finish_reason"] == "length" for a in lines),
-                            sum(not a["answer"] for a in lines))
-            print(f"{out}: {len(lines)} answers, {cut} truncated, {missing} missing", flush=True)
+            print(f"{out}: {len(lines)} answers", flush=True)
     return lines
 
 
