@@ -77,10 +77,7 @@ def load_tables(file: Path):
 @functools.cache  # before processes fork: functions of an edited file cannot be sent to them
 def load(args: Options) -> tuple[Config, dict[str, prompt_data.Prompt], list[scoring.Reward]]:
     """(the run's options, its prompts by id, the rewards to compute). Raises UserError."""
-    recorded = Path(args.run, "config.json")
-    if not recorded.is_file():
-        raise UserError(f"{args.run} is no run: it has no config.json")
-    config = parse(["--config", str(recorded)])
+    config = parse(["--config", str(Path(args.run, "config.json"))])
     prompts, _ = prompt_data.read(locate(config.prompts), config.prompt_style, config.max_new_tokens, True)
     chosen = scoring.choose_rewards(args.reward or config.reward, load_tables(Path(args.rewards)))
     return config, {prompt.id: prompt for prompt in prompts}, chosen

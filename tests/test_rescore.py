@@ -211,7 +211,7 @@ def fails(monkeypatch, capsys, *arguments) -> str:
 
 def test_what_cannot_be_scored_is_one_sentence(rules, tmp_path, monkeypatch, capsys):
     run = made_up(tmp_path / "run")
-    assert "is no run: it has no config.json" in fails(monkeypatch, capsys, tmp_path)
+    assert f"{tmp_path}/config.json does not exist" in fails(monkeypatch, capsys, tmp_path)
     assert "A:B" in fails(monkeypatch, capsys, run, "--steps", "one")
     assert "no step_*.jsonl of steps 7:9" in fails(monkeypatch, capsys, run, "--steps", "7:9")
     assert "'lenght' is not in rewards.REWARDS" in fails(monkeypatch, capsys, run, "--reward", "lenght")
