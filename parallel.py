@@ -137,6 +137,25 @@ def clip_grad_(model: Qwen2, max_norm: float) -> float:
     return norm
 
 
+def adamw(model: Qwen2, lr: float, weight_decay: float) -> torch.optim.AdamW:
+    """AdamW that decays matrices, and no vector."""
+    matrices = [p for p in model.parameters() if p.dim() > 1]
+    vectors = [p for p in model.parameters() if p.dim() < 2]
+    return torch.optim.AdamW([{"params": matrices, "weight_decay": weight_decay},
+                              {"params": vectors, "weight_decay": 0.0}], lr, betas=(0.9, 0.95), fused=True)
+
+
+def step_(model: Qwen2, optimizer: torch.optim.Optimizer, lr: float):
+    """Updates the model by its gradient, clipped to a norm of 1, and clears it. Raises UserError where it is
+    not finite."""
+    if not math.isfinite(clip_grad_(model, 1.0)):
+        raise UserError(f"the gradient of a step with learning rate {lr:g} is not finite: lower lr")
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    optimizer.step()
+    optimizer.zero_grad()
+
+
 def warmup_cosine(step: int, steps: int, warmup: int, peak: float) -> float:
     """Learning rate of a step, counted from 0: linear warm-up, then cosine decay to 5 % of the peak."""
     if step < warmup:

@@ -7,7 +7,6 @@ document. One epoch, AdamW, linear warm-up and cosine decay. Left out: resume an
 small corpora do not need.
 """
 
-import dataclasses
 import random
 import sys
 import time
@@ -54,8 +53,6 @@ def pack_documents(documents: list[list[int]], row_tokens: int, seed: int) -> li
     A document that crosses a row's end is continued in the next row as a piece of its own. The last,
     incomplete row is dropped.
     """
-    if row_tokens < 1:
-        raise ValueError(f"row_tokens must be at least 1, not {row_tokens}")
     shuffled = list(documents)
     random.Random(seed).shuffle(shuffled)
     rows, row, room = [], [], row_tokens
@@ -85,27 +82,16 @@ def run(config: Config):
     documents = [tokenizer.encode(text) + [tokenizer.eos_ids[0]] for text in documents]
     rows = pack_documents(documents, config.row_tokens, config.seed)
     steps = len(rows) // config.rows_per_step
-    shape = {
-        f.name: getattr(config, f.name)
-        for f in dataclasses.fields(qwen.ModelConfig) if hasattr(config, f.name)
-    }
+    shape = {name: x for name, x in vars(config).items() if name in qwen.ModelConfig.__dataclass_fields__}
     model = qwen.Qwen2(qwen.ModelConfig(vocab_size=tokenizer.n_valid, tie_word_embeddings=True,
                                         **shape)).init_weights_(config.seed)
     parallel.shard(model.to(world.device), world)
-    decay = [p for p in model.parameters() if p.dim() > 1]
-    plain = [p for p in model.parameters() if p.dim() < 2]
-    optimizer = torch.optim.AdamW(
-        [{"params": decay, "weight_decay": config.weight_decay}, {"params": plain, "weight_decay": 0.0}],
-        lr=config.lr,
-        betas=(0.9, 0.95),
-        fused=True)
+    optimizer = parallel.adamw(model, config.lr, config.weight_decay)
     start = time.perf_counter()
     for step in range(steps):
         first = step * config.rows_per_step
-        pieces = [
-            piece for row in rows[first:first + config.rows_per_step][world.rank::world.size] for piece in row
-            if len(piece) > 1
-        ]
+        local = rows[first:first + config.rows_per_step][world.rank::world.size]
+        pieces = [piece for row in local for piece in row if len(piece) > 1]
         tokens = torch.tensor([t for piece in pieces for t in piece], device=world.device)
         targets = torch.tensor([t for piece in pieces for t in piece[1:] + [-1]], device=world.device)
         keep = targets >= 0
@@ -114,11 +100,7 @@ def run(config: Config):
         logp, _ = linear_logprob(hidden[keep], model.head_weight, targets[keep])
         loss = -logp.sum() / count
         loss.backward()
-        parallel.clip_grad_(model, 1.0)
-        for group in optimizer.param_groups:
-            group["lr"] = parallel.warmup_cosine(step, steps, config.warmup, config.lr)
-        optimizer.step()
-        optimizer.zero_grad()
+        parallel.step_(model, optimizer, parallel.warmup_cosine(step, steps, config.warmup, config.lr))
         if step % 100 == 0 or step == steps - 1:
             mean = distributed.total({"loss": loss.item()}, world)["loss"]
             if world.main:
@@ -131,10 +113,7 @@ def run(config: Config):
 
 @options.command
 def main():
-    try:
-        run(options.parse(Config, sys.argv[1:], __doc__))
-    finally:
-        distributed.close()
+    run(options.parse(Config, sys.argv[1:], __doc__))
 
 
 if __name__ == "__main__":
