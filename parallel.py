@@ -145,6 +145,17 @@ def adamw(model: Qwen2, lr: float, weight_decay: float) -> torch.optim.AdamW:
                               {"params": vectors, "weight_decay": 0.0}], lr, betas=(0.9, 0.95), fused=True)
 
 
+def step_(model: Qwen2, optimizer: torch.optim.Optimizer, lr: float) -> float:
+    """Updates the model by its gradient, clipped to a norm of 1, unless that is not finite, and clears it.
+    Returns the norm before."""
+    if math.isfinite(norm := clip_grad_(model, 1.0)):
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        optimizer.step()
+    optimizer.zero_grad()
+    return norm
+
+
 def warmup_cosine(step: int, steps: int, warmup: int, peak: float, decay: float = 1.0,
                   linear: bool = False) -> float:
     """Learning rate of a step, counted from 0: linear warm-up, the peak, then cosine (or linear) decay to 5 %

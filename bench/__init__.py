@@ -1,33 +1,50 @@
 """Measurements: each file is a command that prints hardware, settings and figures, then one JSON line."""
 
+import argparse
+import json
 import os
 import platform
-import subprocess
-import sys
+import time
 from pathlib import Path
 
 import torch
 
-from lib import options  # noqa: F401  # for its --help
+from lib.files import ROOT  # which imports lib.options, for its --help
 
-ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "bench/results"
+CUDA = torch.cuda.is_available()
 
 
-def torchrun(ranks: int, *arguments: str, **environment: str):
-    """Runs a program of this repository on so many ranks of a thread each. Raises CalledProcessError."""
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
-    subprocess.run([*launch, *arguments], check=True, cwd=ROOT,
-                   env={**os.environ, "OMP_NUM_THREADS": "1", **environment})
+def parser(description: str) -> argparse.ArgumentParser:
+    return argparse.ArgumentParser(description=description, allow_abbrev=False,
+                                   formatter_class=argparse.RawDescriptionHelpFormatter)
 
 
 def hardware() -> dict:
     """What a figure is measured on, printed and returned."""
-    cpu = platform.processor() or platform.machine()
-    if (info := Path("/proc/cpuinfo")).exists():
-        lines = (line for line in info.read_text().splitlines() if line.startswith("model name"))
-        cpu = next((line.split(":", 1)[1].strip() for line in lines), cpu)
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    machine = {"cpu": cpu, "cores": os.cpu_count(), "threads": torch.get_num_threads(), "gpu": gpu,
-               "torch": torch.__version__}
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    cpus = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    cpu = (cpus or [platform.processor() or platform.machine()])[0]
+    machine = {"cpu": cpu, "cores": os.cpu_count(), "threads": torch.get_num_threads(),
+               "gpu": torch.cuda.get_device_name() if CUDA else None, "torch": torch.__version__}
     print("; ".join(f"{k} {v}" for k, v in machine.items()), flush=True)
     return machine
+
+
+def now() -> float:
+    """Seconds on a clock, once the GPU has finished what it was given."""
+    if CUDA:
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def first_line(e: Exception) -> str:
+    return f"{type(e).__name__}: {str(e).split(chr(10))[0]}"[:160]
+
+
+def finish(result: dict, save: bool = False):
+    """Prints the JSON line that a bench ends with; `save` writes it to bench/results too."""
+    if save:
+        (RESULTS / f"{result['bench']}.json").write_text(json.dumps(result, indent=1) + "\n")
+    print(json.dumps(result), flush=True)

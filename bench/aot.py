@@ -1,28 +1,26 @@
 """Compiles every kernel for sm_80, sm_90 and sm_100, as its wrapper would launch it, on any machine:
 
-    python -m bench.aot [--cases "decode 7B bfloat16"] [--archs 80 90 100]
+    python -m bench.aot [--cases "decode 7B bfloat16"]
 
-Prints registers, spills, shared memory and code size of each; with no option writes them to
+Prints registers, spills, shared memory and code size of each; without --cases writes them to
 bench/results/aot.json too. The wrappers run on tensors without storage, a stand-in for the driver names the
 target, and Triton's own launcher does the rest up to the launch, so that argument types, alignments and block
 sizes are those of a real run. Exits with 1 if a kernel needs more shared memory than the chip has.
 """
 
-import argparse
-import json
 import os
 import re
 import sys
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import redirect_stdout
 from io import StringIO
-from pathlib import Path
 
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import KernelInterface
 
+from bench import finish, hardware, parser
 from kernels import attention, backend, logprob, sample
 
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes a block can have
@@ -86,8 +84,7 @@ def rows(columns, dtype):
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 SHAPES = {  # query heads, KV heads, head dim, page size
     "0.5B": (14, 2, 64, 16), "7B": (28, 4, 128, 16), "32B": (40, 8, 128, 64), "dim 80": (8, 8, 80, 32),
-    "dim 96": (8, 8, 96, 32)
-}
+    "dim 96": (8, 8, 96, 32)}
 CASES = {
     f"{job.__name__} {shape} {str(dtype)[6:]}": (job, *SHAPES[shape], dtype)
     for job in (decode, prefill, write)
@@ -101,69 +98,50 @@ CASES = {
 
 # ---------------------------------------------------------------------- compiling
 
-LOGS = {}  # of ptxas, by the compiled kernel's hash
-
-
-def resources(log: str) -> dict[str, int]:
-    """Registers of a thread and bytes it spills, out of what ptxas says."""
-    return {"registers": int(re.search(r"Used (\d+) registers", log)[1]),
-            "spilled_bytes": int(re.search(r"(\d+) bytes spill stores", log)[1])}
-
-
-def compile_case(name: str, arch: int) -> list[dict]:
-    """A row for each launch of the case."""
-    found = []
+def compile_cases(arch: int, names: list[str]) -> list[dict]:
+    """A row for each launch of each case. Changes Triton for the process that it runs in."""
+    rows, logs = [], {}  # logs of ptxas, by the compiled kernel's hash
 
     def compile_only(kernel, grid):
         def run(*args, **options):
             with redirect_stdout(StringIO()) as log:
                 compiled = kernel.warmup(*args, grid=grid, **options)
             if log.getvalue():  # nothing was compiled for a launch that was seen before
-                LOGS[compiled.hash] = log.getvalue()
-            found.append({
-                "case": name, "kernel": kernel.fn.__name__, "arch": arch,
-                **resources(LOGS[compiled.hash]), "shared_bytes": compiled.metadata.shared,
-                "warps": compiled.metadata.num_warps, "code_bytes": len(compiled.asm["cubin"])
-            })
+                logs[compiled.hash] = log.getvalue()
+            log = logs[compiled.hash]
+            rows.append({"case": name, "kernel": kernel.fn.__name__, "arch": arch,
+                         "registers": int(re.search(r"Used (\d+) registers", log)[1]),
+                         "spilled_bytes": int(re.search(r"(\d+) bytes spill stores", log)[1]),
+                         "shared_bytes": compiled.metadata.shared, "warps": compiled.metadata.num_warps,
+                         "code_bytes": len(compiled.asm["cubin"])})
         return run
 
     triton.runtime.driver.set_active(Driver(arch))
     triton.knobs.nvidia.dump_ptxas_log = triton.knobs.compilation.always_compile = True
-    kept = KernelInterface.__getitem__, backend.fused
     KernelInterface.__getitem__, backend.fused = compile_only, lambda x: True
-    try:
+    for name in names:
         wrapper, *arguments = CASES[name]
         with torch.device("meta"):
             wrapper(*arguments)
-    finally:
-        KernelInterface.__getitem__, backend.fused = kept
-    return found
-
-
-def compile_cases(arch: int, names: list[str]) -> list[dict]:
-    return [row for name in names for row in compile_case(name, arch)]
+    return rows
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--cases", nargs="+", default=list(CASES), choices=list(CASES), metavar="CASE",
-                        help=f"out of: {', '.join(CASES)}")
-    parser.add_argument("--archs", type=int, nargs="+", default=list(SHARED_LIMIT))
-    args = parser.parse_args()
+    options = parser(__doc__)
+    options.add_argument("--cases", nargs="+", default=list(CASES), choices=list(CASES), metavar="CASE",
+                         help=f"out of: {', '.join(CASES)}")
+    args = options.parse_args()
     if "TRITON_INTERPRET" in os.environ:
         sys.exit("bench.aot: TRITON_INTERPRET replaces the compiler by an interpreter: unset it")
-    with ProcessPoolExecutor(min(len(args.archs), os.cpu_count())) as pool:  # an architecture each
-        parts = list(pool.map(compile_cases, args.archs, [args.cases] * len(args.archs)))
+    with ProcessPoolExecutor(min(len(SHARED_LIMIT), os.cpu_count())) as pool:  # an architecture each
+        parts = list(pool.map(compile_cases, SHARED_LIMIT, [args.cases] * len(SHARED_LIMIT)))
     table = [row for name in args.cases for part in parts for row in part if row["case"] == name]
-    print(f"triton {triton.__version__}\n{'case':26} {'kernel':14} arch  regs spills  shared warps   code")
+    print(f"{'case':26} {'kernel':14} arch  regs spills  shared warps   code")
     for r in table:
         print(f"{r['case']:26} {r['kernel']:14} {r['arch']:4} {r['registers']:5} {r['spilled_bytes']:6} "
               f"{r['shared_bytes']:7} {r['warps']:5} {r['code_bytes']:6}")
-    result = {"bench": "aot", "triton": triton.__version__, "kernels": table}
-    if args.cases == list(CASES) and args.archs == list(SHARED_LIMIT):
-        out = Path(__file__).parent / "results/aot.json"
-        out.write_text(json.dumps(result, indent=1) + "\n")
-    print(json.dumps(result))
+    finish({"bench": "aot", **hardware(), "triton": triton.__version__, "kernels": table},
+           save=args.cases == list(CASES))
     if too_much := [r for r in table if r["shared_bytes"] > SHARED_LIMIT[r["arch"]]]:
         sys.exit(f"{len(too_much)} kernels need more shared memory than the chip has: {too_much}")
 

@@ -1,79 +1,71 @@
 """The kernels against what a user would otherwise call.
 
-    python -m bench.bench_kernels [--only NAME] [--smoke]
+    python -m bench.bench_kernels [--only NAME] [--smoke] [--no_peers]
 
 Each case first proves its result (relative error by norm, against fp64 of a few rows), then takes turns
-with its peers: the median over the repeats, the second-level cache emptied before every call. Beside the time
-stand the bytes that must move or the flops that must be done, as a share of what this device does in a plain
-copy (bytes read and written) and a plain 8192^3 bf16 product, and the memory that a call needs beyond its
-inputs.
+with its peers: the median of 30 calls, the second-level cache emptied before each. Beside the time stand
+the bytes that must move or the flops that must be done, as a share of what this device does in a plain copy
+(bytes read and written) and a plain 8192^3 bf16 product, and the memory that a call needs beyond its inputs.
 Shapes are those of Qwen2.5-7B (28 query heads, 4 KV heads, head dim 128, hidden 3,584) and 32B (40, 8, 128,
-5,120), vocabulary 152,064, bf16.
+5,120), vocabulary 152,064, bf16. A peer that this torch or this GPU's memory does not have is reported so.
 
---slow_peers adds FlexAttention, which takes long to compile, and gathered pages.
 --smoke runs small shapes, on a CPU in Triton's interpreter: it proves the program, its times mean nothing.
 """
 
-import argparse
-import json
 import math
 import statistics
 import sys
-import time
 import traceback
+from bisect import bisect
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
+from itertools import accumulate
 
 import torch
 import torch.nn.functional as F
-from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 import bench.interpreter  # noqa: F401
-from bench import hardware
-from kernels import backend, linear_logprob
-from kernels.attention import (
-    PagedDecode,
-    PagedPrefill,
-    packed_attention,
-    packed_reference,
-    rotate,
-    varlen,
-    write_kv,
-    write_reference,
-)
+from bench import CUDA, finish, first_line, hardware, now, parser
+from kernels import attention, backend, linear_logprob
 from kernels.sample import head_draw
 
-CUDA = torch.cuda.is_available()
-DEVICE = "cuda" if CUDA else "cpu"
-PAGE = 16
-SLOW_PEERS = ("FlexAttention", "gather")  # compiled for each shape; one copies all contexts in each call
+DEVICE, PAGE = "cuda" if CUDA else "cpu", 16
+sdpa = partial(F.scaled_dot_product_attention, enable_gqa=True)
 
 
 @dataclass
 class Case:
-    name: str
     ours: Callable
-    peers: dict[str, Callable]  # those that cannot run here raise, and are reported so
+    peers: dict[str, Callable]
     error: Callable  # what `ours` returned -> relative error
     tolerance: float
     bytes: int = 0  # that have to move
     flops: int = 0  # that have to be done
     apart: int = 0  # bytes of a result that everybody has to hold, not counted as extra memory
-    bars: dict[str, tuple[str, float]] = field(default_factory=dict)  # name -> (figure, least value)
+
+
+BARS = {  # case, without its model -> figure of `run` -> least value
+    "decode 64 x 8k": {"of_copy": 0.85},
+    "prefill 8k": {"speedup over varlen flash, contiguous": 0.75},
+    "logprob, forward": {"speedup over unfused": 1 / 1.05, "memory saving over unfused": 10},
+    "logprob, forward + backward": {"speedup over unfused": 1 / 1.35, "memory saving over unfused": 10},
+    "sampling, 128 rows": {"speedup over logits + softmax + multinomial": 1.3},
+    "decode 2 x 70": {"right": 1}}
 
 
 # ---------------------------------------------------------------------- measuring
+
+FLUSH = torch.empty(256 * 2**20 if CUDA else 0, dtype=torch.int8, device=DEVICE)
 
 
 def timed(function: Callable) -> float:
     """Milliseconds of one call, with the second-level cache full of something else."""
     if not CUDA:
-        start = time.perf_counter()
+        start = now()
         function()
-        return 1e3 * (time.perf_counter() - start)
-    timed.flush.zero_()
+        return 1e3 * (now() - start)
+    FLUSH.zero_()
     torch.cuda._sleep(10**6)  # half a millisecond ahead: what is timed is the GPU, not Python's launching
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     start.record()
@@ -83,13 +75,9 @@ def timed(function: Callable) -> float:
     return start.elapsed_time(end)
 
 
-timed.flush = torch.empty(256 * 2**20 if CUDA else 0, dtype=torch.int8, device=DEVICE)
-
-
 def peak_bytes(function: Callable) -> int:
     """Memory that a call holds at its worst, beyond what was there before."""
     if not CUDA:
-        function()
         return 0
     torch.cuda.synchronize()
     torch.cuda.empty_cache()
@@ -100,22 +88,19 @@ def peak_bytes(function: Callable) -> int:
     return torch.cuda.max_memory_allocated() - before
 
 
-def measure(functions: dict[str, Callable], repeats: int) -> dict[str, dict]:
+def measure(functions: dict[str, Callable], repeats: int, apart: int = 0) -> dict[str, dict]:
     """ms (median) and extra bytes of each function; a function that raises gets {"error": why}."""
-    out, alive = {}, {}
+    out, times = {}, {}
     for name, function in functions.items():
         try:
             function()  # compiles
-            out[name] = {"extra_bytes": peak_bytes(function)}
-            alive[name] = function
-        except Exception as e:  # a peer that this torch, or this GPU's memory, does not have
-            out[name] = {"error": f"{type(e).__name__}: {str(e).splitlines()[0] if str(e) else ''}"[:160]}
-            if name == "ours":
-                raise
-    times = {name: [] for name in alive}
+            out[name] = {"extra_bytes": max(0, peak_bytes(function) - apart)}
+            times[name] = []
+        except Exception as e:
+            out[name] = {"error": first_line(e)}
     for _ in range(repeats):
-        for name, function in alive.items():
-            times[name].append(timed(function))
+        for name, values in times.items():
+            values.append(timed(functions[name]))
     for name, values in times.items():
         out[name]["ms"] = statistics.median(values)
     return out
@@ -131,49 +116,39 @@ def limits(smoke: bool) -> dict[str, float]:
             "matmul_flops_per_s": 2e3 * m**3 / result["matmul"]["ms"]}
 
 
-def run(case: Case, limit: dict[str, float], repeats: int) -> dict:
+def run(name: str, case: Case, limit: dict[str, float], repeats: int) -> dict:
+    """Measures a case; prints and returns its figures."""
     error = case.error(case.ours())
-    measured = measure({"ours": case.ours, **case.peers}, repeats)
-    for figures in measured.values():
-        if "ms" in figures:
-            figures["extra_bytes"] = max(0, figures["extra_bytes"] - case.apart)
-    ours = measured.pop("ours")
-    seconds = ours["ms"] / 1e3
-    row = {"case": case.name, "error": error, "right": error < case.tolerance, "ours": ours,
-           "peers": measured, "bytes": case.bytes, "flops": case.flops,
-           "of_copy": case.bytes / seconds / limit["copy_bytes_per_s"],
-           "of_matmul": case.flops / seconds / limit["matmul_flops_per_s"]}
-    figures = {"of_copy": row["of_copy"], "right": float(row["right"])}
-    for name, peer in measured.items():
-        if "ms" in peer:
-            figures[f"speedup over {name}"] = peer["ms"] / ours["ms"]
-            # less is better
-            figures[f"memory of {name}"] = -ours["extra_bytes"] / max(1, peer["extra_bytes"])
-    row["bars"] = {bar: {"figure": figures.get(figure), "bound": bound,
-                         "met": figure in figures and figures[figure] >= bound}
-                   for bar, (figure, bound) in case.bars.items()}
+    peers = measure({"ours": case.ours, **case.peers}, repeats, case.apart)
+    ours = peers.pop("ours")
+    figures = {"right": float(error < case.tolerance),
+               "of_copy": 1e3 * case.bytes / ours["ms"] / limit["copy_bytes_per_s"],
+               "of_matmul": 1e3 * case.flops / ours["ms"] / limit["matmul_flops_per_s"]}
+    print(f"{name}: {ours['ms']:.3f} ms, {100 * figures['of_copy']:.0f} % of copy, "
+          f"{100 * figures['of_matmul']:.0f} % of matmul, {ours['extra_bytes'] / 2**20:.0f} MiB extra, "
+          f"error {error:.1e}{'' if figures['right'] else ' WRONG'}")
+    row = {"case": name, "error": error, "ours": ours, "peers": peers, **figures}
+    for peer, its in peers.items():
+        said = its.get("error")
+        if not said:
+            figures[f"speedup over {peer}"] = speedup = its["ms"] / ours["ms"]
+            figures[f"memory saving over {peer}"] = its["extra_bytes"] / max(1, ours["extra_bytes"])
+            said = f"{its['ms']:.3f} ms, {speedup:.2f}x ours, {its['extra_bytes'] / 2**20:.0f} MiB extra"
+        print(f"    {peer}: {said}")
+    row["bars"] = {}
+    for bar, bound in BARS.get(name.split(" ", 1)[1], {}).items():
+        value = figures.get(bar)
+        met = value is not None and value >= bound
+        row["bars"][bar] = {"figure": value, "bound": bound, "met": met}
+        print(f"    bar {bar}: {'met' if met else 'MISSED'} ({value} >= {bound})")
     return row
-
-
-def show(row: dict):
-    ours = row["ours"]
-    print(f"{row['case']}: {ours['ms']:.3f} ms, {100 * row['of_copy']:.0f} % of copy, "
-          f"{100 * row['of_matmul']:.0f} % of matmul, {ours['extra_bytes'] / 2**20:.0f} MiB extra, error "
-          f"{row['error']:.1e}{'' if row['right'] else ' WRONG'}")
-    for name, peer in row["peers"].items():
-        print(f"    {name}: " + (peer["error"] if "error" in peer else
-                                 f"{peer['ms']:.3f} ms, {peer['ms'] / ours['ms']:.2f}x ours, "
-                                 f"{peer['extra_bytes'] / 2**20:.0f} MiB extra"))
-    for bar, x in row["bars"].items():
-        print(f"    bar {bar}: {'met' if x['met'] else 'MISSED'} ({x['figure']} >= {x['bound']})")
-    sys.stdout.flush()
 
 
 # ---------------------------------------------------------------------- attention
 
 
-def normal(*shape, dtype=torch.bfloat16):
-    return torch.randn(shape, device=DEVICE, dtype=torch.float32).to(dtype)
+def normal(*shape):
+    return torch.randn(shape, device=DEVICE).bfloat16()
 
 
 def relative(x, expected) -> float:
@@ -184,10 +159,8 @@ def paged(contexts: list[int], kv_heads: int, dim: int):
     """keys, values, table: random numbers in shuffled pages."""
     columns = [-(-n // PAGE) for n in contexts]
     keys, values = (normal(sum(columns) + 1, PAGE, kv_heads, dim) for _ in range(2))
-    table = torch.zeros(len(contexts), max(columns), dtype=torch.int64)
     pages = (torch.randperm(sum(columns)) + 1).split(columns)
-    for row, own in zip(table, pages):
-        row[:len(own)] = own
+    table = torch.nn.utils.rnn.pad_sequence(pages, batch_first=True)
     return keys, values, table.to(DEVICE)
 
 
@@ -196,135 +169,96 @@ def end_to_end(cache, table, contexts) -> list[torch.Tensor]:
     return [cache[pages].flatten(0, 1)[:n] for pages, n in zip(table, contexts)]
 
 
-def exact_row(q_HD, k_NKD, v_NKD):
-    """Attention in fp64 of one query."""
-    group = len(q_HD) // k_NKD.shape[1]
-    k, v = (x.double().repeat_interleave(group, dim=1) for x in (k_NKD, v_NKD))
-    weight_HN = (torch.einsum("hd,nhd->hn", q_HD.double(), k) / math.sqrt(q_HD.shape[-1])).softmax(-1)
-    return torch.einsum("hn,nhd->hd", weight_HN, v)
+def paged_case(plan: Callable, peers: dict[str, Callable], q_THD, keys, values, table, queries: list[int],
+               contexts: list[int]) -> Case:
+    """A case of attention over pages; its error is that of the first, middle and last query."""
+    ends, shown = list(accumulate(queries)), sorted({0, len(q_THD) // 2, len(q_THD) - 1})
+
+    def exact(t: int):
+        s = bisect(ends, t)  # the sequence of query t
+        n = contexts[s] - ends[s] + t + 1  # tokens that it sees
+        k, v = (x[table[s]].flatten(0, 1)[:n].transpose(0, 1).double() for x in (keys, values))
+        return sdpa(q_THD[None, t, :, None].double(), k[None], v[None])[0, :, 0]
+
+    pairs = sum(n * (2 * m - n + 1) // 2 for n, m in zip(queries, contexts))
+    return Case(lambda: plan(q_THD, keys, values), peers,
+                lambda out: relative(out[shown], torch.stack([exact(t) for t in shown])), 1e-2,
+                bytes=2 * (sum(contexts) * keys[0, 0].nbytes + q_THD.nbytes),
+                flops=4 * q_THD[0].numel() * pairs)
 
 
 def cumulative(lengths: list[int]) -> torch.Tensor:
     return F.pad(torch.tensor(lengths, device=DEVICE).cumsum(0), (1, 0)).int()
 
 
-def flash(q, k, v, queries, contexts, causal, **pages) -> Callable:
+def flash(q, k, v, queries: list[int], contexts: list[int], window=(-1, 0), **pages) -> Callable:
     ends = cumulative(queries), cumulative(contexts)
-    return lambda: varlen()(q, k, v, *ends, max(queries), max(contexts),
-                            window_size=(-1, 0) if causal else (-1, -1), **pages)
+    return lambda: attention.varlen()(q, k, v, *ends, max(queries), max(contexts), window_size=window,
+                                      **pages)
 
 
-flex = flex_attention if "--smoke" in sys.argv else torch.compile(flex_attention, dynamic=False)
-
-
-def decode(name: str, contexts: list[int], heads: int, kv_heads: int, dim: int = 128, bars=()) -> Case:
+def decode(contexts: list[int], heads: int, kv_heads: int, dim: int = 128) -> Case:
+    """SDPA reads contiguous keys and values, under a mask where lengths differ."""
     keys, values, table = paged(contexts, kv_heads, dim)
-    q, rows = normal(len(contexts), heads, dim), len(contexts)
-    context = torch.tensor(contexts, device=DEVICE)
-    plan = PagedDecode(keys, table, context)
+    q, context = normal(len(contexts), heads, dim), torch.tensor(contexts, device=DEVICE)
+    plan, queries = attention.PagedDecode(keys, table, context), [1] * len(contexts)
     k, v = (torch.nn.utils.rnn.pad_sequence(end_to_end(x, table, contexts), batch_first=True)
             .transpose(1, 2).contiguous() for x in (keys, values))
     seen = (torch.arange(k.shape[2], device=DEVICE) < context[:, None])[:, None, None]
-    even = len({*contexts}) == 1
-
-    def sdpa():
-        return F.scaled_dot_product_attention(q[:, :, None], k, v, None if even else seen, enable_gqa=True)
-
-    def gather_then_sdpa():
-        k, v = (x.index_select(0, table.flatten()).view(rows, -1, kv_heads, dim).transpose(1, 2)
-                for x in (keys, values))
-        seen = (torch.arange(k.shape[2], device=DEVICE) < context[:, None])[:, None, None]
-        return F.scaled_dot_product_attention(q[:, :, None], k, v, seen, enable_gqa=True)
-
-    def error(out):
-        shown = sorted({0, rows // 2, rows - 1, max(range(rows), key=contexts.__getitem__)})
-        right = [exact_row(q[s], *(x[s, :, :contexts[s]].transpose(0, 1) for x in (k, v))) for s in shown]
-        return relative(out[shown], torch.stack(right))
-
-    peers = {"SDPA, contiguous" if even else "SDPA with a mask, contiguous": sdpa,
-             "gather + SDPA with a mask": gather_then_sdpa,
-             "varlen, paged": flash(q, keys, values, [1] * rows, contexts, False, seqused_k=context.int(),
-                                    block_table=table.int())}
-    if even and bars:  # it takes long to compile
-        peers["FlexAttention, contiguous"] = lambda: flex(q[:, :, None], k, v, enable_gqa=True)
-    moved = sum(contexts) * kv_heads * dim * 2 * 2 + 2 * q.nbytes
-    return Case(f"decode {name}", lambda: plan(q, keys, values), peers, error, 1e-2, moved,
-                4 * heads * dim * sum(contexts), bars=dict(bars))
+    mask = None if seen.all() else seen
+    peers = {"SDPA, contiguous": partial(sdpa, q[:, :, None], k, v, mask),
+             "varlen, paged": flash(q, keys, values, queries, contexts, (-1, -1),
+                                    seqused_k=context.int(), block_table=table.int())}
+    return paged_case(plan, peers, q, keys, values, table, queries, contexts)
 
 
-def prefill(name: str, queries: list[int], contexts: list[int], heads: int, kv_heads: int, dim: int = 128,
-            bars=()) -> Case:
+def prefill(queries: list[int], contexts: list[int], heads: int, kv_heads: int, dim: int = 128) -> Case:
     keys, values, table = paged(contexts, kv_heads, dim)
     q = normal(sum(queries), heads, dim)
-    plan = PagedPrefill(keys, heads, table, queries, contexts)
-    rows = [end_to_end(x, table, contexts) for x in (keys, values)]
-    k, v = (torch.cat(x) for x in rows)
-    peers = {"varlen flash, contiguous": flash(q, k, v, queries, contexts, True)}
+    plan = attention.PagedPrefill(keys, heads, table, queries, contexts)
+    k, v = (torch.cat(end_to_end(x, table, contexts)) for x in (keys, values))
+    peers = {"varlen flash, contiguous": flash(q, k, v, queries, contexts)}
     if queries == contexts:
-        peers["SDPA, contiguous"] = lambda: packed_reference(q, k, v, queries)
-    if queries == contexts and len({*queries}) == 1:
-        n = queries[0]
-        square = [x.view(-1, n, *x.shape[1:]).transpose(1, 2).contiguous() for x in (q, k, v)]
-        causal = create_block_mask(lambda b, h, i, j: i >= j, None, None, n, n, device=DEVICE)
-        peers["FlexAttention, contiguous"] = lambda: flex(*square, block_mask=causal, enable_gqa=True)
-
-    def error(out):
-        shown, right = sorted({0, sum(queries) // 2, sum(queries) - 1}), []
-        for t in shown:
-            s = next(i for i in range(len(queries)) if t < sum(queries[:i + 1]))
-            n = contexts[s] - sum(queries[:s + 1]) + t + 1
-            right.append(exact_row(q[t], rows[0][s][:n], rows[1][s][:n]))
-        return relative(out[shown], torch.stack(right))
-
-    pairs = sum(n * (2 * m - n + 1) // 2 for n, m in zip(queries, contexts))
-    return Case(f"prefill {name}", lambda: plan(q, keys, values), peers, error, 1e-2,
-                flops=4 * heads * dim * pairs, bars=dict(bars))
+        peers["SDPA, contiguous"] = lambda: attention.packed_reference(q, k, v, queries)
+    return paged_case(plan, peers, q, keys, values, table, queries, contexts)
 
 
-def training(name: str, lengths: list[int], heads: int, kv_heads: int, dim: int = 128) -> Case:
+def training(lengths: list[int], heads: int, kv_heads: int, dim: int = 128) -> Case:
     """Forward and backward of packed causal attention: what training runs, and what it could run instead."""
     q, k, v = (normal(sum(lengths), n, dim).requires_grad_() for n in (heads, kv_heads, kv_heads))
     up = normal(sum(lengths), heads, dim)
-    cu_seqlens = cumulative(lengths)
-    document = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths)).to(DEVICE)
-    mask = create_block_mask(lambda b, h, i, j: (document[i] == document[j]) & (i >= j), None, None,
-                             sum(lengths), sum(lengths), device=DEVICE)
+    packed = partial(attention.packed_attention, cu_seqlens=cumulative(lengths))
 
-    def both(function):
-        return lambda: torch.autograd.grad(function(), (q, k, v), up)
+    def gradients(attend: Callable, dtype=torch.bfloat16):
+        out = attend(*(x.to(dtype) for x in (q, k, v)), lengths)
+        return torch.autograd.grad(out, (q, k, v), up.to(dtype))
 
-    def flexible():
-        return flex(*(x.transpose(0, 1)[None] for x in (q, k, v)), block_mask=mask,
-                    enable_gqa=True)[0].transpose(0, 1)
-
-    def error(gradients):  # in fp32 where its scores fit into memory
+    def error(found):  # against fp32 where its scores fit into memory
         dtype = torch.float32 if max(lengths) <= 2048 else torch.bfloat16
-        out = packed_reference(*(x.to(dtype) for x in (q, k, v)), lengths)
-        right = torch.autograd.grad(out, (q, k, v), up.to(dtype))
-        return max(relative(x, y) for x, y in zip(gradients, right))
+        return max(map(relative, found, gradients(attention.packed_reference, dtype)))
 
-    peers = {"SDPA": both(lambda: packed_reference(q, k, v, lengths)), "FlexAttention": both(flexible)}
     pairs = sum(n * (n + 1) // 2 for n in lengths)
-    return Case(f"training attention {name}", both(lambda: packed_attention(q, k, v, lengths, cu_seqlens)),
-                peers, error, 2e-2, flops=14 * heads * dim * pairs)
+    return Case(partial(gradients, packed), {"SDPA": partial(gradients, attention.packed_reference)}, error,
+                2e-2, flops=14 * heads * dim * pairs)
 
 
-def write(name: str, tokens: int, heads: int, kv_heads: int, dim: int = 128) -> Case:
-    both = normal(tokens, (heads + 2 * kv_heads), dim)
+def write(tokens: int, heads: int, kv_heads: int, dim: int = 128) -> Case:
+    """RoPE, and keys and values into their pages."""
+    both = normal(tokens, heads + 2 * kv_heads, dim)
     q, k, v = both.split((heads, kv_heads, kv_heads), dim=1)
     angle = torch.randn(tokens, 1, dim // 2, device=DEVICE)
     cos, sin = torch.cat((angle.cos(), angle.cos()), -1), torch.cat((-angle.sin(), angle.sin()), -1)
     keys, values = (normal(-(-tokens // PAGE), PAGE, kv_heads, dim) for _ in range(2))
     slots = torch.randperm(len(keys) * PAGE, device=DEVICE)[:tokens]
+    given = q, k, v, cos, sin, slots, keys, values
 
     def error(out):
-        right_q, right_k = rotate(*(x.double() for x in (q, k, cos, sin)))
+        right_q, right_k = attention.rotate(*(x.double() for x in (q, k, cos, sin)))
         return max(relative(out, right_q), relative(keys.view(-1, kv_heads, dim)[slots], right_k))
 
-    given = q, k, v, cos, sin, slots, keys, values
-    return Case(f"rotate and write {name}", lambda: write_kv(*given),
-                {"rotate, then scatter": lambda: write_reference(*given)}, error, 1e-2,
-                both.nbytes * 2 + cos.nbytes)
+    return Case(lambda: attention.write_kv(*given),
+                {"rotate, then scatter": lambda: attention.write_reference(*given)}, error, 1e-2,
+                bytes=both.nbytes * 2 + cos.nbytes)
 
 
 # ---------------------------------------------------------------------- the LM head
@@ -334,51 +268,38 @@ def head(tokens: int, vocabulary: int, hidden: int):
     return normal(tokens, hidden), normal(vocabulary, hidden) / math.sqrt(hidden) * 3
 
 
-def unfused(h, w, targets, temperature, entropy=True):
-    logits = (h @ w.T).float() / temperature
-    logp = torch.log_softmax(logits, -1)
-    return logp.gather(-1, targets[:, None])[:, 0], -(logp.exp() * logp).sum(-1) if entropy else None
-
-
-def liger(h, w, targets):
-    from liger_kernel.ops.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyFunction
-    return LigerFusedLinearCrossEntropyFunction.apply(h, w, targets)[0]
-
-
-def logprob(name: str, tokens: int, vocabulary: int, hidden: int, backward: bool, bars=()) -> Case:
-    h, w = head(tokens, vocabulary, hidden)
+def logprob(tokens: int, vocabulary: int, hidden: int, backward: bool) -> Case:
+    """Log-probability and entropy; backward: of the log-probability alone, as training runs it."""
+    h, w = (x.requires_grad_(backward) for x in head(tokens, vocabulary, hidden))
     targets = torch.randint(vocabulary, (tokens, ), device=DEVICE)
     up = torch.randn(tokens, device=DEVICE)
-    if backward:
-        h, w = h.requires_grad_(), w.requires_grad_()
 
-    def run_of(function, scale=up):
-        return (lambda: torch.autograd.grad(function(), (h, w), scale)) if backward else function
+    def unfused():
+        logp = torch.log_softmax((h @ w.T).float() / 0.8, -1)
+        return logp.gather(-1, targets[:, None])[:, 0], None if backward else -(logp.exp() * logp).sum(-1)
+
+    def gradients(logp: Callable):
+        return torch.autograd.grad(logp(), (h, w), up)
 
     def error(result):
         shown = [0, tokens // 2, tokens - 1]
-        z = h.detach()[shown].double() @ w.detach().double().T / 0.8
+        w_64 = w.detach().double()
+        logp = torch.log_softmax(h.detach()[shown].double() @ w_64.T / 0.8, -1)
         if not backward:
-            return relative(result[0][shown], torch.log_softmax(z, -1).gather(-1, targets[shown, None])[:, 0])
+            return relative(result[shown], logp.gather(-1, targets[shown, None])[:, 0])
         one = F.one_hot(targets[shown], vocabulary)
-        return relative(result[0][shown], up[shown, None] * (one - z.softmax(-1)) @ w.detach().double() / 0.8)
+        return relative(result[0][shown], up[shown, None] * (one - logp.exp()) @ w_64 / 0.8)
 
-    peers = {
-        "unfused": run_of(lambda: unfused(h, w, targets, 0.8, entropy=not backward)[0]),
-        "linear_cross_entropy": run_of(lambda: F.linear_cross_entropy(h, w, targets, reduction="none")),
-        "Liger's mean loss": run_of(lambda: liger(h, w, targets), torch.ones((), device=DEVICE)),
-    }
-    if not backward:  # there the first is without entropy too
-        peers["unfused, without entropy"] = lambda: unfused(h, w, targets, 0.8, entropy=False)[0]
-    ours = (lambda: linear_logprob(h, w, targets, 0.8)[0]) if backward else (
-        lambda: linear_logprob(h, w, targets, 0.8))
+    run = {"ours": lambda: linear_logprob(h, w, targets, 0.8)[0], "unfused": lambda: unfused()[0],
+           "linear_cross_entropy": lambda: F.linear_cross_entropy(h, w, targets, reduction="none")}
     product = 2 * tokens * vocabulary * hidden
-    return Case(f"logprob {name}, {'forward + backward' if backward else 'forward'}", run_of(ours), peers,
-                error, 2e-2 if backward else 1e-3, flops=(8 if backward else 2) * product,
-                apart=w.nbytes if backward else 0, bars=dict(bars))
+    if not backward:
+        return Case(run.pop("ours"), run, error, 1e-3, flops=product)
+    run = {name: partial(gradients, logp) for name, logp in run.items()}
+    return Case(run.pop("ours"), run, error, 2e-2, flops=4 * product, apart=w.nbytes)
 
 
-def sampling(name: str, rows: int, vocabulary: int, hidden: int, bars=()) -> Case:
+def sampling(rows: int, vocabulary: int, hidden: int) -> Case:
     h, w = head(rows, vocabulary, hidden)
     u = torch.rand(rows, dtype=torch.float64, device=DEVICE)
     temperature = torch.full((rows, ), 0.8, device=DEVICE)
@@ -395,105 +316,87 @@ def sampling(name: str, rows: int, vocabulary: int, hidden: int, bars=()) -> Cas
         outside = torch.maximum(u - cdf, cdf - own.exp() - u).clamp(min=0)  # how far u is from the id's piece
         return max(relative(result[1], own), outside.max().item())
 
-    return Case(f"sampling head {name}, {rows} rows",
-                lambda: head_draw(h, w, vocabulary, u, temperature),
-                {"logits + softmax + multinomial": multinomial}, error, 1e-3, w.nbytes + h.nbytes,
-                2 * rows * vocabulary * hidden, bars=dict(bars))
+    return Case(lambda: head_draw(h, w, vocabulary, u, temperature),
+                {"logits + softmax + multinomial": multinomial}, error, 1e-3, bytes=w.nbytes + h.nbytes,
+                flops=2 * rows * vocabulary * hidden)
 
 
 # ---------------------------------------------------------------------- all of them
 
 
-def smoke_cases() -> list[partial]:
-    return [
-        partial(decode, "smoke", [70, 70], 4, 2, 16, {"any": ("right", 1)}),
-        partial(decode, "smoke, mixed", [70, 1, 33], 4, 2, 16),
-        partial(prefill, "smoke", [40] * 2, [40] * 2, 4, 2, 16),
-        partial(prefill, "smoke, chunk", [5, 1], [40, 9], 4, 2, 16),
-        partial(training, "smoke", [20, 12], 4, 2, 16), partial(write, "smoke", 9, 4, 2, 16),
-        partial(logprob, "smoke", 8, 300, 64, False), partial(logprob, "smoke", 8, 300, 64, True),
-        partial(sampling, "smoke", 5, 300, 64)
-    ]
+def smoke_cases() -> dict[str, Callable]:
+    made = {
+        "decode 2 x 70": partial(decode, [70, 70], 4, 2, 16),
+        "decode, mixed": partial(decode, [70, 1, 33], 4, 2, 16),
+        "prefill": partial(prefill, [40] * 2, [40] * 2, 4, 2, 16),
+        "prefill, chunk": partial(prefill, [5, 1], [40, 9], 4, 2, 16),
+        "training": partial(training, [20, 12], 4, 2, 16),
+        "write": partial(write, 9, 4, 2, 16),
+        "logprob, forward of 8": partial(logprob, 8, 300, 64, False),
+        "logprob, forward + backward of 8": partial(logprob, 8, 300, 64, True),
+        "sampling, 5 rows": partial(sampling, 5, 300, 64)}
+    return {f"smoke {name}": make for name, make in made.items()}
 
 
-def cases() -> list[partial]:
-    """Makers of cases: all of them together would not fit into memory."""
-    made = []
+def cases() -> dict[str, Callable]:
+    """Makers of cases by name, which begins with the model: all cases together would not fit into memory."""
+    made = {}
     for model, heads, hidden in (("7B", (28, 4), 3584), ("32B", (40, 8), 5120)):
-        for batch in (1, 8, 64, 256):
-            for k in (1, 8, 16):
-                if batch * k <= 64 * 16:  # more is no GPU's pool
-                    bars = {"85 % of copy": ("of_copy", 0.85)} if (batch, k) == (64, 8) else {}
-                    name = f"{model} {batch} x {k}k"
-                    made.append(partial(decode, name, [1024 * k] * batch, *heads, bars=bars))
-        made += [
+        own = {
+            **{f"decode {batch} x {k}k": partial(decode, [1024 * k] * batch, *heads)
+               for batch in (1, 8, 64, 256) for k in (1, 8, 16)
+               if batch * k <= 64 * 16},  # more is no GPU's pool
             # decode batches of an RL step: one long sample among short ones, and a wide spread
-            partial(decode, f"{model} 63 x 512 and one of 14k", [512] * 63 + [14000], *heads),
-            partial(decode, f"{model} 64 of 200 to 14k", list(range(200, 14000, 216))[:64], *heads),
-            partial(prefill, f"{model} 8k", [8192], [8192], *heads,
-                    bars={"0.75 of flash": ("speedup over varlen flash, contiguous", 0.75)}),
-            partial(prefill, f"{model} 4 x 8k", [8192] * 4, [8192] * 4, *heads),
-            partial(prefill, f"{model} 512 after 8k and 32 decode rows", [512] + [1] * 32,
-                    [8704] + [4096] * 32, *heads),
-            partial(training, f"{model} 2 x 8k", [8192] * 2, *heads),
-            partial(training, f"{model} 16 x 1k", [1024] * 16, *heads)
-        ]
-        made += [partial(write, f"{model} {tokens} tokens", tokens, *heads) for tokens in (64, 8192)]
-        for backward, bound in ((False, 1.05), (True, 1.35)):
-            bars = {f"{bound} of unfused's time": ("speedup over unfused", 1 / bound),
-                    "a tenth of its memory": ("memory of unfused", -0.1)}
-            made.append(partial(logprob, model, 16384, 152064, hidden, backward, bars))
-            if backward:  # as training runs it: over the ids that the tokenizer has
-                made.append(partial(logprob, f"{model}, 151,665 ids", 16384, 151665, hidden, True))
-        for rows in (1, 16, 64, 128, 256):
-            bars = {"1.3x": ("speedup over logits + softmax + multinomial", 1.3)} if rows == 128 else {}
-            made.append(partial(sampling, model, rows, 152064, hidden, bars))
+            "decode 63 x 512 and one of 14k": partial(decode, [512] * 63 + [14000], *heads),
+            "decode 64 of 200 to 14k": partial(decode, list(range(200, 14000, 216))[:64], *heads),
+            "prefill 8k": partial(prefill, [8192], [8192], *heads),
+            "prefill 4 x 8k": partial(prefill, [8192] * 4, [8192] * 4, *heads),
+            "prefill 512 after 8k, and 32 rows of 4k": partial(
+                prefill, [512] + [1] * 32, [8704] + [4096] * 32, *heads),
+            "training 2 x 8k": partial(training, [8192] * 2, *heads),
+            "training 16 x 1k": partial(training, [1024] * 16, *heads),
+            **{f"write {tokens} tokens": partial(write, tokens, *heads) for tokens in (64, 8192)},
+            "logprob, forward": partial(logprob, 16384, 152064, hidden, False),
+            "logprob, forward + backward": partial(logprob, 16384, 152064, hidden, True),
+            # as training runs it: over the ids that the tokenizer has
+            "logprob, forward + backward, 151,665 ids": partial(logprob, 16384, 151665, hidden, True),
+            **{f"sampling, {rows} rows": partial(sampling, rows, 152064, hidden)
+               for rows in (1, 16, 64, 128, 256)}}
+        made |= {f"{model} {name}": make for name, make in own.items()}
     return made
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--only", default="", help="only cases whose name has this in it")
-    parser.add_argument("--repeats", type=int, default=30)
-    parser.add_argument("--smoke", action="store_true", help="small shapes, on a CPU in Triton's interpreter")
-    parser.add_argument("--no_peers", action="store_true", help="our kernels alone")
-    parser.add_argument("--slow_peers", action="store_true", help="FlexAttention and gathered pages too")
-    parser.add_argument("--out", default="", help="JSON file for the result")
-    args = parser.parse_args()
+    options = parser(__doc__)
+    options.add_argument("--only", default="", help="only cases whose name has this in it")
+    options.add_argument("--smoke", action="store_true", help="small shapes, on any machine")
+    options.add_argument("--no_peers", action="store_true", help="our kernels alone")
+    args = options.parse_args()
     if not args.smoke and not CUDA:
         sys.exit("bench_kernels measures a GPU, and torch sees none: --smoke proves the program at least")
-    if args.smoke and not CUDA:
+    if not CUDA:
         backend.fused = lambda x: True
     torch.manual_seed(0)
-    result = {"bench": "kernels", **hardware(), "triton": backend.triton.__version__}
-    result |= limits(args.smoke)
+    result = {"bench": "kernels", **hardware(), "triton": backend.triton.__version__, **limits(args.smoke)}
     print(f"copy {result['copy_bytes_per_s'] / 1e12:.2f} TB/s, matmul "
           f"{result['matmul_flops_per_s'] / 1e12:.0f} TFLOP/s", flush=True)
     result["cases"], failed = [], []
-    for make in smoke_cases() if args.smoke else cases():
-        name = f"{make.func.__name__} {make.args[0]}"
+    for name, make in (smoke_cases() if args.smoke else cases()).items():
         if args.only not in name:
             continue
         try:
             case = make()
             if args.no_peers:
-                case.peers, case.bars = {}, {}
-            if not args.slow_peers:
-                case.peers = {k: v for k, v in case.peers.items() if not k.startswith(SLOW_PEERS)}
-            row = run(case, result, 1 if args.smoke else args.repeats)
-            del case
-            show(row)
+                case.peers = {}
+            row = run(name, case, result, 1 if args.smoke else 30)
             result["cases"].append(row)
-            failed += [] if row["right"] else [f"{row['case']} is wrong"]
+            failed += [] if row["right"] else [f"{name} is wrong"]
         except Exception as e:  # the other cases are measured all the same
             traceback.print_exc()
-            failed.append(f"{name}: {type(e).__name__}")
-        torch.compiler.reset()  # else FlexAttention, compiled for many shapes, falls back to unfused
-        if CUDA:
-            torch.cuda.empty_cache()
-        if args.out:  # after each case: what is measured stays
-            Path(args.out).write_text(json.dumps(result, indent=1) + "\n")
-    print(json.dumps(result))
+            failed.append(f"{name}: {first_line(e)}")
+        case = None
+        torch.cuda.empty_cache()
+    finish(result)
     if failed:
         sys.exit(f"failed: {'; '.join(failed)}")
 

@@ -8,16 +8,14 @@ measures of repetition beside plain shares of n-grams. Writes bench/results/rewa
 same as one JSON line.
 """
 
-import json
 import random
 import time
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 
 import rewards
-from bench import hardware
+from bench import finish, hardware
 from lib import scoring
 from rewards import REWARDS
 from scripts import plan
@@ -58,8 +56,7 @@ def cost(ms: float) -> dict[str, dict[str, float]]:
 
 def main():
     result = {"bench": "rewards", **hardware(), "words": WORDS, "samples": SAMPLES, "ms": {}}
-    chosen = scoring.choose_rewards(",".join(REWARDS), rewards)
-    rules = [reward for reward in chosen if not reward.needs_model]
+    rules = [r for r in scoring.choose_rewards(",".join(REWARDS), rewards) if not r.needs_model]
     for language, query in (("en", "Write a chronicle of a harbour town."), ("zh", "写一部海港小镇的编年史")):
         text = attacks.honest(random.Random(0), language, "long essay", attacks.LONG[language]).text
         result["ms"][language] = {r.name: round(milliseconds(r, text, query), 2) for r in rules}
@@ -84,12 +81,11 @@ def main():
     for row in next(iter(rows.values())):
         print(f"{row:30}" + "".join(f"{cells[row]:18.3f}" for cells in rows.values()))
     n, best = max(result["attacks"]["n-gram AUC"].items(), key=lambda item: item[1])
-    print(f"best share of n-grams: n = {n}, AUC {best}\nbars: AUC of either >= 0.98, above any n-grams': "
-          f"{rows['either']['auc'] >= 0.98 and rows['either']['auc'] > best}; length + format under 30 ms: "
-          f"{result['length_and_format_ms'] < 30}; at most 2 % of a step: "
-          f"{max(c['share'] for c in result['step']['all rules'].values()) <= 0.02}")
-    (Path(__file__).parent / "results" / "rewards.json").write_text(json.dumps(result, indent=1) + "\n")
-    print(json.dumps(result))
+    share = max(c["share"] for c in result["step"]["all rules"].values())
+    print(f"AUC of either {rows['either']['auc']} (bar: 0.98, and {best} of shares of {n}-grams); "
+          f"length + format {result['length_and_format_ms']} ms (bar: 30); all rules {share:.2%} of a step "
+          "(bar: 2 %)")
+    finish(result, save=True)
 
 
 if __name__ == "__main__":

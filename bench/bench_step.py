@@ -15,7 +15,6 @@ CPU; 0.5b and 1.5b, of 32 samples x 4096 tokens for a GPU. No id ends a sample, 
 it: each side a process of its own, with as many threads, each round a fresh one. Ends with one JSON line.
 """
 
-import argparse
 import json
 import os
 import shutil
@@ -35,18 +34,18 @@ import model as qwen
 import rewards
 import run
 import train
-from bench import ROOT, hardware, shapes
+from bench import ROOT, finish, hardware, parser
+from bench.shapes import SHAPES
 from data.tokenizer import Tokenizer
 from lib import distributed
-from lib.files import locate
+from lib.files import locate, read_jsonl, write_jsonl
 from scripts import plan as planner
 
-QWEN = ROOT.parent / "shared/data/qwen2.5-tokenizer"
-SHAPES = shapes.SHAPES | {"43m": qwen.ModelConfig(151936, 256, 704, 6, 8, 2, tie_word_embeddings=True)}
-BATCH = {"43m": (2, 4, 256, 4096), "0.5b": (4, 8, 4096, 8192), "1.5b": (4, 8, 4096, 8192)}
+BASE = ROOT / "data/tiny/base"
+LONG = "--prompts_per_step 4 --group_size 8 --max_new_tokens 4096 --micro_batch_tokens 8192"
+BATCH = {"43m": "--prompts_per_step 2 --group_size 4 --max_new_tokens 256 --micro_batch_tokens 4096",
+         "0.5b": LONG, "1.5b": LONG}
 PEAKS = {"H100 PCIe": 756e12, "H100": 989e12, "H200": 989e12, "A100": 312e12}  # dense bf16 flops a second
-IN_UPDATE = ("logprob", "backward", "step")
-BARS = {"seconds": 3.0, "memory": 0.5}  # TRL / ours at least; ours / TRL at most
 
 
 def varied(completion, prompt):
@@ -54,26 +53,22 @@ def varied(completion, prompt):
     return len(completion.text) % 97 / 97
 
 
-def make(folder: Path, shape: str, tokenizer: Path) -> list[str]:
+def make(folder: Path, shape: str) -> list[str]:
     """A checkpoint of random weights, prompts, and the options that train on them."""
-    config, path = SHAPES[shape], folder / "model"
-    weights = qwen.Qwen2(config).init_weights_(0)
+    path = folder / "model"
+    weights = qwen.Qwen2(SHAPES[shape]).init_weights_(0)
     qwen.save(weights if shape == "43m" else weights.to(torch.bfloat16), path)
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(tokenizer / name, path)
-    if tokenizer != QWEN:  # as many ids as Qwen2.5's
-        file = path / "tokenizer.json"
-        raw = json.loads(file.read_text())
-        vocabulary = raw["model"]["vocab"]
-        vocabulary |= {f"<id{i}>": i for i in range(max(vocabulary.values()) + 1, 151665)}
-        file.write_text(json.dumps(raw))
-    (path / "generation_config.json").write_text('{"eos_token_id": 151664}')
-    texts = [f"Write story number {i} about a lamp in a harbour town." for i in range(8)]
-    (folder / "prompts.jsonl").write_text("".join(json.dumps({"prompt": t}) + "\n" for t in texts))
-    names = ("prompts_per_step", "group_size", "max_new_tokens", "micro_batch_tokens")
-    batch = sum(([f"--{name}", str(value)] for name, value in zip(names, BATCH[shape])), [])
-    return ["--config", str(run.ROOT / "configs/tiny.json"), "--model", str(path), "--prompts",
-            str(folder / "prompts.jsonl"), "--stop", "", "--reward", "varied", "--steps", "4", *batch]
+    shutil.copy(BASE / "tokenizer_config.json", path)
+    tokenizer = json.loads((BASE / "tokenizer.json").read_text())
+    vocabulary = tokenizer["model"]["vocab"]  # made to have as many ids as Qwen2.5's
+    vocabulary |= {f"<id{i}>": i for i in range(max(vocabulary.values()) + 1, 151665)}
+    (path / "tokenizer.json").write_text(json.dumps(tokenizer))
+    (path / "generation_config.json").write_text('{"eos_token_id": []}')
+    write_jsonl(folder / "prompts.jsonl",
+                [{"prompt": f"Write story number {i} about a lamp in a harbour town."} for i in range(8)])
+    return ["--config", str(ROOT / "configs/tiny.json"), "--model", str(path), "--prompts",
+            str(folder / "prompts.jsonl"), "--stop", "", "--reward", "varied", "--steps", "4",
+            *BATCH[shape].split()]
 
 
 def planned(config: train.Config, shape: qwen.ModelConfig, world, prompt_tokens: int) -> float:
@@ -90,18 +85,24 @@ def planned(config: train.Config, shape: qwen.ModelConfig, world, prompt_tokens:
     return max(sum(buffers.values()) for buffers in phases.values()) / planner.GIB
 
 
-def measure(folder: Path, options: list[str], shape: str, tokenizer: Path):
+def medians(stamps: list[tuple[float, float]]) -> dict[str, float]:
+    """Of the seconds and CPU seconds between stamps of (clock, CPU clock)."""
+    return {name: statistics.median(b - a for a, b in zip(clock, clock[1:]))
+            for name, clock in zip(("seconds", "cpu_seconds"), zip(*stamps))}
+
+
+def measure(folder: Path, options: list[str], shape: str):
     """Trains as the options say; prints figures and the JSON line."""
     config = train.parse([*options, "--run_dir", f"{folder}/run"])
     world = distributed.setup(config.device)
     folder = Path(distributed.broadcast(str(folder), world))
     if shape:
-        made = make(folder, shape, tokenizer) if world.main else None
+        made = make(folder, shape) if world.main else None
         options = [*distributed.broadcast(made, world), *options]
-    base = ["--steps", "6", "--eval_prompts", ""]
-    config = train.parse([*base, *options, "--run_dir", str(folder / "run")])
+    config = train.parse(["--steps", "6", *options, "--eval_prompts", "", "--run_dir", str(folder / "run")])
     if config.reward == "varied":
         rewards.REWARDS["varied"] = (varied, 1.0)
+        Tokenizer.find_eos = lambda self, *_: []  # no id ends a sample
     stamps, step = [], run.Log.step
 
     def stamped(*arguments):
@@ -112,107 +113,88 @@ def measure(folder: Path, options: list[str], shape: str, tokenizer: Path):
     with mock.patch.object(run.Log, "step", stamped), no_checkpoint:
         train.train(config)
     dist.barrier()
-    texts = sorted((Path(config.run_dir) / "rollouts").iterdir())
-    lines = [json.loads(line) for line in (Path(config.run_dir) / "metrics.jsonl").open()]
-    records = [json.loads(line) for line in texts[-1].open()]
-    model = qwen.read_config(locate(config.model))
-    encode = Tokenizer(locate(config.model)).encode
-    dist.barrier()  # nobody removes the folder before all have read it
     distributed.close()
     if not world.main:
         return
-    steady = lines[1:] or lines
+    lines = read_jsonl(folder / "run/metrics.jsonl")
+    records = read_jsonl(max((folder / "run/rollouts").iterdir()))
+    model, encode = qwen.read_config(locate(config.model)), Tokenizer(locate(config.model)).encode
     wanted = ("time/", "tokens_per_second/", "balance/", "length/tokens", "gap/mean")
-    figures = {name: statistics.median(m[name] for m in steady)
-               for name in steady[0] if name.startswith(wanted)}
-    figures["memory/peak_gb"] = lines[-1]["memory/peak_gb"]
+    figures = {name: statistics.median(m[name] for m in lines[1:])
+               for name in lines[-1] if name.startswith(wanted)}
     prompts = [len(encode(r["prompt"])) for r in records]
-    figures["planned_gb"] = planned(config, model, world, max(prompts))
-    for name, column in (("seconds", 0), ("cpu_seconds", 1)):
-        took = [b[column] - a[column] for a, b in zip(stamps, stamps[1:])]
-        figures[name] = statistics.median(took) if took else 0.0
     lengths = [n + r["tokens"] for n, r in zip(prompts, records)]
     flops = 3 * sum(n * model.flops_per_token(n // 2) for n in lengths)
-    figures["update_tflops"] = flops / figures["time/update"] / world.size / 1e12
-    device = torch.cuda.get_device_name() if world.device.type == "cuda" else ""
-    peak = next((flops for name, flops in PEAKS.items() if name in device), None)
+    figures |= {"memory/peak_gb": lines[-1]["memory/peak_gb"],
+                "planned_gb": planned(config, model, world, max(prompts)), **medians(stamps),
+                "update_tflops": flops / figures["time/update"] / world.size / 1e12}
     machine = hardware()
     print(f"{world.size} ranks; {config.prompts_per_step} x {config.group_size} samples a step, "
           f"max_new_tokens {config.max_new_tokens}")
     for name, value in figures.items():
-        print(f"{name:28}{value:12,.4g}" + ("  of it" if name[5:] in IN_UPDATE else ""))
+        part = name in ("time/logprob", "time/backward", "time/step")
+        print(f"{name:28}{value:12,.4g}{'  of the update' * part}")
+    device = machine["gpu"] if world.device.type == "cuda" else ""
+    peak = next((flops for name, flops in PEAKS.items() if name in device), None)
     mfu = figures["update_tflops"] * 1e12 / peak if peak else "unknown"
     print(f"update mfu {mfu}")
     chosen = ("model", "prompts_per_step", "group_size", "max_new_tokens", "micro_batch_tokens")
-    settings = {"ranks": world.size, "steps": len(steady), **{name: getattr(config, name) for name in chosen}}
-    rounded = {name: round(value, 6) for name, value in figures.items()}
-    print(json.dumps({"bench": "step", **machine, "shape": shape, **settings, **rounded, "mfu": mfu}),
-          flush=True)
+    finish({"bench": "step", **machine, "shape": shape, "ranks": world.size, "steps": len(lines) - 1,
+            **{name: getattr(config, name) for name in chosen},
+            **{name: round(value, 6) for name, value in figures.items()}, "mfu": mfu})
 
 
-def answer(command: list[str], log: Path, **given) -> dict:
+def answer(*command: str, **given) -> dict:
     """The JSON object that a command ends with."""
-    with log.open("w") as errors:
-        done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=errors, text=True,
-                              **given)
-    if done.returncode:
-        said = done.stdout[-2000:] + log.read_text()[-4000:]
-        sys.exit(f"{command[1]} ended with {done.returncode}:\n{said}")
+    done = subprocess.run(command, check=True, cwd=ROOT, stdout=subprocess.PIPE, text=True, **given,
+                          env={**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())})
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def compare(folder: Path, python: str, rounds: int, options: list[str], tokenizer: Path):
+def compare(folder: Path, python: str, rounds: int, options: list[str]):
     """Ours and TRL's in turn."""
-    options = [*make(folder, "43m", tokenizer), "--device", "cpu", *options]
+    options = [*make(folder, "43m"), "--device", "cpu", *options]
     config, machine = train.parse(options), hardware()
     names = ("model", "prompts_per_step", "group_size", "max_new_tokens", "temperature", "lr", "steps")
-    prompts = [json.loads(line)["prompt"] for line in Path(config.prompts).open()]
-    asked = {name: getattr(config, name) for name in names} | {
-        "threads": torch.get_num_threads(), "prompts": prompts}
-    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    settings = {name: getattr(config, name) for name in names} | {
+        "threads": torch.get_num_threads(),
+        "prompts": [r["prompt"] for r in read_jsonl(Path(config.prompts))]}
     print(f"{SHAPES['43m'].num_parameters:,} parameters, fp32; {config.prompts_per_step} x "
           f"{config.group_size} samples of {config.max_new_tokens} tokens; {config.steps - 1} steps a round, "
           "after one", flush=True)
     ours, theirs = [], []
     for _ in range(rounds):
-        ours.append(answer([sys.executable, "-m", "bench.bench_step", *options], folder / "ours.log",
-                           env=environment))
-        trl = answer([python, str(Path(__file__).with_name("trl_peer.py"))], folder / "trl.log",
-                     input=json.dumps(asked), env=environment)
-        took = [[b - a for a, b in zip(x, x[1:])] for x in zip(*trl["stamps"])]
-        theirs.append({"seconds": statistics.median(took[0]), "cpu_seconds": statistics.median(took[1]),
-                       "memory/peak_gb": trl["peak_gb"], "trl": trl["trl"]})
+        ours.append(answer(sys.executable, "-m", "bench.bench_step", *options))
+        trl = answer(python, "bench/trl_peer.py", input=json.dumps(settings))
+        theirs.append(medians(trl["stamps"]) | {"memory/peak_gb": trl["peak_gb"]})
         for name, row in (("ours", ours[-1]), ("trl", theirs[-1])):
             print(f"{name:6}{row['seconds']:8.2f} s  {row['cpu_seconds']:8.2f} CPU s  "
                   f"{row['memory/peak_gb']:6.2f} GB  load {os.getloadavg()[0]:.1f}", flush=True)
-    ratios = {name: round(statistics.median(b[key] / a[key] for a, b in zip(ours, theirs)), 3)
-              for name, key in (("seconds", "seconds"), ("cpu", "cpu_seconds"))}
-    ratios["memory"] = round(max(a["memory/peak_gb"] / b["memory/peak_gb"] for a, b in zip(ours, theirs)), 3)
-    print(f"TRL / ours: {ratios['seconds']} in time (bar {BARS['seconds']}), {ratios['cpu']} in CPU time; "
-          f"ours / TRL in memory: {ratios['memory']} (bar {BARS['memory']})")
-    kept = ("seconds", "cpu_seconds", "memory/peak_gb")
-    split = {k: statistics.median(row[k] for row in ours) for k in ours[0] if k.startswith("time/")}
-    print(json.dumps({"bench": "step", **machine, "shape": "43m", "rounds": rounds, "trl": theirs[0]["trl"],
-                      "ours": [{k: row[k] for k in kept} for row in ours],
-                      "theirs": [{k: round(row[k], 6) for k in kept} for row in theirs],
-                      **{f"ratio_{k}": v for k, v in ratios.items()}, **split,
-                      "load": os.getloadavg()[0]}))
+    pairs = list(zip(ours, theirs))
+    ratios = {"seconds": statistics.median(b["seconds"] / a["seconds"] for a, b in pairs),
+              "cpu": statistics.median(b["cpu_seconds"] / a["cpu_seconds"] for a, b in pairs),
+              "memory": max(a["memory/peak_gb"] / b["memory/peak_gb"] for a, b in pairs)}
+    print(f"TRL / ours: {ratios['seconds']:.3f} in time (bar 3), {ratios['cpu']:.3f} in CPU time; "
+          f"ours / TRL in memory: {ratios['memory']:.3f} (bar 0.5)")
+    finish({"bench": "step", **machine, "shape": "43m", "rounds": rounds, "trl": trl["trl"],
+            "ours": [{name: row[name] for name in theirs[0]} for row in ours], "theirs": theirs,
+            **{f"ratio_{name}": round(ratio, 3) for name, ratio in ratios.items()},
+            **{name: statistics.median(row[name] for row in ours) for name in ours[0]
+               if name.startswith("time/")},
+            "load": os.getloadavg()[0]})
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shape", default="", choices=list(BATCH), help="random weights of this shape")
-    parser.add_argument("--tokenizer", default="", metavar="FOLDER", help="of Qwen2.5; else a made-up one")
-    parser.add_argument("--trl", default="", metavar="PYTHON", help="that has TRL 1.16: compare with it")
-    parser.add_argument("--rounds", type=int, default=2, help="of the comparison")
-    args, options = parser.parse_known_args()
-    tokenizer = Path(args.tokenizer or (QWEN if QWEN.exists() else ROOT / "data/tiny/base"))
+    known = parser(__doc__)
+    known.add_argument("--shape", default="", choices=list(BATCH), help="random weights of this shape")
+    known.add_argument("--trl", default="", metavar="PYTHON", help="that has TRL 1.16: compare with it")
+    known.add_argument("--rounds", type=int, default=2, help="of the comparison")
+    args, options = known.parse_known_args()
     with tempfile.TemporaryDirectory() as folder:
         if args.trl:
-            compare(Path(folder), args.trl, args.rounds, options, tokenizer)
+            compare(Path(folder), args.trl, args.rounds, options)
         else:
-            measure(Path(folder), options, args.shape, tokenizer)
+            measure(Path(folder), options, args.shape)
 
 
 if __name__ == "__main__":

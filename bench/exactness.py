@@ -12,7 +12,6 @@ engine drew (`flips`). `gap` is |logprob of the forward - logprob of the engine|
     bf16/fp32   the engine in bf16, the forward in fp32: what a trainer sees
 """
 
-import argparse
 import json
 import os
 import tempfile
@@ -24,15 +23,13 @@ import torch.distributed as dist
 import torch.multiprocessing
 
 import model as qwen
-from bench import hardware
+from bench import ROOT, finish, hardware, parser
 from data import prompts as prompt_data
 from data.tokenizer import Tokenizer
 from kernels.sample import head_draw, streams, uniforms
 from replica import tp_slice
 from sampler import Completion, Sampler
 from scheduler import Request
-
-ROOT = Path(__file__).parent.parent
 
 
 @torch.inference_mode()
@@ -76,11 +73,10 @@ def split(path: str, requests: list[Request], tp: int) -> list[Completion]:
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default=str(ROOT / "data/tiny/base"), help="checkpoint folder")
-    parser.add_argument("--prompts", type=int, default=32, help="of data/tiny's evaluation, 4 samples each")
-    args = parser.parse_args()
+    options = parser(__doc__)
+    options.add_argument("--model", default=str(ROOT / "data/tiny/base"), help="checkpoint folder")
+    options.add_argument("--prompts", type=int, default=32, help="of data/tiny's evaluation, 4 samples each")
+    args = options.parse_args()
     tokenizer = Tokenizer(args.model)
     prompts, _ = prompt_data.read(str(ROOT / "data/tiny/eval_prompts.jsonl"), "think", 256, True)
     requests = [Request(tokenizer.encode(p.text), 4, 256, 0.8, seed=i)
@@ -95,7 +91,7 @@ def main():
     for name, (dtype, completions) in cases.items():
         figures[name] = compare(models[dtype], tokenizer.n_valid, requests, completions)
         print(f"{name:11}", "  ".join(f"{k} {v:.3g}" for k, v in figures[name].items()), flush=True)
-    print(json.dumps({"bench": "exactness", **hardware(), "model": Path(args.model).name, **figures}))
+    finish({"bench": "exactness", **hardware(), "model": Path(args.model).name, **figures})
 
 
 if __name__ == "__main__":

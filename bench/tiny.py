@@ -1,6 +1,6 @@
 """The embedded default as an experiment: what three seeds learn, in numbers and as a picture.
 
-    python -m bench.tiny [--seeds 0,1,2] [--ranks 2] [--out FOLDER] [--reuse]
+    python -m bench.tiny [--seeds 0,1,2] [--ranks 2] [--out FOLDER]
 
 Runs train.py with its defaults once a seed, then reads the evaluation rollouts of each run: the mean of each
 reward, length among samples that have an answer, correlation of asked and written words, share of distinct
@@ -9,33 +9,33 @@ reward that the best single number of words would earn. Writes bench/results/tin
 with one JSON line.
 """
 
-import argparse
-import json
+import os
+import subprocess
+import sys
 import time
 from pathlib import Path
 
 import numpy as np
 
-from bench import ROOT, hardware, torchrun
+from bench import RESULTS, ROOT, finish, hardware, parser
 from data.prompts import parse_range
+from lib.files import read_jsonl
 from rewards import length_reward
 from text import count_words, structure
-from viewer.plots import Curve, coloured, picture
+from viewer.plots import coloured, picture
 
-EVAL = ROOT / "data" / "tiny" / "eval_prompts.jsonl"
+EVAL = ROOT / "data/tiny/eval_prompts.jsonl"
 PANELS = {
     "format": "format reward", "length": "length reward", "writing": "writing reward",
     "length_given_answer": "length, given an answer",
     "correlation": "correlation asked, written", "distinct_5grams": "distinct 5-grams",
-    "names_used": "names used"
-}
+    "names_used": "names used"}
 
 
 def measure(rollouts: Path, asked: dict[str, dict]) -> dict[str, float]:
     """All figures of one evaluation file."""
     rows, given, words, wanted, grams, names = [], [], [], [], [], []
-    for line in rollouts.read_text().strip().split("\n"):
-        record = json.loads(line)
+    for record in read_jsonl(rollouts):
         prompt = asked[record["prompt_id"]]
         answer = structure(record["text"])[2]
         body = answer or record["text"]  # a bare text still shows length, variety and names
@@ -46,11 +46,10 @@ def measure(rollouts: Path, asked: dict[str, dict]) -> dict[str, float]:
         tokens = body.split()
         grams += zip(*(tokens[i:] for i in range(5)))
         names.append(np.mean([name in body for name in prompt["names"]]))
-    return {
-        **{name: float(np.mean([r[name] for r in rows if r[name] is not None])) for name in rows[0]},
-        "length_given_answer": float(np.mean(given)), "correlation": float(np.corrcoef(wanted, words)[0, 1]),
-        "distinct_5grams": len(set(grams)) / len(grams), "names_used": float(np.mean(names))
-    }
+    figures = {name: np.mean([r[name] for r in rows if r[name] is not None]) for name in rows[0]} | {
+        "length_given_answer": np.mean(given), "correlation": np.corrcoef(wanted, words)[0, 1],
+        "distinct_5grams": len(set(grams)) / len(grams), "names_used": np.mean(names)}
+    return {name: round(float(value), 4) for name, value in figures.items()}
 
 
 def best_constant(asked: dict[str, dict]) -> tuple[float, int]:
@@ -59,58 +58,42 @@ def best_constant(asked: dict[str, dict]) -> tuple[float, int]:
     return max((float(np.mean([length_reward(n, *r) for r in ranges])), n) for n in range(1, 200))
 
 
-def figures(runs: list[dict], constant: float) -> dict[str, dict[str, Curve]]:
-    """A curve of each figure and seed, for `picture`."""
-    panels = {title: {f"seed {run['seed']}": [(step, values[key]) for step, values in run["curve"].items()]
-                      for run in runs} for key, title in PANELS.items() if key in runs[0]["curve"][0]}
-    last = max(max(run["curve"]) for run in runs)
+def draw(runs: list[dict], constant: float) -> str:
+    """A picture with a panel for each figure and a curve for each seed."""
+    names, last = [f"seed {run['seed']}" for run in runs], max(max(run["curve"]) for run in runs)
+    panels = {title: {name: [(step, values[key]) for step, values in run["curve"].items()]
+                      for name, run in zip(names, runs)}
+              for key, title in PANELS.items() if key in runs[0]["curve"][0]}
     panels[PANELS["length"]]["best constant length"] = [(0, constant), (last, constant)]
-    return panels
+    return picture(panels, coloured(names), "held-out prompts, against GRPO steps")
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--seeds", default="0,1,2")
-    parser.add_argument("--ranks", type=int, default=2)
-    parser.add_argument("--out", type=Path, default=Path("runs/bench_tiny"), help="folder for the runs")
-    parser.add_argument("--reuse", action="store_true", help="measure runs that are there already")
-    args, options = parser.parse_known_args()
-    asked = {(p := json.loads(line))["id"]: p for line in EVAL.read_text().splitlines()}
+    known = parser(__doc__)
+    known.add_argument("--seeds", default="0,1,2")
+    known.add_argument("--ranks", type=int, default=2)
+    known.add_argument("--out", type=Path, default=Path("runs/bench_tiny"), help="folder for the runs")
+    args, options = known.parse_known_args()
+    asked = {prompt["id"]: prompt for prompt in read_jsonl(EVAL)}
     constant, constant_words = best_constant(asked)
     runs = []
     for seed in map(int, args.seeds.split(",")):
         folder, start = (args.out / f"seed_{seed}").resolve(), time.perf_counter()
-        if not args.reuse:
-            torchrun(args.ranks, "train.py", "--run_dir", str(folder), "--seed", str(seed), *options)
-        seconds = time.perf_counter() - start
-        files = sorted((folder / "rollouts").glob("eval_*.jsonl"))
-        runs.append({
-            "seed": seed, "seconds": round(seconds),
-            "curve": {int(f.stem[5:]): measure(f, asked)
-                      for f in files}
-        })
-    machine = hardware()
+        subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone",
+                        f"--nproc_per_node={args.ranks}", "train.py", "--run_dir", str(folder),
+                        "--seed", str(seed), *options],
+                       check=True, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        runs.append({"seed": seed, "seconds": round(time.perf_counter() - start),
+                     "curve": {int(f.stem[5:]): measure(f, asked)
+                               for f in sorted((folder / "rollouts").glob("eval_*.jsonl"))}})
     print(f"{args.ranks} ranks; best constant length {constant_words} words earns {constant:.3f}")
     for run in runs:
-        first, last = (list(run["curve"].values())[i] for i in (0, -1))
-        moves = "  ".join(f"{key} {first[key]:.3f} -> {last[key]:.3f}" for key in PANELS
-                          if key in first)
+        first, last = (run["curve"][step] for step in (min(run["curve"]), max(run["curve"])))
+        moves = "  ".join(f"{key} {first[key]:.3f} -> {last[key]:.3f}" for key in PANELS if key in first)
         print(f"seed {run['seed']} ({run['seconds']} s, {max(run['curve'])} steps): {moves}")
-    result = {
-        "bench": "tiny", **machine, "ranks": args.ranks, "options": options,
-        "best_constant_length": round(constant, 4), "runs": [
-            {**run, "curve": {s: {k: round(v, 4)
-                                  for k, v in c.items()}
-                              for s, c in run["curve"].items()}} for run in runs
-        ]
-    }
-    results = ROOT / "bench" / "results"
-    results.mkdir(exist_ok=True)
-    (results / "tiny.json").write_text(json.dumps(result, indent=1) + "\n")
-    seeds = coloured([f"seed {run['seed']}" for run in runs])
-    drawn = picture(figures(runs, constant), seeds, "held-out prompts, against GRPO steps")
-    (results / "tiny.svg").write_text(drawn)
-    print(json.dumps(result))
+    (RESULTS / "tiny.svg").write_text(draw(runs, constant))
+    finish({"bench": "tiny", **hardware(), "ranks": args.ranks, "options": options,
+            "best_constant_length": round(constant, 4), "runs": runs}, save=True)
 
 
 if __name__ == "__main__":

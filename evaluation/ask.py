@@ -79,23 +79,20 @@ class Questions:
                 self.results[key].error = str(error)
         self.progress.close()
 
-    def ask_sampler(self, sampler: Sampler, chat: bool, world=None, begun: str = ""):
-        """chat: in the chat template; else the model completes the question and `begun`, the first characters
-        of a JSON object, which ends the text."""
-        tokenizer, s, begun = sampler.tokenizer, self.settings, "" if chat else begun
+    def ask_sampler(self, sampler: Sampler, chat: bool, world=None):
+        """chat: in the chat template; else the model completes the question."""
+        tokenizer, s = sampler.tokenizer, self.settings
         context = sampler.model.config.max_position_embeddings
         ids = {key: tokenizer.encode(tokenizer.chat(self.texts[key]) if chat else
-                                     f"{self.texts[key]}\n\nJSON:\n{begun}") for key in self.todo}
+                                     f"{self.texts[key]}\n\nJSON:\n") for key in self.todo}
         for key in [key for key in ids if len(ids[key]) >= context]:
             self.results[key].error = f"the question exceeds the model's context of {context}"
             del ids[key]
         for attempt in range(self.tries):
             todo = [key for key in ids if self.is_open(key) and len(self.results[key].raw) == attempt]
             requests = [Request(ids[key], 1, min(int(s["max_tokens"]), context - len(ids[key])),
-                                s["temperature"], s["top_p"], stop=("}",) if begun else (),
-                                seed=self.seed(key, attempt)) for key in todo]
+                                s["temperature"], s["top_p"], seed=self.seed(key, attempt)) for key in todo]
             for c in rollout.generate(sampler, requests, world):
                 key = todo[c.prompt_index]
-                self.add(key, begun + c.text, chat and c.finish_reason == "length", len(ids[key]),
-                         len(c.token_ids))
+                self.add(key, c.text, chat and c.finish_reason == "length", len(ids[key]), len(c.token_ids))
         self.progress.close()

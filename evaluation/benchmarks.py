@@ -10,13 +10,24 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from data.prompts import language, objects, queries
-from lib.options import UserError
+from lib.options import Field, UserError, typed
 from text import count_words, split
 
-BENCHMARKS = ("longbench_write", "ruler", "writingbench", "arena")
 DIMENSIONS = ("Relevance", "Accuracy", "Coherence", "Clarity", "Breadth and Depth", "Reading Experience")
 RANGES = ("1-2", "3-4", "5-6", "7-8", "9-10")  # of scores: a criterion of WritingBench describes each
 REQUIREMENTS = ("style", "format", "length")  # of which WritingBench has subsets
+LENGTHS = {"type": Field(str), "length": Field(float, 1, 10**7)}  # words; a file of arena may have neither
+FIELDS = {  # of a record, beside query and id
+    "longbench_write": LENGTHS, "ruler": LENGTHS,
+    "writingbench": {"domain1": Field(str), "domain2": Field(str), "checklist": Field(list)},
+    "arena": {"type": Field(str, default=""), "length": Field(float, 1, 10**7, None),
+              "baseline_response": Field(dict, default={})},
+}
+BENCHMARKS = tuple(FIELDS)
+VERDICTS = {  # fields of a judge's verdict, with their valid values
+    "longbench_write": dict.fromkeys(DIMENSIONS, range(1, 6)), "ruler": {},
+    "writingbench": {"score": range(1, 11)}, "arena": {"winner": ("A", "B", "tie")},
+}
 
 
 @dataclass(frozen=True)
@@ -35,21 +46,14 @@ class Record:
 # ---------------------------------------------------------------------- records
 
 
-def read(benchmark: str, path: str | Path, others: bool = False) -> list[Record]:
-    """The records of a file, in its order. others: the opponents in arena are given elsewhere, so a record
-    needs no baselines and no type. Raises UserError.
+def read(benchmark: str, path: str | Path) -> list[Record]:
+    """The records of a file, in its order. Raises UserError.
 
     For WritingBench the folder `requirement` beside the file is read too, if it exists:
     {dim}/{dim}_subset.jsonl (R: which records) and {dim}/{dim}_subset_C.jsonl (C: which criteria).
     """
-    if benchmark not in BENCHMARKS:
-        raise UserError(f"{benchmark!r} is no benchmark: choose one of {', '.join(BENCHMARKS)}")
-    records, line = [], 0
-    try:
-        for line, *found in queries(path):  # noqa: B007 (the message names it)
-            records.append(read_record(benchmark, *found, others))
-    except ValueError as e:
-        raise UserError(f"{path}, line {line}: {e}; is this a file of {benchmark}?") from None
+    records = [read_record(benchmark, f"{path}, line {line}, read as {benchmark}", ident, query, fields)
+               for line, ident, query, fields in queries(path)]
     if not records:
         raise UserError(f"{path} has no record: give the JSONL file of {benchmark}")
     if benchmark == "writingbench":
@@ -60,30 +64,19 @@ def read(benchmark: str, path: str | Path, others: bool = False) -> list[Record]
     return records
 
 
-def read_record(benchmark: str, ident: str, query: str, fields: dict, others: bool = False) -> Record:
-    """Raises ValueError."""
-    if others:
-        fields = {"type": "", "baseline_response": {}} | fields
-    writing, arena = benchmark == "writingbench", benchmark == "arena"
-    length = None if writing else fields.get("length")
-    if not (length is None and (writing or arena)):
-        if type(length) not in (int, float) or not 1 <= length < 1e7:
-            raise ValueError(f"`length` must be a positive number of words, not {length!r}")
-        length = round(length)
-    for name in ("domain1", "domain2") if writing else ("type",):
-        if not isinstance(fields.get(name), str):
-            raise ValueError(f"`{name}` must be a text, not {fields.get(name)!r}")
-    criteria = fields.get("checklist") if writing else []
+def read_record(benchmark: str, source: str, ident: str, query: str, fields: dict) -> Record:
+    """source: file and line, for messages. Raises UserError."""
+    found = typed(fields, source, FIELDS[benchmark])
+    criteria, baselines = found.get("checklist", []), found.get("baseline_response", {})
     parts = ("name", "criteria_description", *RANGES)
-    if not isinstance(criteria, list) or writing and not criteria or not all(
+    if "checklist" in found and not criteria or not all(
             isinstance(c, dict) and all(isinstance(c.get(p), str) for p in parts) for c in criteria):
-        raise ValueError(f"`checklist` must be a list of criteria, each with texts {', '.join(parts)}")
-    baselines = fields.get("baseline_response") if arena else {}
-    if not isinstance(baselines, dict) or arena and not (baselines or others) or not all(
-            isinstance(text, str) and text.strip() for text in baselines.values()):
-        raise ValueError("`baseline_response` must hold the baselines' answers, {name: text}")
-    return Record(ident, query, language(query), length, fields["domain2" if writing else "type"],
-                  fields["domain1"] if writing else "", tuple(criteria), baselines)
+        raise UserError(f"{source}: checklist must be a list of criteria, each with texts {', '.join(parts)}")
+    if not all(isinstance(text, str) and text.strip() for text in baselines.values()):
+        raise UserError(f"{source}: baseline_response must hold the baselines' answers, {{name: text}}")
+    length, kind = found.get("length"), found.get("type", found.get("domain2"))
+    return Record(ident, query, language(query), length and round(length), kind, found.get("domain1", ""),
+                  tuple(criteria), baselines)
 
 
 def mark_(records: list[Record], file: Path, name: str):
@@ -208,28 +201,13 @@ def answer_line(record: Record, text: str, style: str, finish_reason: str, token
 
 def parse(benchmark: str, text: str) -> dict:
     """The verdict at the end of a judge's answer, after its thinking. Raises ValueError for a malformed
-    one."""
+    one; True is not 1, and 8.0 is not 8."""
     verdict = last_object(text.rpartition("</think>")[2])
-    said = "analysis" if benchmark == "longbench_write" else "reason"
-    asked = {*fields(benchmark), said}
-    if set(verdict) != asked:
-        raise ValueError(f"the keys {sorted(verdict)}, not {sorted(asked)}")
-    if not isinstance(verdict[said], str) or not valid(benchmark, verdict):
+    said, wanted = "analysis" if benchmark == "longbench_write" else "reason", VERDICTS[benchmark]
+    if set(verdict) != {*wanted, said} or not isinstance(verdict[said], str) or not all(
+            type(verdict[name]) in (int, str) and verdict[name] in values for name, values in wanted.items()):
         raise ValueError(f"no verdict: {json.dumps(verdict, ensure_ascii=False)[:200]}")
     return verdict
-
-
-def fields(benchmark: str) -> dict:
-    """Fields of a verdict and their valid values."""
-    return {"longbench_write": dict.fromkeys(DIMENSIONS, range(1, 6)), "ruler": {},
-            "writingbench": {"score": range(1, 11)}, "arena": {"winner": ("A", "B", "tie")}}[benchmark]
-
-
-def valid(benchmark: str, verdict: dict | None) -> bool:
-    """Whether all fields are valid; True is not 1, and 8.0 is not 8."""
-    return isinstance(verdict, dict) and all(
-        type(verdict.get(name)) in (int, str) and verdict[name] in values
-        for name, values in fields(benchmark).items())
 
 
 def last_object(text: str) -> dict:

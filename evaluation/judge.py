@@ -122,7 +122,6 @@ def ask(config, judge: Judge, records: list[Record], answers: list[dict], verdic
         for theirs in distributed.gather({key: results[key] for key in questions.todo}, world):
             results |= theirs
     elif todo:
-        greet(config, judge)
         questions.ask_servers(config.judge, config.timeout, config.threads, config.rate)
     lines = [{"id": id, "key": part} | line(key, results[key]) for (id, part), key in asked.items()]
     read, written = (sum(n[i] for r in results.values() for n in r.tokens) for i in (0, 1))

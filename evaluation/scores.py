@@ -5,34 +5,25 @@ Each score is a mean over records, so every record has scores of the same names;
 missing answer gets the lowest verdict; otherwise a model could gain by not answering.
 """
 
-from evaluation.benchmarks import DIMENSIONS, Record, fields, keys, valid
+from evaluation.benchmarks import DIMENSIONS, VERDICTS, Record, keys
 from text import length_score, statistics
 
 BINS = ((500, "<500"), (2000, "500-2k"), (4000, "2k-4k"), (float("inf"), ">=4k"))  # of required words
 HEADLINES = {"longbench_write": ("S_l", "S_q", "overall"), "ruler": ("S_l",),
              "writingbench": ("overall",), "arena": ("win_rate",)}  # given for each language too
-RESULTS = {"win": 1.0, "tie": 0.5, "loss": 0.0}
 Weighted = dict[str, tuple[float | None, int]]  # name -> a record's score and its weight
 
 
 def aggregate(benchmark: str, records: list[Record], answers: list[dict], verdicts: list[dict] | None,
               name: str = "model", style: str = "think") -> tuple[dict, list[dict], list[list]]:
-    """(scores {name: number or None}, a row {id, scores, texts} of each record with an answer, games).
+    """(scores {name: number or None}, a row {id, scores, texts} of each record, games).
 
-    `answers` and `verdicts` are the lines of an evaluation's files; of several verdicts on a question the
-    first valid one counts. Without a judge (`verdicts` None, or empty although there are answers) judged
-    scores are None. `name`: the model's name in games. `style`: of the prompts.
+    answers: a line of answers.jsonl for each record, in their order. verdicts: the lines of verdicts.jsonl;
+    None: without a judge, and judged scores are None. name: the model's in games. style: of the prompts.
     """
-    answer_of = {answer["id"]: answer for answer in answers}
-    records = [record for record in records if record.id in answer_of]
-    judged = benchmark != "ruler" and verdicts is not None and (
-        bool(verdicts) or not any(answer["answer"] for answer in answers))
-    verdict_of, rows, founds, games, missing = {}, [], [], [], 0
-    for line in verdicts or ():
-        if valid(benchmark, line["verdict"]):
-            verdict_of.setdefault((line["id"], line["key"]), line["verdict"])
-    for record in records:
-        answer = answer_of[record.id]
+    verdict_of = {(line["id"], line["key"]): line["verdict"] for line in verdicts or ()}
+    judged, rows, founds, games, missing = verdicts is not None, [], [], [], 0
+    for record, answer in zip(records, answers, strict=True):
         silent = judged and not answer["answer"]
         got = {key: lowest(benchmark, key) if silent else verdict_of.get((record.id, key))
                for key in keys(benchmark, record)}
@@ -74,7 +65,7 @@ def lowest(benchmark: str, key: str) -> dict:
     """The verdict for a missing answer."""
     if benchmark == "arena":
         return {"winner": "B" if key.endswith("/0") else "A"}
-    return {name: min(values) for name, values in fields(benchmark).items()}
+    return {name: min(values) for name, values in VERDICTS[benchmark].items()}
 
 
 # ---------------------------------------------------------------------- a record's scores
@@ -107,22 +98,14 @@ def writingbench(record: Record, answer: dict, got: dict) -> Weighted:
 
 
 def arena(record: Record, answer: dict, got: dict) -> Weighted:
-    """Shares of won, tied and lost games; win_rate_answered counts games where both sides wrote an answer.
-    Consistency is the share of games on which the judge's two verdicts agree."""
+    """Shares of the points; win_rate_answered counts games where both sides wrote an answer. Consistency is
+    the share of games on which the judge's two verdicts agree."""
     pairs = {b: (got[f"{b}/0"], got[f"{b}/1"]) for b in record.baselines}
     games = {b: game(*pair) for b, pair in pairs.items()}
     agreed = [agree(*pair) for pair in pairs.values() if None not in pair and answer["answer"]]
     answered = [games[b] for b, text in record.baselines.items() if text and answer["answer"]]
-    found = shares(list(games.values())) | {"win_rate_answered": over(answered), "consistency": over(agreed)}
-    for b in record.baselines:
-        found |= {f"{score}/{b}": value for score, value in shares([games[b]]).items()}
-    return found
-
-
-def shares(games: list[float | None]) -> Weighted:
-    given = [game for game in games if game is not None]
-    return {"win_rate": over(given), **{
-        result: over([game == points for game in given]) for result, points in RESULTS.items()}}
+    return {"win_rate": over(list(games.values())), "win_rate_answered": over(answered),
+            "consistency": over(agreed), **{f"win_rate/{b}": over([game]) for b, game in games.items()}}
 
 
 def points(verdict: dict, mine: str) -> float:

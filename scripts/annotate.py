@@ -87,7 +87,6 @@ Request:
 要求：
 {query}""",
 }
-BEGUN = {"range": '{"range": [', "filter": '{"reason": "'}  # by which a base model knows what to complete
 
 
 def find(task: str, answer: str) -> dict:
@@ -116,11 +115,6 @@ def open_sampler(config: Config) -> Sampler:
 # ---------------------------------------------------------------------- files
 
 
-def annotators(record: dict) -> dict[str, str]:
-    """The model that has done each task with this record: {task: model}."""
-    return record["annotators"] if isinstance(record.get("annotators"), dict) else {}
-
-
 def resume(config: Config, name: str, kept: dict[tuple[str, str], dict]) -> dict[tuple[str, str], dict]:
     """The records that --out holds already, by id and text, beside those that are `kept` as they are; a torn
     last line is cut off. Raises UserError for a file that is not of this command."""
@@ -135,7 +129,7 @@ def resume(config: Config, name: str, kept: dict[tuple[str, str], dict]) -> dict
                 key = str(record["id"]), query_of(record)
             except (ValueError, KeyError):
                 record, key = {}, None
-            other = annotators(record).get(config.task)
+            other = record.get("annotators", {}).get(config.task)  # the model that has done it
             if other != name and record != kept.get(key):
                 raise UserError(f"{out}, line {number}, is no {config.task} by {name}, but by {other}: "
                                 "choose another --out")
@@ -156,7 +150,7 @@ def annotate(config: Config):
     def keep(key: tuple[str, str], result: Result):
         if result.value:
             record = queries[key] | result.value
-            record["annotators"] = annotators(record) | {config.task: name}
+            record["annotators"] = record.get("annotators", {}) | {config.task: name}
             write_jsonl(Path(config.out), [record], "a")
             done[key] = record
 
@@ -171,7 +165,7 @@ def annotate(config: Config):
         questions.ask_servers(config.model, config.timeout, config.threads)
     else:
         sampler = open_sampler(config)
-        questions.ask_sampler(sampler, sampler.tokenizer.chats, begun=BEGUN[config.task])
+        questions.ask_sampler(sampler, sampler.tokenizer.chats)
     order = {key: done[key] for key in queries if key in done} | done
     replace(Path(config.out), jsonl(order.values()))
     kinds = Counter("kept as they were" if record == kept.get(key) else kind(record, config.task)
@@ -195,7 +189,7 @@ def kind(record: dict, task: str) -> str:
 def check(config: Config):
     """Raises UserError."""
     options.check_choices(config, task=("range", "filter"), device=options.DEVICES)
-    for name in ("queries", "out", "model"):
+    for name in ("queries", "out"):
         if not getattr(config, name):
             raise UserError(f"--{name} is missing")
     options.check_numbers(config, "max_new_tokens tries threads timeout", top_p=(1e-9, 1),

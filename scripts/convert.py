@@ -35,11 +35,14 @@ class Config:
 
 
 def request_of(record: dict) -> str:
-    """The first thing that a user says in it. Raises ValueError where nobody says anything."""
+    """The first thing that a user says in it; empty where nobody says anything."""
     lists = [record[f] for f in ("conversation", "messages", "prompt") if isinstance(record.get(f), list)]
     said = [turn.get("content") for turn in sum(lists[:1], [])
             if isinstance(turn, dict) and turn.get("role") == "user"]
-    text = query_of({"prompt": (said or [None])[0]} if lists else record)
+    try:
+        text = query_of({"prompt": (said or [None])[0]} if lists else record)
+    except ValueError:
+        return ""
     framed = FRAME.search(text)
     return (framed.group(1) if framed else text).strip()
 
@@ -71,18 +74,14 @@ def convert(config: Config) -> Counter:
         for path in files:
             for number, record in objects(path, broken=broken):
                 try:
-                    text, length_range = request_of(record), None
-                except ValueError:
-                    counts["without a request"] += 1
-                    continue
-                try:
-                    length_range = range_of(record)
+                    text, length_range = request_of(record), range_of(record)
                 except ValueError as e:
                     broken.append(f"{path}, line {number}: {e}")
                     continue
                 ident = blake2b(fold(text).tobytes() or text.encode(), digest_size=8).hexdigest()
                 spoken = record.get("language")
-                fate = ("in another language" if spoken and str(spoken).lower() not in languages else
+                fate = ("without a request" if not text else
+                        "in another language" if spoken and str(spoken).lower() not in languages else
                         "too short" if len(text) < config.min_chars else
                         "too long" if len(text) > config.max_chars else
                         "repeated" if ident in seen else "taken")

@@ -120,10 +120,13 @@ def commit_of(folder: Path) -> str:
 def prepare(config: Config, device: torch.device) -> Job:
     """All that can be known before weights load; opens the folder. Raises an error of one sentence."""
     path, out = Path(locate(config.data)), Path(config.out)
-    records = benchmarks.read(config.benchmark, path, others=bool(config.baselines) or not config.judge)
+    records = benchmarks.read(config.benchmark, path)
     data = {"file": str(path), "sha256": checkpoints.digest(path), "records": len(records),
             "commit": config.commit or commit_of(path.parent)}
     records, (recorded, answers, verdicts) = add_baselines(config, records, data), read_folder(out)
+    if config.judge and config.benchmark == "arena" and not all(r.baselines for r in records):
+        raise UserError(f"{path} has records without baseline_response: give --baselines, whose answers are "
+                        "opponents")
     whole = all(r.id in answers for r in records)
     model, judge = find(config.model, config.template) if config.model else None, find_judge(config)
     if model and model.scalar:
@@ -219,9 +222,7 @@ def generate(config: Config, job: Job, world) -> list[dict]:
         lines = [answers[r.id] for r in job.records]
         if world.main:
             merge_parts(out, "answers", lines)
-            cut, missing = (sum(a["finish_reason"] == "length" for a in lines),
-                            sum(not a["answer"] for a in lines))
-            print(f"{out}: {len(lines)} answers, {cut} truncated, {missing} missing", flush=True)
+            print(f"{out}: {len(lines)} answers", flush=True)
     return lines
 
 

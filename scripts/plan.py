@@ -25,7 +25,7 @@ import rollout
 import train
 from kernels.logprob import CHUNK_BYTES
 from lib import distributed, options, scoring
-from lib.files import ROOT, locate
+from lib.files import locate
 from lib.options import UserError
 from model import ModelConfig, Qwen2, read_config
 from replica import check_tp, tp_slice
@@ -82,7 +82,7 @@ class Machine:
     prompt_tokens: int = 512  # of the longest prompt, with its template
 
 
-@dataclass(frozen=True)
+@dataclass
 class Plan:
     """Bytes of one rank, in dicts from a buffer's name to its size."""
 
@@ -92,38 +92,24 @@ class Plan:
     cuda: bool = True
     scorer: ModelConfig | None = None  # of the writing reward, where its folder is there
 
-    @property
-    def ranks(self) -> int:
-        return self.machine.gpus * self.machine.nodes
-
-    @property
-    def shards(self) -> int:
-        """Ranks that share one copy of the weights."""
-        return max(1, self.ranks // self.config.replicate)
-
-    @property
-    def itemsize(self) -> int:
-        """Bytes of a number that the trainer computes with."""
-        return 2 if self.cuda else 4
-
-    @property
-    def sampler_dtype(self) -> torch.dtype:
-        return rollout.sampler_dtype(self.config, torch.device("cuda" if self.cuda else "cpu"))
-
-    @property
-    def longest(self) -> int:
-        return self.machine.prompt_tokens + self.config.max_new_tokens
-
-    @property
-    def tokens(self) -> int:
-        """Of the largest micro-batch: a sample that exceeds the budget stands alone."""
-        return max(self.config.micro_batch_tokens, self.longest)
-
-    @cached_property
-    def parameters(self) -> dict[str, torch.Tensor]:
-        """Of the root and of layer 0; all layers are alike."""
-        with torch.device("meta"):
-            return dict(Qwen2(replace(self.shape, num_hidden_layers=1)).named_parameters())
+    def __post_init__(self):
+        config, machine, total = self.config, self.machine, int(self.machine.gpu_memory * GIB)
+        self.device = "cuda" if self.cuda else "cpu"
+        self.rate = {name: number for name, (number, _) in RATES[self.device].items()}
+        self.ranks = machine.gpus * machine.nodes
+        self.shards = max(1, self.ranks // config.replicate)  # ranks that share one copy of the weights
+        self.room = total // (1 if self.cuda else machine.gpus) - RESERVE[self.device]  # bytes for a rank
+        self.itemsize = 2 if self.cuda else 4  # bytes of a number that the trainer computes with
+        self.longest = machine.prompt_tokens + config.max_new_tokens
+        self.tokens = max(config.micro_batch_tokens, self.longest)  # a sample above the budget stands alone
+        self.samples = config.prompts_per_step * config.group_size * config.tp // self.ranks  # of a sampler
+        self.rows = min(config.max_sequences, self.samples)
+        self.columns = -(-self.longest // config.page_size)  # pages of the longest sample
+        self.sampler_dtype = rollout.sampler_dtype(config, torch.device(self.device))
+        self.page_bytes = config.page_size * self.shape.kv_bytes_per_token(self.sampler_dtype) // config.tp
+        self.scorer_bytes = self.itemsize * self.scorer.num_parameters // self.shards if self.scorer else 0
+        with torch.device("meta"):  # the root and layer 0: all layers are alike
+            self.parameters = dict(Qwen2(replace(self.shape, num_hidden_layers=1)).named_parameters())
 
     def shard(self, name: str, rank: int = 0) -> torch.Size:
         """Shape of a rank's part of a parameter: FSDP cuts rows as torch.chunk does."""
@@ -162,10 +148,6 @@ class Plan:
         return self.machine.gpus * (8 * self.numbers() * config.offload_optimizer +
                                     self.itemsize * inputs * config.offload_activations +
                                     self.scorer_bytes * config.offload_reward_model)
-
-    @property
-    def scorer_bytes(self) -> int:
-        return self.itemsize * self.scorer.num_parameters // self.shards if self.scorer else 0
 
     def scoring(self) -> dict[str, int]:
         """Of the reward model at work on a micro-batch: embedding and two layers are whole; beside its input
@@ -209,7 +191,7 @@ class Plan:
         gathered = {"embedding and head, gathered": b * root}
         if config.beta:
             gathered["embedding and head of the reference, gathered"] = b * root
-        chunk = min(CHUNK_BYTES["cuda" if self.cuda else "cpu"], 4 * self.tokens * shape.vocab_size)
+        chunk = min(CHUNK_BYTES[self.device], 4 * self.tokens * shape.vocab_size)
         sums = 4 * c // b  # T x C in fp32, and again while a chunk is added
         logits = max(2 * sums + chunk // 2, sums + 3 * chunk // 2) if self.cuda else max(
             2 * sums + chunk, 2 * chunk - head - 2 * c)  # the second in forward, without gradients
@@ -259,31 +241,7 @@ class Plan:
                 "sample": idle | {"workspace of decoding": beside * self.cuda}, **score,
                 "update": update, "publish": idle | handoff}
 
-    @property
-    def room(self) -> int:
-        """Bytes that a rank may use."""
-        total = int(self.machine.gpu_memory * GIB)
-        return total - RESERVE["cuda"] if self.cuda else total // self.machine.gpus - RESERVE["cpu"]
-
     # ---- sampler
-
-    @property
-    def samples(self) -> int:
-        """That one sampler writes in a step."""
-        return self.config.prompts_per_step * self.config.group_size * self.config.tp // self.ranks
-
-    @property
-    def rows(self) -> int:
-        return min(self.config.max_sequences, self.samples)
-
-    @property
-    def columns(self) -> int:
-        """Pages of the longest sample."""
-        return -(-self.longest // self.config.page_size)
-
-    @property
-    def page_bytes(self) -> int:
-        return self.config.page_size * self.shape.kv_bytes_per_token(self.sampler_dtype) // self.config.tp
 
     @cached_property
     def pages(self) -> int:
@@ -305,8 +263,7 @@ class Plan:
             expected = most if full else max(1, int(most * rng.uniform(1 / 8, 1)))
             ends |= {(i, j): min(most, max(1, int(expected * (1 if full else rng.uniform(0.6, 1.4)))))
                      for j in range(config.group_size)}
-            requests.append(Request([i] * prompt, config.group_size, most,
-                                    expected_tokens=expected))
+            requests.append(Request([i] * prompt, config.group_size, most, expected_tokens=expected))
         pages = max(self.pages * config.page_size // unit, prompt + most + 2)
         scheduler = Scheduler(pages, 1, self.rows, SAMPLER["token_budget"])
         scheduler.add(requests)
@@ -319,18 +276,15 @@ class Plan:
                     scheduler.finish(s)
             cached = unit * sum(s.cached for s in scheduler.running) // config.page_size
             read = weights + cached * self.page_bytes
-            seconds += unit * bool(drew) * (self.shape.num_hidden_layers * self.rate("layer") +
-                                            read / self.rate("memory"))
+            seconds += unit * bool(drew) * (self.shape.num_hidden_layers * self.rate["layer"] +
+                                            read / self.rate["memory"])
         prefilled, tokens = scheduler.stats.prefill_tokens, sum(ends.values())
         flops = unit * prefilled * self.shape.flops_per_token(self.longest // 2) / config.tp
-        return {"seconds": seconds + flops / self.rate("flops"), "preemptions": scheduler.stats.preemptions,
+        return {"seconds": seconds + flops / self.rate["flops"], "preemptions": scheduler.stats.preemptions,
                 "again": (prefilled - sum(len(r.prompt_ids) for r in requests)) / tokens,
                 "mean": min(unit * tokens / len(ends), config.max_new_tokens)}
 
     # ---- time
-
-    def rate(self, name: str) -> float:
-        return RATES["cuda" if self.cuda else "cpu"][name][0]
 
     def seconds(self, mean: float) -> tuple[float, float]:
         """Of update and publish, with samples of so many new tokens on average."""
@@ -338,10 +292,10 @@ class Plan:
         samples, more = self.samples / config.tp, (config.updates_per_batch > 1) + (config.beta > 0)
         passes = 3 + config.recompute + more  # forwards' worth; a backward is two
         flops = samples * length * passes * self.shape.flops_per_token(int(length / 2))
-        bandwidth = self.rate("inside a node" if self.shards <= self.machine.gpus else "across nodes")
+        bandwidth = self.rate["inside a node" if self.shards <= self.machine.gpus else "across nodes"]
         sent = self.shape.num_parameters * (self.shards > 1) / bandwidth  # seconds for a byte a parameter
         batches = -(-samples // max(1, self.tokens // length))
-        return (max(flops / self.rate("flops"), batches * sent * ((2 + more) * self.itemsize + 4)),
+        return (max(flops / self.rate["flops"], batches * sent * ((2 + more) * self.itemsize + 4)),
                 sent * self.sampler_dtype.itemsize)
 
     # ---- does it fit
@@ -369,13 +323,13 @@ def duration(seconds: float) -> str:
 
 
 def describe(plan: Plan) -> Iterator[str]:
-    config, phases = plan.config, plan.phases()
+    """Lines: a table of buffers by phase, the KV pool, times, and what the times follow from."""
+    config, phases, unit = plan.config, plan.phases(), "GPU" if plan.cuda else "process"
     phases["sample"]["KV pool"] = plan.pages * plan.page_bytes
     names = dict.fromkeys(name for buffers in phases.values() for name, size in buffers.items() if size)
-    rows = [(f"GiB of a {'GPU' if plan.cuda else 'process'}", phases)]
-    rows += [(name, [gib(b[name]) if b.get(name) else "" for b in phases.values()]) for name in names]
-    rows += [(f"together, of {gib(plan.room)}", [gib(sum(b.values())) for b in phases.values()])]
-    for name, cells in rows:
+    rows = [(name, [gib(b[name]) if b.get(name) else "" for b in phases.values()]) for name in names]
+    total = f"together, of {gib(plan.room)}", [gib(sum(b.values())) for b in phases.values()]
+    for name, cells in [(f"GiB of a {unit}", phases), *rows, total]:
         yield (f"{name:46}" + "".join(f"{cell:>9}" for cell in cells)).rstrip()
     peaks = sorted(((sum(b.values()), name) for name, b in plan.moments().items()), reverse=True)
     yield "\nAn update peaks in: " + ", ".join(f"{name} ({gib(size)})" for size, name in peaks[:3])
@@ -394,18 +348,17 @@ def describe(plan: Plan) -> Iterator[str]:
                f"again), update {duration(update)}, publish {duration(publish)}")
     if hours:
         yield (f"all {config.steps} steps: {hours[0]:,.1f} to {hours[1]:,.1f} hours, "
-               f"{plan.ranks * hours[0]:,.1f} to {plan.ranks * hours[1]:,.1f} "
-               f"{'GPU' if plan.cuda else 'process'}-hours, without scoring, evaluation and checkpoints")
+               f"{plan.ranks * hours[0]:,.1f} to {plan.ranks * hours[1]:,.1f} {unit}-hours, without "
+               "scoring, evaluation and checkpoints")
     yield "\nThese times follow from:"
-    for name, (value, source) in RATES["cuda" if plan.cuda else "cpu"].items():
+    for name, (value, source) in RATES[plan.device].items():
         yield f"  {name:15}{value:9.3g} {source}"
 
 
 def find_shape(path: str) -> tuple[ModelConfig, str]:
     """The shape of a checkpoint, and what to say of its source. Raises UserError."""
-    for folder in (Path(path), ROOT / path):
-        if folder.exists():
-            return read_config(folder), ""
+    if Path(folder := locate(path)).exists():
+        return read_config(folder), ""
     for name, shape in SHAPES.items():
         if f"{Path(path).name}-".lower().startswith(f"{name}-".lower()):
             return shape, f" (there is no folder {path}: the shape is that of {name})"
@@ -413,19 +366,21 @@ def find_shape(path: str) -> tuple[ModelConfig, str]:
                     "give the folder that has its config.json")
 
 
-def read(arguments: list[str]) -> tuple[Plan, str]:
-    """The plan for a command line, and what to say of the shape. Raises UserError."""
+def parse(arguments: list[str]) -> tuple[train.Config, Machine, bool]:
+    """(the run's options, the machine, whether it has GPUs). Raises UserError."""
     words = [w for a in arguments for w in (a.split("=", 1) if a.startswith("--") else [a])]
-    pairs = [words[i:i + 2] for i in range(0, len(words), 2)]
-    own = [p for p in pairs if p[0].strip("-").replace("-", "_") in Machine.__dataclass_fields__]
-    config = train.parse(sum((p for p in pairs if p not in own), []), "The run's:",
-                         tuple(Machine.__dataclass_fields__))
-    machine = options.parse(Machine, sum(own, []), "")
-    options.check_numbers(machine, " ".join(p[0].strip("-").replace("-", "_") for p in own))
+    pairs, names = [words[i:i + 2] for i in range(0, len(words), 2)], Machine.__dataclass_fields__
+    own = [p for p in pairs if p[0].strip("-").replace("-", "_") in names]
+    config = train.parse(sum((p for p in pairs if p not in own), []), "The run's:", tuple(names))
+    given, _ = options.read(Machine, sum(own, []), "")
+    options.check_numbers(Machine(**given), " ".join(given))
     cuda = config.device == "cuda" or config.device == "auto" and (bool(own) or torch.cuda.is_available())
     here = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / GIB
-    machine = replace(machine, gpus=machine.gpus or (8 if cuda else 1),
-                      gpu_memory=machine.gpu_memory or (80.0 if cuda else here))
+    return config, Machine(**{"gpus": 8 if cuda else 1, "gpu_memory": 80.0 if cuda else here} | given), cuda
+
+
+def make(config: train.Config, machine: Machine, cuda: bool) -> tuple[Plan, str]:
+    """The plan, and what to say of the shape. Raises UserError."""
     shape, note = find_shape(config.model)
     check_tp(shape, config.tp)
     scorer = None
@@ -438,15 +393,20 @@ def read(arguments: list[str]) -> tuple[Plan, str]:
     return Plan(config, machine, shape, cuda, scorer), note
 
 
+def read(arguments: list[str]) -> tuple[Plan, str]:
+    """The plan for a command line, and what to say of the shape. Raises UserError."""
+    return make(*parse(arguments))
+
+
 def show(arguments: list[str]):
     """Prints the plan; exits with 1 if it does not fit."""
     if {"-h", "--help"} & set(arguments):
         print(options.help_text(Machine, __doc__), end="\n\n")
-    plan, note = read(arguments)
-    machine, config = plan.machine, plan.config
-    os.environ["LOCAL_WORLD_SIZE"] = str(machine.gpus)
-    train.check(config, distributed.World(0, plan.ranks, torch.device("cuda" if plan.cuda else "cpu")))
-    device = f"GPUs of {machine.gpu_memory:g} GiB" if plan.cuda else "processes"
+    config, machine, cuda = parse(arguments)
+    os.environ["LOCAL_WORLD_SIZE"] = str(machine.gpus)  # which train.check reads
+    train.check(config, distributed.World(0, machine.gpus * machine.nodes, torch.device("cpu")))
+    plan, note = make(config, machine, cuda)
+    device = f"GPUs of {machine.gpu_memory:g} GiB" if cuda else "processes"
     print(f"{config.model}: {plan.shape.num_parameters:,} parameters{note}\n{machine.nodes} x {machine.gpus} "
           f"{device}; weights over {plan.shards}, a sampler over {config.tp}; micro-batches of up to "
           f"{plan.tokens:,} tokens\n", *describe(plan), sep="\n")

@@ -151,7 +151,8 @@ def logprobs(model: qwen.Qwen2, rows: list[corpus.Row], n_valid: int) -> tuple[t
     return logp_N, attention.positions_T[trained_T]
 
 
-def update(model: qwen.Qwen2, optimizer, rows: list[corpus.Row], config: Config, n_valid: int, world) -> dict:
+def update(model: qwen.Qwen2, optimizer, rows: list[corpus.Row], lr: float, config: Config, n_valid: int,
+           world) -> dict[str, float]:
     """One optimiser step on this rank's rows, unless the gradient is not finite; returns sums and metrics.
     The loss is the mean over the tokens of all ranks: neither ranks nor micro-batches change the gradient."""
     flops = 3 * sum(n * model.config.flops_per_token(n // 2) for row in rows for n in row.lengths)
@@ -163,12 +164,9 @@ def update(model: qwen.Qwen2, optimizer, rows: list[corpus.Row], config: Config,
         loss = -logprobs(model, part, n_valid)[0].sum() / sums["tokens"]
         loss.backward()
         mean += loss.item()
-    norm = parallel.clip_grad_(model, 1.0)
-    if math.isfinite(norm):
-        optimizer.step()
-    optimizer.zero_grad()
+    norm = parallel.step_(model, optimizer, lr)
     return sums | distributed.total({"loss": mean}, world) | {
-        "grad_norm": norm, "skipped_updates": int(not math.isfinite(norm))}
+        "lr": lr, "grad_norm": norm, "skipped_updates": int(not math.isfinite(norm))}
 
 
 @torch.no_grad()
@@ -242,12 +240,9 @@ def train(config: Config, clock: run.Clock | None = None, watch: Watch | None = 
             picked, after = corpus.take(inputs.sources, inputs.weights, position, config.rows_per_step)
             lr = parallel.warmup_cosine(step - 1, config.steps, config.warmup, config.lr, config.decay,
                                         config.linear)
-            for group in optimizer.param_groups:
-                group["lr"] = lr
             with clock("update"):
                 local = [inputs.sources[i].row(k) for i, k in picked[world.rank::world.size]]
-                metrics = {"step": step, "lr": lr} | update(model, optimizer, local, config, inputs.n_valid,
-                                                            world)
+                metrics = {"step": step} | update(model, optimizer, local, lr, config, inputs.n_valid, world)
             metrics |= distributed.largest({"time/total": time.perf_counter() - clock.begun[-1],
                                             "memory/peak_gb": run.peak_memory_gb(world.device)}, world)
             metrics["tokens_per_second/train"] = metrics["tokens"] / metrics["time/total"]

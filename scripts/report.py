@@ -88,13 +88,9 @@ def judge_of(result: dict) -> str:
 def about(results: list[dict]) -> dict[str, str]:
     """Data, judge, sampling and model of each result; under `all` what they have in common."""
     def facts(r: dict) -> list[str]:
-        model, judge, calls = r["model"], r["judge"], []
-        if judge:
-            cost = "" if judge["cost"] is None else f" for ${judge['cost']:.2f}"
-            calls = [f"{judge['calls']:,} calls of the judge{cost}, {judge['missing']:,} verdicts missing"]
-        return [data_of(r), f"judge {judge_of(r)}", settings(r["sampling"]),
-                f"{len(r['records'])} answers", *calls, f"{r['folder']}, {r['made']}",
-                f"{model['path']} (weights {model['fingerprint'][:12]})"]
+        return [data_of(r), f"judge {judge_of(r)}", settings(r["sampling"]), f"{len(r['records'])} answers",
+                f"{r['folder']}, {r['made']}",
+                f"{r['model']['path']} (weights {r['model']['fingerprint'][:12]})"]
 
     every = {r["label"]: facts(r) for r in results}
     common = [fact for fact in facts(results[0]) if all(fact in facts for facts in every.values())]
@@ -103,18 +99,6 @@ def about(results: list[dict]) -> dict[str, str]:
 
 
 # ---------------------------------------------------------------------- comparing
-
-
-def group_by(results: list[dict], key) -> dict[str, list[dict]]:
-    groups = {}
-    for result in results:
-        groups.setdefault(str(key(result)), []).append(result)
-    return groups
-
-
-def listed(groups: dict[str, list[dict]]) -> str:
-    return "; ".join(f"{value} for {', '.join(r['label'] for r in group)}"
-                     for value, group in groups.items())
 
 
 def rows(results: list[dict], kind: str) -> dict[str, list]:
@@ -126,34 +110,23 @@ def rows(results: list[dict], kind: str) -> dict[str, list]:
 def ratings(results: list[dict], pinned: dict[str, float]) -> dict:
     """Elo over the games of results that one judge judged. Raises ValueError."""
     games = [[r["label"], *game[1:]] for r in results for game in r.get("games", [])]
-    consistent = {r["label"]: r["scores"].get("consistency") for r in results}
     return {"judge": judge_of(results[0]), "rounds": ROUNDS, "seed": SEED, "players": {
-        name: dataclasses.asdict(p) | {"pinned": name in pinned, "consistency": consistent.get(name)}
+        name: dataclasses.asdict(p) | {"pinned": name in pinned}
         for name, p in elo.fit(games, pinned, ROUNDS, SEED).items()}}
 
 
 def section(results: list[dict], pinned: dict[str, float]) -> dict:
     """The comparison of a benchmark's results. Raises UserError."""
     scores, texts = (rows(results, kind) for kind in ("scores", "texts"))
-    notes = []
-    judges = group_by([r for r in results if r["judge"]], judge_of)
+    notes, judges = [], {}
+    for r in (r for r in results if r["judge"]):
+        judges.setdefault(judge_of(r), []).append(r)
     judged = {name for name in scores if "S_l" not in name} if len(judges) > 1 else set()
     if judged:
-        notes.append(f"Other judges: {listed(judges)}. Scores with * do not compare between them.")
-    for key in dict.fromkeys(key for r in results for key in r["sampling"]):
-        if len(found := group_by(results, lambda r, key=key: r["sampling"].get(key))) > 1:
-            notes.append(f"Other samples: {key} is {listed(found)}.")
-    if len(found := group_by(results, lambda r: len(r["records"]))) > 1:
-        notes.append(f"Other records: the first {listed(found)}.")
-    for r in results:
-        games = sum(game[3] is not None for game in r.get("games", []))
-        if (answered := r["scores"].get("games_answered", games)) < games:
-            notes.append(f"{r['label']}: {games - answered:,} of {games:,} games went to the only side with "
-                         "an answer; win_rate_answered leaves them out, win_rate and Elo count them.")
+        notes.append("The judges differ: scores with * do not compare between them.")
     try:
-        played = [group for group in judges.values()
-                  if any(game[3] is not None for r in group for game in r.get("games", []))]
-        fits = [ratings(group, pinned) for group in played]
+        fits = [ratings(group, pinned) for group in judges.values()
+                if any(game[3] is not None for r in group for game in r.get("games", []))]
         compared = {name: dataclasses.asdict(d) for field in ("scores", "texts") if len(results) == 2
                     for name, d in elo.paired(*results[::-1], field=field, without=judged).items()}
     except ValueError as e:

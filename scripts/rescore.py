@@ -11,16 +11,17 @@ JSON line.
 """
 
 import functools
-import importlib.util
 import json
 import multiprocessing
 import os
+import runpy
 import signal
 import sys
 import time
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -47,7 +48,7 @@ class Options:
     run: str = ""  # its folder
     rewards: str = str(ROOT / "rewards.py")  # an edited copy of rewards.py
     reward: str = ""  # comma-separated names out of its REWARDS; empty: as the run has it
-    steps: str = ":"  # A:B, both included; A:, :B or A
+    steps: str = ":"  # A:B, both included; A: or :B
 
 
 class UnknownTokens(int):
@@ -60,40 +61,34 @@ class UnknownTokens(int):
 # ---------------------------------------------------------------------- reading
 
 
-@functools.cache
 def load_tables(file: Path):
-    """A file such as rewards.py as a module. Raises UserError."""
+    """The names of a file such as rewards.py. Raises UserError."""
     if file.resolve() == ROOT / "rewards.py":
         return rewards
     try:
-        spec = importlib.util.spec_from_file_location("edited_rewards", file)
-        tables = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(tables)
-        if not all(hasattr(tables, name) for name in ("REWARDS", "TRANSFORMS", "REQUIRED")):
-            raise ValueError("it lacks REWARDS, TRANSFORMS or REQUIRED")
+        tables = SimpleNamespace(**runpy.run_path(str(file)))
+        tables.REWARDS, tables.TRANSFORMS, tables.REQUIRED  # noqa: B018 (an AttributeError names it)
         return tables
     except Exception as e:  # whatever the file does
         raise UserError(f"--rewards {file} cannot be used ({type(e).__name__}: {e}): give an edited copy "
                         "of rewards.py") from None
 
 
-@functools.cache
-def read_run(folder: Path) -> tuple[Config, dict[str, prompt_data.Prompt]]:
-    """Its options and its prompts by id. Raises UserError."""
-    if not (folder / "config.json").is_file():
-        raise UserError(f"{folder} is no run: it has no config.json")
-    config = parse(["--config", str(folder / "config.json")])
+@functools.cache  # before processes fork: functions of an edited file cannot be sent to them
+def load(args: Options) -> tuple[Config, dict[str, prompt_data.Prompt], list[scoring.Reward]]:
+    """(the run's options, its prompts by id, the rewards to compute). Raises UserError."""
+    config = parse(["--config", str(Path(args.run, "config.json"))])
     prompts, _ = prompt_data.read(locate(config.prompts), config.prompt_style, config.max_new_tokens, True)
-    return config, {prompt.id: prompt for prompt in prompts}
+    chosen = scoring.choose_rewards(args.reward or config.reward, load_tables(Path(args.rewards)))
+    return config, {prompt.id: prompt for prompt in prompts}, chosen
 
 
 def choose_steps(folder: Path, steps: str) -> list[Path]:
     """The rollouts of the steps a:b, both included."""
-    first, colon, last = steps.partition(":")
     try:
-        low, high = int(first or 0), int((last or sys.maxsize) if colon else first)
+        low, high = (int(x or end) for x, end in zip(steps.split(":"), (0, sys.maxsize), strict=True))
     except ValueError:
-        raise UserError(f"--steps must be A:B, A:, :B or A, not {steps!r}") from None
+        raise UserError(f"--steps must be A:B, A: or :B, not {steps!r}") from None
     files = [f for f in sorted((folder / "rollouts").glob("step_*.jsonl")) if low <= int(f.stem[5:]) <= high]
     if not files:
         raise UserError(f"{folder}/rollouts has no step_*.jsonl" + f" of steps {steps}" * (steps != ":"))
@@ -101,10 +96,10 @@ def choose_steps(folder: Path, steps: str) -> list[Path]:
 
 
 def read_samples(file: Path, config: Config, prompts: dict) -> tuple[list[dict], list, list]:
-    """(records, completions, prompts) of a step, empty if it is still being written. Raises UserError."""
+    """(records, completions, prompts) of a step. Raises UserError, also where it is still being written."""
     records = read_jsonl(file, "leave it out with --steps", **FIELDS)
-    if len(records) < config.prompts_per_step * config.group_size:
-        return [], [], []
+    if len(records) < (samples := config.prompts_per_step * config.group_size):
+        raise UserError(f"{file} has {len(records)} of {samples} samples: leave it out with --steps")
     asked = [prompts.get(r["prompt_id"]) for r in records]
     for record, prompt in zip(records, asked):
         if prompt is None or prompt.query not in record["prompt"]:
@@ -140,15 +135,13 @@ def values(reward: scoring.Reward, completions: list, prompts: list) -> list[flo
     return got
 
 
-def rescore(folder: Path, rewards_file: Path, option: str, kept: list[str], file: Path) -> tuple | None:
-    """One step of S samples with other rewards; those that are `kept` have the run's values: (old_SR, new_SR,
-    old_S, new_S, per_reward_BGR, changes), that is rewards, NaN where missing, advantages, and the MOST
-    samples that change most. None if the step is not whole yet. Raises UserError or RewardError."""
-    (config, prompts), chosen = read_run(folder), scoring.choose_rewards(option, load_tables(rewards_file))
+def rescore(args: Options, file: Path) -> tuple:
+    """One step of S samples with other rewards: (old_SR, new_SR, old_S, new_S, per_reward_BGR, changes), that
+    is rewards, NaN where missing, advantages, and the MOST samples that change most. Raises UserError."""
+    config, prompts, chosen = load(args)
     names = [reward.name for reward in chosen]
+    kept = [reward.name for reward in chosen if reward.needs_model and not args.reward]  # the run's values
     records, completions, asked = read_samples(file, config, prompts)
-    if not records:
-        return None
 
     def stored(name: str) -> list[float]:
         return [np.nan if (value := r["rewards"].get(name)) is None else value for r in records]
@@ -187,9 +180,8 @@ def ranks(values: np.ndarray) -> np.ndarray:
 def spearman(a: np.ndarray, b: np.ndarray) -> float | None:
     """Correlation of ranks, over the pairs that are both there; None where either has no spread."""
     there = ~(np.isnan(a) | np.isnan(b))
-    a, b = (x - x.mean() if len(x) else x for x in (ranks(a[there]), ranks(b[there])))
-    norm = np.sqrt((a * a).sum() * (b * b).sum())
-    return float((a * b).sum() / norm) if norm else None
+    a, b = ranks(a[there]), ranks(b[there])
+    return float(np.corrcoef(a, b)[0, 1]) if len({*a}) > 1 < len({*b}) else None
 
 
 def compare(steps: list[tuple], chosen: list[scoring.Reward], config: Config) -> dict:
@@ -255,36 +247,27 @@ def alone():
 @options.command
 def main():
     args, start = options.parse(Options, sys.argv[1:], __doc__, "run"), time.perf_counter()
-    run, tables = Path(args.run), Path(args.rewards)
     try:
-        config, _ = read_run(run)
-        files = choose_steps(run, args.steps)
-        option = args.reward or config.reward
-        chosen = scoring.choose_rewards(option, load_tables(tables))
-        asking = [reward for reward in chosen if reward.needs_model]
-        kept = [] if args.reward else [reward.name for reward in asking]
-        step = functools.partial(rescore, run, tables, option, kept)
-        if asking and args.reward:
+        config, _, chosen = load(args)
+        files = choose_steps(Path(args.run), args.steps)
+        asking = [reward for reward in chosen if reward.needs_model and args.reward]
+        if asking:
             world = distributed.setup()
             rollout.check_rewards(asking, config, [], None)
             rollout.prepare_rewards(asking, config, world)
-            steps = list(map(step, files))
+            steps = [rescore(args, file) for file in files]
         else:  # rules alone: each core takes steps
             cores = min(len(files), os.cpu_count())
             with multiprocessing.get_context("fork").Pool(cores, alone) as pool:
-                steps = pool.map(step, files, chunksize=1)
-        whole = [step for step in steps if step]
-        if not whole:
-            raise UserError(f"{args.run} has no step yet with all of its samples")
-        result = {"run": str(args.run), "rewards_file": str(args.rewards), "names": [r.name for r in chosen],
-                  "steps": len(whole)} | compare(whole, chosen, config)
+                steps = pool.map(functools.partial(rescore, args), files, chunksize=1)
+        result = {"run": args.run, "rewards_file": args.rewards, "names": [r.name for r in chosen],
+                  "steps": len(steps)} | compare(steps, chosen, config)
         result["seconds"] = round(time.perf_counter() - start, 2)
-        replace(run / "rescore.json", json.dumps(result, ensure_ascii=False, indent=1) + "\n")
+        replace(Path(args.run, "rescore.json"), json.dumps(result, ensure_ascii=False, indent=1) + "\n")
     finally:
         distributed.close()
-    unfinished = f"; {len(steps) - len(whole)} still being written" * (len(steps) > len(whole))
-    print(f"{args.run}: {result['samples']:,} samples of {len(whole)} steps in {result['seconds']:.1f} s"
-          f"{unfinished}\n{show(result)}\n\nall of it: {args.run}/rescore.json")
+    print(f"{args.run}: {result['samples']:,} samples of {len(steps)} steps in {result['seconds']:.1f} s\n"
+          f"{show(result)}\n\nall of it: {args.run}/rescore.json")
     print(json.dumps({name: x for name, x in result.items() if name != "most_changed"}))
 
 

@@ -8,18 +8,16 @@ After training it reports on held-out pairs, prints that and writes it to evalua
 with --epochs 0 it only reports. Left out: resume, which runs of hours do not need.
 """
 
-import itertools
 import json
 import math
-import operator
-import random
 import sys
 import time
 import zlib
-from collections import defaultdict
+from collections import Counter, defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -27,6 +25,7 @@ import model as qwen
 import parallel
 import reward_model
 from data.preferences import Pair, read
+from data.prompts import batch
 from data.tokenizer import Tokenizer, copy_files
 from lib import distributed, options
 from lib.options import UserError
@@ -68,12 +67,12 @@ def check(config: Config):
         raise UserError(f"out {config.out} is the folder of `model`: choose another")
 
 
-def split(config: Config) -> tuple[list[Pair], list[Pair], dict[str, int]]:
+def split(config: Config) -> tuple[list[Pair], list[Pair], Counter]:
     """(training pairs, held-out pairs, what was dropped); no request is in both parts of one file."""
-    training, dropped = read(config.pairs) if config.epochs or not config.eval_pairs else ([], {})
+    training, dropped = read(config.pairs) if config.epochs or not config.eval_pairs else ([], Counter())
     if config.eval_pairs:
         held_out, more = read(config.eval_pairs)
-        dropped = {why: dropped.get(why, 0) + more.get(why, 0) for why in {*dropped, *more}}
+        dropped += more
     else:
         place = [zlib.crc32(pair.query.encode()) % 20 for pair in training]
         held_out = [pair for i, pair in zip(place, training) if i == 0]
@@ -95,56 +94,35 @@ def bradley_terry(chosen_P: torch.Tensor, rejected_P: torch.Tensor, centre: floa
     return (centre * (chosen_P + rejected_P).square() - F.logsigmoid(chosen_P - rejected_P)).sum()
 
 
-def orders(n: int, batch: int, epochs: int, seed: int) -> list[list[int]]:
-    """Indices of the pairs of each step; the last n mod batch of an epoch are left out."""
-    out = []
-    for epoch in range(epochs):
-        permutation = list(range(n))
-        random.Random(f"{seed}/{epoch}").shuffle(permutation)
-        out += [permutation[i:i + batch] for i in range(0, n - batch + 1, batch)]
-    return out
-
-
 def fit(model: qwen.RewardModel, pairs: list[Pair], encode, config: Config, world):
     """Trains the model in place. encode: text of a pair -> ids."""
-    matrices = [p for p in model.parameters() if p.dim() > 1]
-    vectors = [p for p in model.parameters() if p.dim() < 2]
-    optimizer = torch.optim.AdamW([{"params": matrices, "weight_decay": config.weight_decay},
-                                   {"params": vectors, "weight_decay": 0.0}],
-                                  lr=config.lr, betas=(0.9, 0.95), fused=True)
-    steps = orders(len(pairs), config.pairs_per_step, config.epochs, config.seed)
+    optimizer = parallel.adamw(model, config.lr, config.weight_decay)
+    steps = config.epochs * (len(pairs) // config.pairs_per_step)
     start, seen = time.perf_counter(), {"loss": 0.0, "right": 0.0, "pairs": 0}
-    for step, order in enumerate(steps):
-        rows = [(encode(pairs[i], "chosen"), encode(pairs[i], "rejected")) for i in order]
+    for step in range(steps):
+        rows = [(encode(pair, "chosen"), encode(pair, "rejected"))
+                for pair in batch(pairs, config.pairs_per_step, config.seed, step + 1)]
         lengths = [[len(row) for row in both] for both in rows]
         for parts in reward_model.micro_batches(lengths, model.config, config.micro_batch_tokens, world.size):
             part = parts[world.rank]
             score_S = reward_model.forward(model, [row for i in part for row in rows[i]], world.device)
             chosen_P, rejected_P = score_S.view(-1, 2).unbind(1)
             loss = bradley_terry(chosen_P, rejected_P, config.centre)
-            (loss / len(order)).backward()
+            (loss / len(rows)).backward()
             seen["loss"] += loss.item()
             seen["right"] += (chosen_P > rejected_P).sum().item()
             seen["pairs"] += len(part)
-        norm = parallel.clip_grad_(model, 1.0)
-        if not math.isfinite(norm):
+        lr = parallel.warmup_cosine(step, steps, config.warmup, config.lr)
+        if not math.isfinite(parallel.step_(model, optimizer, lr)):
             raise UserError(f"the gradient of step {step + 1} is not finite: lower lr {config.lr}")
-        for group in optimizer.param_groups:
-            group["lr"] = parallel.warmup_cosine(step, len(steps), config.warmup, config.lr)
-        optimizer.step()
-        optimizer.zero_grad()
-        if step % 10 == 9 or step == len(steps) - 1:
+        if step % 10 == 9 or step == steps - 1:
             s, seen = distributed.total(seen, world), dict.fromkeys(seen, 0.0)
             if world.main:
-                print(f"step {step + 1}/{len(steps)}  loss {s['loss'] / s['pairs']:.3f}  accuracy "
+                print(f"step {step + 1}/{steps}  loss {s['loss'] / s['pairs']:.3f}  accuracy "
                       f"{s['right'] / s['pairs']:.3f}  {time.perf_counter() - start:.0f} s", flush=True)
 
 
 # ---------------------------------------------------------------------- report
-
-
-def sigmoid(x: float) -> float:
-    return 0.5 + 0.5 * math.tanh(x / 2)
 
 
 def report(pairs: list[Pair], chosen: list[float], rejected: list[float]) -> dict:
@@ -157,48 +135,41 @@ def report(pairs: list[Pair], chosen: list[float], rejected: list[float]) -> dic
     more words earn at the same request; None where both sides are equally long in all pairs.
     """
     parts, bins = defaultdict(list), defaultdict(list)
-    margins = [a - b for a, b in zip(chosen, rejected)]
+    margin_P = np.subtract(chosen, rejected)
     words = [(count_words(p.chosen), count_words(p.rejected)) for p in pairs]
-    longer_by = [w - v for w, v in words]
-    together, squares = sum(map(operator.mul, margins, longer_by)), sum(d * d for d in longer_by)
-    for pair, margin, (w, v) in zip(pairs, margins, words):
+    longer_by_P = np.array([w - v for w, v in words])
+    for pair, margin, (w, v) in zip(pairs, margin_P.tolist(), words):
         right = 0.5 if margin == 0 else float(margin > 0)
         low = max(x for x in LENGTHS if x <= max(w, v))
         longer = "neither" if w == v else "chosen" if w > v else "rejected"
         kinds = [f"kind/{pair.kind}"] if pair.kind else []
         for name in ("all", *kinds, f"words/{low}+", f"longer/{longer}"):
             parts[name].append(right)
-        probability = sigmoid(abs(margin))
+        probability = 1 / (1 + math.exp(-abs(margin)))
         bins[min(BINS - 1, int((2 * probability - 1) * BINS))].append((probability, right))
-    table = [(sum(p for p, _ in b) / len(b), sum(r for _, r in b) / len(b), len(b))
-             for _, b in sorted(bins.items())]
+    table = [(*np.mean(b, 0).tolist(), len(b)) for _, b in sorted(bins.items())]
+    squares = float(longer_by_P @ longer_by_P)
     return {
         "pairs": len(pairs), "accuracy": {k: [sum(v) / len(v), len(v)] for k, v in sorted(parts.items())},
         "calibration_error": sum(abs(p - r) * n for p, r, n in table) / len(pairs), "reliability": table,
-        "mean_score": (sum(chosen) + sum(rejected)) / (2 * len(pairs)),
-        "mean_chosen": sum(chosen) / len(pairs), "mean_rejected": sum(rejected) / len(pairs),
-        "slope_per_100_words": 100 * together / squares if squares else None,
+        "mean_score": float(np.mean([chosen, rejected])),
+        "slope_per_100_words": 100 * float(margin_P @ longer_by_P) / squares if squares else None,
     }
 
 
 def shown(r: dict) -> str:
     rows = [f"{name:28}{accuracy:8.3f}{n:8}" for name, (accuracy, n) in r["accuracy"].items()]
-    table = [f"{p:28.3f}{accuracy:8.3f}{n:8}" for p, accuracy, n in r["reliability"]]
+    slope = r["slope_per_100_words"]
     return "\n".join([
-        f"{'held-out pairs':28}accuracy   pairs", *rows, f"{'predicted':>28}   right   pairs", *table,
-        f"expected calibration error {r['calibration_error']:.3f}; mean score {r['mean_score']:+.3f} (chosen "
-        f"{r['mean_chosen']:+.3f}, rejected {r['mean_rejected']:+.3f}); 100 more words of a pair's side: "
-        + ("none is longer" if r["slope_per_100_words"] is None else f"{r['slope_per_100_words']:+.3f}")])
+        f"{'held-out pairs':28}accuracy   pairs", *rows,
+        f"expected calibration error {r['calibration_error']:.3f}; mean score {r['mean_score']:+.3f}",
+        "100 more words of a pair's side: " + ("none is longer" if slope is None else f"{slope:+.3f}")])
 
 
 def evaluate(model: qwen.RewardModel, pairs: list[Pair], encode, config: Config, world) -> dict:
-    """The report on pairs, of which each rank encodes its share."""
-    mine = pairs[world.rank::world.size]
-    rows = [encode(pair, side) for pair in mine for side in ("chosen", "rejected")]
-    found = distributed.gather(reward_model.scores(model, rows, config.micro_batch_tokens, world), world)
-    scores = [0.0] * (2 * len(pairs))
-    for rank, part in enumerate(found):
-        scores[2 * rank::2 * world.size], scores[2 * rank + 1::2 * world.size] = part[::2], part[1::2]
+    """The report on pairs. The main rank encodes them, all ranks score."""
+    rows = [encode(pair, side) for pair in pairs if world.main for side in ("chosen", "rejected")]
+    scores = distributed.broadcast(reward_model.scores(model, rows, config.micro_batch_tokens, world), world)
     return report(pairs, scores[::2], scores[1::2])
 
 
@@ -236,7 +207,6 @@ def run(config: Config) -> dict:
               *notes, sep=", ", flush=True)
     fit(model, training, encode, config, world)
     found = evaluate(model, held_out, encode, config, world)
-    cut = set(itertools.chain(*distributed.gather(cut, world)))
     if saved:
         parallel.save_sharded(model, saved, world, getattr(torch, config.dtype))
         if world.main:

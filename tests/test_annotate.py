@@ -253,7 +253,6 @@ def test_the_sampler_answers_alike_whatever_is_asked_beside_and_goes_on(tmp_path
         made.append(read(out))
     assert made[0] == made[2] and made[1] == made[2][:len(made[1])] and len(made[0]) >= 4
     assert len({r["said"] for r in made[0]}) == len(made[0])
-    assert all(r["said"].startswith('{"range": [') for r in made[0]), "a base model completes what is begun"
 
 
 def test_a_chat_model_is_asked_in_its_template(tmp_path, monkeypatch, capsys):
@@ -285,7 +284,7 @@ def test_a_chat_model_is_asked_in_its_template(tmp_path, monkeypatch, capsys):
                "1 queries have no valid answer, 1 of them so: the question exceeds the model's context")
         assert code == 0 and why in said, said
         assert asked[-1].startswith("<|im_start|>system\nYou are Qwen") == chat
-        assert asked[-1].endswith("<|im_end|>\n<|im_start|>assistant\n" if chat else 'JSON:\n{"range": [')
+        assert asked[-1].endswith("<|im_end|>\n<|im_start|>assistant\n" if chat else "JSON:\n")
         assert [r["id"] for r in read(out)] == ([] if chat else ["1"])
 
 

@@ -10,6 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
+import rewards
+from model import ModelConfig
+
 pytest.importorskip("triton")
 from bench import bench_engine, bench_kernels, bench_sampler, bench_step, gpu_check, tune  # noqa: E402 - they need triton
 from kernels import backend  # noqa: E402
@@ -46,8 +49,8 @@ def test_gpu_check_keeps_what_was_measured_before_and_names_missed_bars(tmp_path
             "right": {"figure": 1, "bound": 1, "met": True}}
     result = json.dumps({"bench": "kernels", "cases": [{"case": "decode", "bars": bars}]})
     made = {"tests": [(1, script("raise SystemExit(2)"))], "kernels": [(1, script(f"print({result!r})"))]}
-    monkeypatch.setattr(gpu_check, "stages", lambda slow_peers=False: made)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(gpu_check, "stages", lambda: made)
+    monkeypatch.setattr(gpu_check, "CUDA", True)
     monkeypatch.setattr(gpu_check, "hardware", lambda: {"gpu": "one"})
 
     def check(*arguments):
@@ -136,25 +139,15 @@ def test_killed_in_the_middle_gpu_check_leaves_a_valid_record(tmp_path, monkeypa
     assert json.loads(file.read_text())["stages"]["tests"][0]["tail"] == ["first"]
 
 
-def test_slow_peers_are_measured_only_on_request(monkeypatch, capsys):
-    peers = dict.fromkeys(("SDPA", "FlexAttention, contiguous", "gather + SDPA with a mask"), lambda: None)
-
-    def decode(name):
-        return bench_kernels.Case(name, lambda: None, dict(peers), lambda out: 0.0, 1.0)
-
-    monkeypatch.setattr(backend, "fused", backend.fused)  # --smoke replaces it
-    monkeypatch.setattr(bench_kernels, "smoke_cases", lambda: [bench_kernels.partial(decode, "x")])
-    for options, expected in ([], ["SDPA"]), (["--slow_peers"], list(peers)):
-        monkeypatch.setattr(sys, "argv", ["bench_kernels", "--smoke", *options])
-        bench_kernels.main()
-        (case,) = json.loads(capsys.readouterr().out.splitlines()[-1])["cases"]
-        assert list(case["peers"]) == expected
-
-
-def test_bench_step_writes_no_checkpoint(tmp_path, capsys):
-    options = ["--device", "cpu", *gpu_check.SMOKE_STEP]
-    bench_step.measure(tmp_path, options, "", ROOT / "data/tiny/base")
-    assert json.loads(capsys.readouterr().out.splitlines()[-1])["seconds"] > 0
+def test_bench_step_trains_random_weights_on_whole_samples_and_writes_no_checkpoint(tmp_path, monkeypatch,
+                                                                                    capsys):
+    monkeypatch.setattr(bench_step.Tokenizer, "find_eos", bench_step.Tokenizer.find_eos)  # it replaces both
+    monkeypatch.setitem(rewards.REWARDS, "varied", None)
+    shape = ModelConfig(151936, 16, 32, 1, 2, 1, tie_word_embeddings=True)
+    monkeypatch.setitem(bench_step.SHAPES, "43m", shape)
+    bench_step.measure(tmp_path, ["--device", "cpu", "--steps", "2", "--max_new_tokens", "9"], "43m")
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert result["seconds"] > 0 and result["length/tokens"] == 9
     assert not any((tmp_path / "run/checkpoints").iterdir())
 
 
@@ -169,18 +162,19 @@ def test_tuning_keeps_the_fastest_entry_that_is_right(monkeypatch):
         chosen = table.get("decode/2/64", {"N": 1})["N"]
         if chosen == no_room:
             raise RuntimeError("out of resources")
-        return bench_kernels.Case("x", lambda: times[chosen], {}, lambda out: float(chosen == wrong), 0.5)
+        return bench_kernels.Case(lambda: times[chosen], {}, lambda out: float(chosen == wrong), 0.5)
 
     candidates = [{"N": n} for n in (2, 4, 8, 16, 32)]
-    assert tune.search("decode/2/64", make, candidates, table, 1) == {"N": 32}
-    assert tune.search("decode/2/64", make, candidates[:2], {}, 1) == {"N": 1}
+    assert tune.search("decode/2/64", make, candidates, table) == {"N": 32}
+    assert tune.search("decode/2/64", make, candidates[:2], {}) == {"N": 1}
     assert tune.render(backend.table()) == backend.TABLE.read_text(), "the table is as the program writes it"
 
 
 def test_every_case_of_the_mission_is_one_that_the_kernels_have_blocks_for():
-    names = [f"{c.func.__name__} {c.args[0]}" for c in bench_kernels.cases()]
-    assert len(names) == len({*zip(names, map(str, (c.args for c in bench_kernels.cases())))})
-    assert {"decode 7B 64 x 8k", "decode 32B 1 x 16k", "prefill 7B 8k"} <= {*names}
+    names = bench_kernels.cases().keys()
+    assert {"7B decode 64 x 8k", "32B decode 1 x 16k", "7B prefill 8k"} <= names
+    without_model = {name.split(" ", 1)[1] for name in [*names, *bench_kernels.smoke_cases()]}
+    assert set(bench_kernels.BARS) <= without_model, "a bar without a case"
     for key in tune.searches():
         assert key in backend.table()["default"], key
 
@@ -211,7 +205,7 @@ def test_the_sampler_bench_runs_vllm_in_a_process_of_its_own(tmp_path, monkeypat
     requests = bench_sampler.workload(1000)[:4]
     monkeypatch.setattr(bench_sampler, "workload", lambda vocabulary: requests)
     monkeypatch.setattr(sys, "argv", ["bench_sampler", "--model", str(ROOT / "data/tiny/base"),
-                                      "--device", "cpu", "--peers", "vllm", "--vllm", sys.executable])
+                                      "--device", "cpu", "--no_transformers", "--vllm", sys.executable])
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     (tmp_path / "vllm.py").write_text("raise ImportError('no vLLM here')")
     with pytest.raises(SystemExit, match="vLLM ended with 1:\n(.*\n)*ImportError: no vLLM here"):
@@ -236,3 +230,5 @@ def test_the_engines_bench_runs_and_counts_what_has_to_be_read(monkeypatch, caps
         assert case["ms_per_step"]["limit"] == pytest.approx(
             1e3 * (weights + cache) / result["copy_bytes_per_s"])
         assert case["tokens_per_second"]["graphs"] > 0 and not case["bars"]
+    peer = bench_engine.their_model(config)
+    assert sum(p.numel() for p in peer.parameters()) == config.num_parameters

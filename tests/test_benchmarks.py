@@ -95,23 +95,23 @@ LONG = {"prompt": "Write.", "type": "News", "length": 100}
 
 
 @pytest.mark.parametrize("benchmark, record, why", [
-    ("longbench", LONG, "'longbench' is no benchmark: choose one of longbench_write, ruler"),
     ("longbench_write", LONG | {"length": None},
-     "line 2: `length` must be a positive number of words, not None; is this a file of longbench_write"),
-    ("ruler", LONG | {"length": True}, "line 2: `length` must be .* not True"),
-    ("ruler", LONG | {"length": 0}, "line 2: `length` must be .* not 0"),
-    ("ruler", LONG | {"type": 3}, "line 2: `type` must be a text, not 3"),
+     "line 2, read as longbench_write: length must be a number .* from 1 to 10,000,000, not None"),
+    ("ruler", LONG | {"length": True}, "line 2, read as ruler: length must be .* not True"),
+    ("ruler", LONG | {"length": 0}, "line 2, read as ruler: length must be .* not 0"),
+    ("ruler", LONG | {"type": 3}, "line 2, read as ruler: type must be a string, not 3"),
     ("ruler", {"type": "News", "length": 100}, "line 2: no text under any of prompt"),
-    ("writingbench", writing(2) | {"domain2": None}, "line 2: `domain2` must be a text"),
-    ("writingbench", writing(2) | {"checklist": []}, "line 2: `checklist` must be a list of criteria"),
-    ("writingbench", writing(2) | {"checklist": [{"name": "a"}]}, "line 2: `checklist` .* 9-10"),
+    ("writingbench", writing(2) | {"domain2": None}, "line 2, read as writingbench: domain2 must be a str"),
+    ("writingbench", writing(2) | {"checklist": "a"}, "line 2, .*: checklist must be a list, not 'a'"),
+    ("writingbench", writing(2) | {"checklist": []}, "line 2, .*: checklist must be a list of criteria"),
+    ("writingbench", writing(2) | {"checklist": [{"name": "a"}]}, "line 2, .*: checklist .* 9-10"),
     ("writingbench", writing(1), "line 2: id '1' stands already on line 1"),
-    ("arena", ARENA | {"idx": 2, "baseline_response": ["a"]}, "line 2: `baseline_response` must hold"),
-    ("arena", ARENA | {"idx": 2, "baseline_response": {"a": " "}}, "line 2: `baseline_response` must"),
+    ("arena", ARENA | {"idx": 2, "baseline_response": ["a"]}, "line 2, .*: baseline_response must be an obj"),
+    ("arena", ARENA | {"idx": 2, "baseline_response": {"a": " "}}, "line 2, .*: baseline_response must hold"),
 ])
 def test_bad_records_are_refused_by_file_and_line(tmp_path, benchmark, record, why):
     first = {"writingbench": writing(1), "arena": ARENA}.get(benchmark, LONG)
-    with pytest.raises(UserError, match=f"^({tmp_path}/x.jsonl, )?{why}"):
+    with pytest.raises(UserError, match=f"^{tmp_path}/x.jsonl, {why}"):
         read(benchmark, jsonl(tmp_path / "x.jsonl", [first, record]))
 
 
@@ -168,7 +168,7 @@ SIX = dict.fromkeys(DIMENSIONS, 3)
     ("longbench_write", json.dumps({"analysis": "x", **SIX}), {"analysis": "x", **SIX}),
 ])
 def test_verdicts_are_found(benchmark, text, verdict):
-    assert parse(benchmark, text) == verdict and benchmarks.valid(benchmark, verdict)
+    assert parse(benchmark, text) == verdict
 
 
 @pytest.mark.parametrize("benchmark, text", [
@@ -192,11 +192,6 @@ def test_what_is_no_verdict_is_refused(benchmark, text):
     with pytest.raises(ValueError) as error:
         parse(benchmark, text)
     str(error.value).encode()
-
-
-def test_the_scores_of_a_scalar_head_are_a_verdict():
-    assert benchmarks.valid("arena", {"winner": "A", "scores": [0.2, 0.1]})
-    assert not benchmarks.valid("arena", None) and not benchmarks.valid("arena", {})
 
 
 # ---------------------------------------------------------------------- length
@@ -266,17 +261,15 @@ def test_silence_counts_under_a_judge_and_is_null_without():
     for verdicts, value in ((None, None), ([], 0)):
         found, _, _ = aggregate("longbench_write", records, mute, verdicts)
         assert found["S_q"] == value and found["S_l"] == 0
-    for verdicts in (None, []):
-        found, _, _ = aggregate("longbench_write", records, [answer(100)], verdicts)
-        assert found["S_q"] is None and "missing_verdicts" not in found
+    found, _, _ = aggregate("longbench_write", records, [answer(100)], None)
+    assert found["S_q"] is None and "missing_verdicts" not in found
 
 
 # ---------------------------------------------------------------------- WritingBench
 
 
 def test_writingbench_by_hand(tmp_path):
-    """Equal names stay apart, the first valid verdict counts, a score of 11 is missing, and a silent
-    answer has 1 for each criterion."""
+    """Equal names stay apart, a missing verdict is left out, and a silent answer has 1 for each criterion."""
     records = [writing(1, names="aab"), writing(2, "写", "Education/Essay", "cd"),
                writing(3, domain="Law/Will", names="ef"), writing(4, domain="Law/Will", names="g")]
     jsonl(tmp_path / "requirement/style/style_subset.jsonl", [records[0], records[1], writing(99)])
@@ -286,9 +279,8 @@ def test_writingbench_by_hand(tmp_path):
     read_in = read("writingbench", jsonl(tmp_path / "all.jsonl", records))
     assert read_in[0].requirements == {"style_R": (0, 1, 2), "style_C": (0, 1)}
     verdicts = [line(1, "c0", {"score": 4, "reason": ""}), line(1, "c1", {"score": 8, "reason": ""}),
-                line(1, "c2", {"score": 11, "reason": ""}), line(1, "c2", {"score": 3, "reason": ""}),
-                line(1, "c0", {"score": 10, "reason": ""}),  # a second one
-                line(2, "c0", {"score": 11, "reason": ""}), line(2, "c1", {"score": 6, "reason": ""}),
+                line(1, "c2", {"score": 3, "reason": ""}),
+                line(2, "c0", None), line(2, "c1", {"score": 6, "reason": ""}),
                 line(3, "c0", None), line(77, "c0", {"score": 9, "reason": ""})]
     answers = [answer(i) for i in (1, 2, 3)] + [answer(4, "")]
     found, rows, games = aggregate("writingbench", read_in, answers, verdicts)
@@ -302,7 +294,7 @@ def test_writingbench_by_hand(tmp_path):
 
 
 def test_writingbench_as_a_database_computes_it(tmp_path):
-    """300 records in SQL: missing, repeated and impossible scores, silent answers, requirements."""
+    """300 records in SQL: missing scores, silent answers, requirements."""
     rng, db = random.Random(0), sqlite3.connect(":memory:")
     db.execute("create table v (id, place, score, domain1, domain2, language, R, C)")
     records, verdicts, answers, styles, style_c = [], [], [], [], []
@@ -317,12 +309,11 @@ def test_writingbench_as_a_database_computes_it(tmp_path):
         silent = rng.random() < 0.05
         answers.append(answer(i, "" if silent else "Text."))
         for place, name in enumerate(names):
-            score = rng.choice([None, 0, 11, 12.5, "8", True] + list(range(1, 11)) * 3)
+            score = rng.choice([None] * 5 + list(range(1, 11)) * 3)
             said = not silent and rng.random() < 0.9
             if said:
-                verdict = line(i, f"c{place}", score and {"score": score, "reason": ""})
-                verdicts += [verdict] * rng.choice([1, 1, 2])
-            if silent or said and type(score) is int and 1 <= score <= 10:
+                verdicts.append(line(i, f"c{place}", score and {"score": score, "reason": ""}))
+            if silent or said and score:
                 db.execute("insert into v values (?,?,?,?,?,?,?,?)", (
                     i, place, 1 if silent else score, f"D{i % 6}", f"E{i % 100}",
                     "zh" if record["query"] == "写" else "en", r, r and name in c))
@@ -377,25 +368,17 @@ def test_arena_by_hand():
                for i, language in (("1", "en"), ("2", "en"), ("3", "zh"))]
     answers = [answer(1), answer(2, ""), answer(3)]
     verdicts = [line(1, "X/1/0", A), line(1, "X/1/1", B), line(1, "Y/0", A), line(1, "Y/1", A),
-                line(3, "X/1/0", A), line(3, "X/1/1", {"winner": "C"}), line(3, "Y/0", TIE),
+                line(3, "X/1/0", A), line(3, "X/1/1", None), line(3, "Y/0", TIE),
                 line(3, "Y/1", TIE)]
     found, rows, games = aggregate("arena", records, answers, verdicts, name="me")
     assert games == [["me", "X/1", "1", 1], ["me", "Y", "1", 0.5], ["me", "X/1", "2", 0],
                      ["me", "Y", "2", 0], ["me", "X/1", "3", None], ["me", "Y", "3", 0.5]]
     assert found == pytest.approx({
-        "win_rate": 0.4, "win": 0.2, "tie": 0.4, "loss": 0.4, "consistency": 2 / 3, "en/win_rate": 0.375,
-        "zh/win_rate": 0.5, "win_rate/X/1": 0.5, "win/X/1": 0.5, "tie/X/1": 0, "loss/X/1": 0.5,
-        "win_rate/Y": 1 / 3, "win/Y": 0, "tie/Y": 2 / 3, "loss/Y": 1 / 3, "missing_verdicts": 1,
-        "win_rate_answered": 2 / 3, "games_answered": 3})
+        "win_rate": 0.4, "consistency": 2 / 3, "en/win_rate": 0.375, "zh/win_rate": 0.5, "win_rate/X/1": 0.5,
+        "win_rate/Y": 1 / 3, "missing_verdicts": 1, "win_rate_answered": 2 / 3, "games_answered": 3})
     assert [row["scores"]["win_rate"] for row in rows] == [0.75, 0, 0.5]
     found, _, games = aggregate("arena", records, answers, None)
     assert found["win_rate"] is None and games == []
-
-
-def test_records_without_an_answer_line_are_left_out():
-    records = [longbench(100), longbench(200)]
-    found, rows, _ = aggregate("ruler", records, [answer(200, words=200)], None)
-    assert found["S_l"] == 100 and [row["id"] for row in rows] == ["200"]
 
 
 # ---------------------------------------------------------------------- texts

@@ -286,7 +286,7 @@ def test_micro_batches_leave_the_step_as_it_is():
     for micro_batch_tokens in (12, 24, 1000):
         model = random_model(scale=0.1)
         config = pretrain.Config(row_tokens=12, micro_batch_tokens=micro_batch_tokens)
-        said = pretrain.update(model, torch.optim.SGD(model.parameters(), 1.0), rows, config, 131, world())
+        said = pretrain.update(model, torch.optim.SGD(model.parameters()), rows, 1.0, config, 131, world())
         found.append((said, torch.cat([p.flatten() for p in model.parameters()])))
     for said, weights in found[1:]:
         assert torch.allclose(weights, found[0][1], rtol=0, atol=1e-5)

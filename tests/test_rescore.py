@@ -59,6 +59,7 @@ def suite(file: Path, source: str) -> Path:
 def main(monkeypatch, capsys, *arguments) -> tuple[dict, str]:
     """(the JSON line, all that was said)."""
     monkeypatch.setattr(sys, "argv", ["rescore", *map(str, arguments)])
+    rescore.load.cache_clear()
     rescore.main()
     said = capsys.readouterr().out
     return json.loads(said.splitlines()[-1]), said
@@ -184,21 +185,22 @@ def rules(monkeypatch):
     monkeypatch.setattr(rewards, "REWARDS", {name: rewards.REWARDS[name] for name in ("length", "format")})
 
 
-def test_a_step_that_is_being_written_is_left_out(rules, tmp_path, monkeypatch, capsys):
+def test_a_step_that_is_being_written_is_named(rules, tmp_path, monkeypatch, capsys):
     """Torn in the middle of a character, at the end of a line, or empty."""
     run = made_up(tmp_path / "run", steps=(1,))
     whole = (run / "rollouts" / "step_000001.jsonl").read_bytes()
     torn = '{"prompt_id": "a", "text": "春'.encode()[:-1]
-    for step, content in ((2, whole[:len(whole) // 2]), (3, whole.split(b"\n")[0] + b"\n" + torn), (4, b"")):
-        (run / "rollouts" / f"step_{step:06d}.jsonl").write_bytes(content)
-    result, said = main(monkeypatch, capsys, run)
-    assert result["steps"] == 1 and result["samples"] == 4 and "3 still being written" in said
-    (run / "rollouts" / "step_000001.jsonl").unlink()
-    assert "no step yet" in fails(monkeypatch, capsys, run)
+    file = run / "rollouts" / "step_000002.jsonl"
+    for content in (whole[:len(whole) // 2], whole.split(b"\n")[0] + b"\n" + torn, b""):
+        file.write_bytes(content)
+        line = fails(monkeypatch, capsys, run)
+        assert f"{file} has {content.count(bytes([10]))} of 4 samples: leave it out with --steps" in line
+    assert main(monkeypatch, capsys, run, "--steps", ":1")[0]["steps"] == 1
 
 
 def fails(monkeypatch, capsys, *arguments) -> str:
     monkeypatch.setattr(sys, "argv", ["rescore", *map(str, arguments)])
+    rescore.load.cache_clear()
     with pytest.raises(SystemExit) as stopped:
         rescore.main()
     (line,) = capsys.readouterr().err.splitlines()
@@ -207,9 +209,8 @@ def fails(monkeypatch, capsys, *arguments) -> str:
 
 
 def test_what_cannot_be_scored_is_one_sentence(rules, tmp_path, monkeypatch, capsys):
-    rescore.read_run.cache_clear()
     run = made_up(tmp_path / "run")
-    assert "is no run: it has no config.json" in fails(monkeypatch, capsys, tmp_path)
+    assert f"{tmp_path}/config.json does not exist" in fails(monkeypatch, capsys, tmp_path)
     assert "A:B" in fails(monkeypatch, capsys, run, "--steps", "one")
     assert "no step_*.jsonl of steps 7:9" in fails(monkeypatch, capsys, run, "--steps", "7:9")
     assert "'lenght' is not in rewards.REWARDS" in fails(monkeypatch, capsys, run, "--reward", "lenght")
@@ -236,14 +237,11 @@ def test_what_cannot_be_scored_is_one_sentence(rules, tmp_path, monkeypatch, cap
     (tmp_path / "writing" / "tokenizer.json").write_text("{")
     (run / "config.json").write_text(json.dumps(config | {"reward_model": str(tmp_path / "writing")}))
     monkeypatch.setattr(rewards, "REWARDS", {"writing": (rewards.Writing(), 1.0)})
-    rescore.read_run.cache_clear()
     assert "tokenizer.json cannot be read" in fails(monkeypatch, capsys, run, "--reward", "writing")
     monkeypatch.undo()
     (run / "prompts.jsonl").write_text('{"id": "a", "prompt": "Write on", "length_range": [5, 5]}\n')
-    rescore.read_run.cache_clear()
     assert "prompt 'a' is not, or not like this, in" in fails(monkeypatch, capsys, run)
     (run / "prompts.jsonl").unlink()
-    rescore.read_run.cache_clear()
     assert "prompts.jsonl cannot be read" in fails(monkeypatch, capsys, run)
 
 

@@ -1,7 +1,7 @@
 """What ends a run, and what is left of it: kills, signals, full disks, damaged files, gradients that are NaN.
 
 Several ranks are forked from one process that has imported everything, because that takes longer than a run;
-like torchrun's they share one store over all restarts. The long form is bench/chaos.py.
+like torchrun's they share one store over all restarts. The long form is tests/chaos.py.
 """
 
 import json
@@ -25,9 +25,9 @@ import model as qwen
 import parallel
 import rewards
 import train
-from bench.chaos import children, differences
 from lib import distributed
 from lib.options import UserError
+from tests.chaos import children, differences
 from tests.helpers import ROOT, SMALL, equal, in_process, metrics, rollouts, tensors
 
 BASE = ROOT / "data" / "tiny" / "base"
@@ -40,7 +40,7 @@ import json, os, signal, sys, time
 import torch, torch.distributed as dist
 import train, run as run_folder, checkpoints, parallel, rewards, rollout
 from lib import distributed
-from bench.chaos import strike
+from tests.chaos import strike
 from sampler import Sampler
 """
 
@@ -296,7 +296,7 @@ def test_torchrun_restarts_a_killed_rank_and_no_rank_outlives_torchrun(tmp_path)
     driver = tmp_path / "driver_of_restarts.py"
     driver.write_text("""
 import os
-from bench.chaos import strike
+from tests.chaos import strike
 if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
     strike("rename", 2)
 import train
@@ -359,7 +359,7 @@ train.backward = hangs"""
 
 
 NCCL = """
-from bench.chaos import as_nccl
+from tests.chaos import as_nccl
 from lib import stop
 as_nccl()
 stop.LIMIT = 2.0

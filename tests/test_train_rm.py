@@ -89,14 +89,6 @@ def test_the_loss_is_bradley_and_terrys_and_the_second_term_pulls_the_mean_to_ze
         assert rejected.grad[i].item() == pytest.approx(1 - sigmoids[i] + 0.2 * total, rel=1e-5)
 
 
-def test_an_epoch_trains_every_pair_once_in_an_order_of_its_own():
-    steps = train_rm.orders(11, 3, 2, seed=0)
-    assert [len(step) for step in steps] == [3] * 6
-    first, second = sum(steps[:3], []), sum(steps[3:], [])
-    assert len({*first}) == len({*second}) == 9 and first != second
-    assert steps == train_rm.orders(11, 3, 2, seed=0) != train_rm.orders(11, 3, 2, seed=1)
-
-
 def test_the_report_equals_one_made_by_hand():
     """Margins 2, -1, 0 and 3; the first two have longer chosen sides, the last a longer rejected one."""
     held_out = [Pair("Q", "w w", "w", "a"), Pair("Q", "w " * 60, "w", "a"), Pair("Q", "w", "v", "b"),
@@ -111,7 +103,7 @@ def test_the_report_equals_one_made_by_hand():
     for row, (p, right, n) in zip(found["reliability"], expected, strict=True):
         assert row == (pytest.approx(p), right, n)
     assert found["calibration_error"] == pytest.approx(sum(abs(p - r) for p, r, _ in expected) / 4)
-    assert (found["mean_score"], found["mean_chosen"], found["mean_rejected"]) == (1.0, 1.5, 0.5)
+    assert found["mean_score"] == 1.0
     slope = 100 * (2 * 1 - 1 * 59 + 3 * -1) / (1 + 59**2 + 1)
     assert found["slope_per_100_words"] == pytest.approx(slope)
     assert "longer/rejected" in train_rm.shown(found) and f"{slope:+.3f}" in train_rm.shown(found)

@@ -19,8 +19,6 @@ STYLE, SCRIPT = (Path(__file__).with_name(name).read_text(encoding="utf-8")
 
 BARS = {"S_l": "Length score by words asked for", "S_q": "Quality by dimension", "domain1": "By domain",
         "domain2": "By sub-domain", "win_rate": "Win rate over each baseline"}
-MARKS = {"en": "M-3,0 A3,3 0 1 1 3,0 A3,3 0 1 1 -3,0 Z", "zh": "M-3.6,0 L0,-3.6 3.6,0 0,3.6 Z",
-         "none": "M-3,-3 L3,3 M-3,3 L3,-3"}
 
 # ---------------------------------------------------------------------- rows, for the terminal too
 
@@ -35,14 +33,13 @@ def shown(values: list, sign: str = "") -> list[str]:
 
 def score_rows(section: dict, kind: str) -> list[list[str]]:
     """A head and a row a score (or, of kind `texts`, a statistic): its values and, of two results, what
-    the second has more than the first. The sub-domains, a hundred, are left to the page's bars, and how
-    games with one baseline ended, beside the win rate, to the JSON."""
+    the second has more than the first. The sub-domains, a hundred, are left to the page's bars."""
     differences = section["differences"]
     rows = [["", *(r["label"] for r in section["results"])]]
     if differences:
         rows[0] += ["difference", "95 %", "p", ""]
     for name, values in section[kind].items():
-        if not name.startswith(("domain2/", "win/", "tie/", "loss/")):
+        if not name.startswith("domain2/"):
             rows.append([name + "*" * (name in section["judged_apart"]), *shown(values)])
             if d := differences.get(name):
                 difference, low, high = shown([d["difference"], d["lo"], d["hi"]], "+")
@@ -52,12 +49,11 @@ def score_rows(section: dict, kind: str) -> list[list[str]]:
 
 
 def elo_rows(fit: dict) -> list[list[str]]:
-    rows = [["", "Elo", "95 %", "games", "won", "tied", "lost", "win rate", "consistent"]]
+    rows = [["", "Elo", "95 %", "games", "won", "tied", "lost"]]
     for name, p in fit["players"].items():
         interval = "pinned" if p["pinned"] else f"{p['lo']:.0f} to {p['hi']:.0f}"
-        rate = (p["wins"] + p["ties"] / 2) / p["games"] if p["games"] else None
-        rows.append([name, f"{p['rating']:.0f}", interval, *map(str, (p["games"], p["wins"], p["ties"],
-                    p["losses"])), *shown([rate]), *shown([p["consistency"]])])
+        rows.append([name, f"{p['rating']:.0f}", interval,
+                     *(str(p[count]) for count in ("games", "wins", "ties", "losses"))])
     return rows
 
 
@@ -100,10 +96,9 @@ def scatter(reader: dict, number: int, column: int, low: float, high: float) -> 
     for i, record in enumerate(reader["records"]):
         if record["required"] and (answer := record["answers"][column]):
             x, y = at(record["required"], answer["words"])
-            kind = record["language"] if answer["words"] else "none"
             title = f"asked for {record['required']:,}, wrote {answer['words']:,}: {record['query'][:110]}"
-            parts.append(f'<path class={kind} d="{MARKS[kind]}" transform="translate({x:.1f} {y:.1f})" '
-                         f'data-at="{number} {i} {column}"><title>{escape(title)}</title></path>')
+            parts.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3" data-at="{number} {i} {column}">'
+                         f"<title>{escape(title)}</title></circle>")
     return (f'<svg viewBox="0 0 {left + size + 12} {top + size + 36}" style="{colour(column)}" role=img '
             f'aria-label="words asked for against words written">{"".join(parts)}</svg>')
 
@@ -116,11 +111,8 @@ def scatters(section: dict, reader: dict, number: int) -> str:
     low, high = 0.8 * max(10, min(words)), 1.25 * max(20, *words)
     panels = "".join(f"<div>{chip(section, name)}{scatter(reader, number, i, low, high)}</div>"
                      for i, name in enumerate(reader["labels"]))
-    key = {kind: f'<svg class=key viewBox="-5 -5 10 10"><path class={kind} d="{path}"/></svg>'
-           for kind, path in MARKS.items()}
-    return (f"<figure><figcaption><b>Length</b>, {key['en']} English, {key['zh']} Chinese (characters), "
-            f"{key['none']} no answer; on the dashed line as asked for</figcaption>"
-            f"<div class=panels>{panels}</div></figure>")
+    return ("<figure><figcaption><b>Length</b> in words (Chinese: characters): on the dashed line as asked "
+            f"for, at the bottom no answer</figcaption><div class=panels>{panels}</div></figure>")
 
 
 def bars(section: dict, family: str) -> str:
@@ -130,11 +122,11 @@ def bars(section: dict, family: str) -> str:
         lines = "".join(f'<div class=bar style="{colour(i)}"><i style="width:'
                         f'{100 * (x or 0) / section["scale"]:.1f}%"></i>{text}</div>'
                         for i, (x, text) in enumerate(zip(values, shown(values))))
-        body += f"<span>{escape(name.partition('/')[2])}</span><div>{lines}</div>"
+        mark = "*" * (name in section["judged_apart"])
+        body += f"<span>{escape(name.partition('/')[2])}{mark}</span><div>{lines}</div>"
     folded = "" if family == "domain2" else " open"
-    judges = ", by different judges" * any(name in section["judged_apart"] for name in rows)
     return body and (f"<details class=figure{folded}><summary><b>{BARS[family]}</b>, of "
-                     f"{section['scale']}{judges}</summary><div class=bars>{body}</div></details>")
+                     f"{section['scale']}</summary><div class=bars>{body}</div></details>")
 
 
 def elo(section: dict, fit: dict) -> str:

@@ -1,6 +1,6 @@
-"""Does a run survive? It is killed again and again; its end is compared with one that nobody disturbed.
+"""Kills a run of train.py again and again, and compares its end with that of an undisturbed run.
 
-    python -m bench.chaos [kills | deaths | nodes] [--number 30] [--seed 0]
+    python -m tests.chaos [kills | deaths | nodes] [--number 30] [--seed 0]
 
 kills: a signal at a random moment (a step of the sampler, a reward, a backward, a checkpoint's files, its
     rename, any time), `--number` times: kill -9 of one of two ranks, after which torchrun starts both again,
@@ -13,7 +13,8 @@ deaths: as with NCCL, a rank that has lost another waits for it and never return
 nodes: two torchrun agents with two ranks each and a replica of the weights (HSDP) on each; the one that does
     not host the rendezvous is killed with its ranks in the middle of a step, and started again.
 
-Runs the embedded default on small settings, in a temporary folder. Ends with one JSON line.
+Runs the embedded default on small settings, in a temporary folder. Ends with one JSON line, kept in
+bench/results/chaos.json.
 """
 
 import argparse
@@ -37,8 +38,8 @@ from safetensors import safe_open
 
 from bench import hardware
 from lib import distributed
+from lib.files import ROOT
 
-ROOT = Path(__file__).parent.parent
 SMALL = ["--prompts_per_step", "4", "--group_size", "4", "--max_new_tokens", "48", "--unreachable", "keep",
          "--eval_prompts", "", "--save_every", "2", "--steps", "40", "--reward", "length,format"]
 
@@ -171,7 +172,7 @@ def kills(folder: Path, number: int, seed: int) -> dict:
     start, lines, slowest, commands = time.time(), [], 0.0, 0
     while not any(line.startswith("done: ") for line in lines) and commands <= number:
         before = sum(line.startswith("chaos: ") for line in lines)
-        wild = torchrun(*launch, f"--max-restarts={number}", "-m", "bench.chaos", "worker", *long,
+        wild = torchrun(*launch, f"--max-restarts={number}", "-m", "tests.chaos", "worker", *long,
                         "--run_dir", str(folder / "wild"), log=folder / "wild.log", CHAOS_NUMBER=str(number),
                         CHAOS_SEED=str(seed), CHAOS_BEFORE=str(before))
         code, ended, commands = wild.wait(), time.time(), commands + 1
@@ -202,7 +203,7 @@ def deaths(folder: Path, number: int, seed: int) -> dict:
         rank = 0 if moment == "rename" else rank
         death = [rank, how, moment, rng.randint(1, MOMENTS[moment][1] // 2)]
         struck, log = folder / f"struck_{trial}", folder / f"deaths_{trial}.log"
-        agent = torchrun(*launches[launch], "--nproc_per_node=2", "-m", "bench.chaos", "victim", *long,
+        agent = torchrun(*launches[launch], "--nproc_per_node=2", "-m", "tests.chaos", "victim", *long,
                          "--run_dir", str(run), log=log, CHAOS_DEATH=json.dumps(death),
                          CHAOS_STRUCK=str(struck))
         while gone_by := {pid: t for pid, t in orphans.items() if Path(f"/proc/{pid}").exists()}:
