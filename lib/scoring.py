@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from lib.endpoint import Pool
-from lib.options import UserError
+from lib.options import UserError, shown
 
 LARGEST = float(np.finfo(np.float32).max)  # reward: its square and their sums are finite in fp64
 MISTAKES = (NameError, ImportError)  # of a remote reward: errors in its code, whatever a server answers
@@ -52,8 +52,8 @@ class Reward:
         return self.batched or self.remote or hasattr(self.function, "prepare")
 
     def transformed(self, value: float) -> float:
-        """What enters the advantage for a raw value; one that is missing (NaN), or LOWEST, stays so. Raises
-        RewardError."""
+        """The value that enters the advantage for a raw value; NaN (missing) and LOWEST stay as they are.
+        Raises RewardError."""
         if not self.transform or not math.isfinite(value):
             return value
         try:
@@ -62,9 +62,8 @@ class Reward:
             raise RewardError(f"the transform of reward {self.name!r} raised {describe(e)}, on {value:g}: "
                               "repair it in rewards.TRANSFORMS") from e
         if not is_number(result):
-            raise RewardError(f"the transform of reward {self.name!r} returned {result!r} for {value:g}: it "
-                              "must return a finite number for every value of the reward; repair it in "
-                              "rewards.TRANSFORMS")
+            raise RewardError(f"the transform of reward {self.name!r} returned {result!r} for {value:g}, not "
+                              "a finite number: repair it in rewards.TRANSFORMS")
         return float(result)
 
 
@@ -80,7 +79,7 @@ def choose_rewards(option: str, tables) -> list[Reward]:
     names = names or [name for name, (_, weight) in table.items() if weight or name in required]
     for name in names:
         if name not in table:
-            raise UserError(f"reward {name!r} is not in rewards.REWARDS, which has {', '.join(table)}")
+            raise UserError(f"reward {shown(name)} is not in rewards.REWARDS, which has {', '.join(table)}")
     if len(set(names)) < len(names):
         raise UserError(f"reward names one twice: {','.join(names)}; weigh it in rewards.REWARDS instead")
     if not (total := sum(table[name][1] for name in names)) > 0:
@@ -134,8 +133,7 @@ def checked(reward: Reward, values: list, prompts: list) -> list[float]:
         lowest = isinstance(value, numbers.Real) and value == -math.inf
         if value is not None and not lowest and not is_number(value):
             raise RewardError(f"reward {reward.name!r} returned {value!r} for an answer to prompt "
-                              f"{prompt.id!r}: it must be a finite number, or None where it cannot be "
-                              "computed")
+                              f"{prompt.id!r}: it must be a finite number, or None if it cannot be computed")
     return [math.nan if value is None else float(value) for value in values]
 
 
@@ -159,9 +157,9 @@ class Remote(Pool):
         super().submit(i, completion, prompt)
 
     def wait(self, since: float | None, interrupt=lambda: None, seconds: float = 5.0) -> str | None:
-        """None once every sample is back, or given up `patience` seconds after `since`, a time.monotonic()
-        (None: the last answer); else, after some seconds, which servers are down, "" if they
-        are only slow. `interrupt` is called meanwhile, and may raise."""
+        """Returns None once every sample is back, or given up `patience` seconds after `since`, a
+        time.monotonic() (None: the last answer); else, after `seconds`, the servers that are down, empty if
+        they are only slow. `interrupt` is called meanwhile, and may raise."""
         until = time.monotonic() + seconds
         while self.waiting:
             interrupt()

@@ -192,7 +192,7 @@ CHECKPOINTS = {
     "misshaped": (reshape, ["model.norm.weight", "127"]),
     "another name": (rename, ["model.norm.weight", "model.norm.bias"]),
     "no weights": (lambda f: (f / "model.safetensors").unlink(), ["neither model.safetensors"]),
-    "no tokenizer": (lambda f: (f / "tokenizer.json").unlink(), ["tokenizer.json does not exist"]),
+    "no tokenizer": (lambda f: (f / "tokenizer.json").unlink(), ["tokenizer.json cannot be read (No"]),
     "broken tokenizer": (lambda f: write(f / "tokenizer.json", "{"), ["tokenizer.json cannot be read"]),
     "no end of text": (lambda f: write(f / "tokenizer_config.json", "{}"), ["end-of-text"]),
     "broken config": (lambda f: write(f / "config.json", "{"), ["config.json cannot be read"]),
@@ -425,15 +425,6 @@ def test_an_error_as_a_user_sees_it(tmp_path):
     assert done.returncode == 2 and seconds < 45
     said = "error: command line: there is no option 'temprature'; did you mean 'temperature'?\n"
     assert done.stderr == said
-
-
-def test_help_into_a_pipe_that_closes_is_no_traceback():
-    reader, writer = os.pipe()
-    os.close(reader)
-    done = subprocess.run([sys.executable, "-m", "scripts.pretrain", "--help"], cwd=ROOT, stdout=writer,
-                          stderr=subprocess.PIPE, text=True, env={**os.environ, "PYTHONUNBUFFERED": ""})
-    os.close(writer)
-    assert (done.returncode, done.stderr) == (-signal.SIGPIPE, "")
 
 
 @pytest.mark.parametrize("options, part", [

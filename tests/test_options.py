@@ -210,8 +210,8 @@ def test_a_config_file_that_is_not_text_is_an_error_that_names_it(tmp_path):
 FILES = {  # what stands in a JSON file: what is said of it
     "": "Expecting value", "{": "Expecting property name", '{"a": 1} x': "Extra data",
     "[1]": "must be a JSON object",
-    "null": "must be a JSON object", '{"a": NaN}': "NaN is no finite number",
-    '{"a": -Infinity}': "-Infinity is no finite number", '{"a": 1e999}': "1e999 is no finite number",
+    "null": "must be a JSON object", '{"a": NaN}': "NaN is not a finite number",
+    '{"a": -Infinity}': "-Infinity is not a finite number", '{"a": 1e999}': "1e999 is not a finite number",
     '{"a": %s}' % ("9" * 5000): "5000 digits", '{"a": %s' % ("[" * 100_000): "nested too deeply",
     b"\xff\xfe{\0}\0": "codec can't decode", b"\x80\x81": "codec can't decode",
     b'{"a": "\xe9"}': "codec can't decode"}
@@ -274,7 +274,7 @@ def test_a_field_has_its_type_and_range_or_is_refused_by_file_name_and_value(fie
 
 @pytest.mark.parametrize("content, part", [
     ("\n", "at line 1 (Expecting value"), ('{"a": 1}\n[1]\n', "at line 2 (it must be a JSON"),
-    ('{"a": 1}\n{"a": "x"}\n', ", line 2: a must be a whole"), ('{"a": NaN}\n', "NaN is no finite"),
+    ('{"a": 1}\n{"a": "x"}\n', ", line 2: a must be a whole"), ('{"a": NaN}\n', "NaN is not a finite"),
     ("{}\n", ", line 1: a must be a whole"),
     (b"\xff\n", "codec can't decode")])
 def test_records_that_cannot_be_are_named_by_line(content, part, tmp_path):
@@ -336,10 +336,8 @@ def test_line_breaks_of_a_value_do_not_break_the_line(monkeypatch, capsys):
 @dataclasses.dataclass
 class Files:
     first: str = ""  # one file
-    # others
     rest: tuple = ()  # more files
-
-    size: int = 3  # of them, which a sentence of so many words says that it must be wrapped somewhere
+    size: int = 3  # of them
 
 
 @pytest.mark.parametrize("arguments, expected", [
@@ -352,29 +350,26 @@ def test_values_without_names_go_to_the_positional_fields(arguments, expected):
 
 @pytest.mark.parametrize("arguments, part", [
     ([], "FIRST is missing"), (["a"], "REST is missing"), (["a", "\0"], "rest must be UTF-8"),
-    (["a", "-b"], "no option"),
+    (["a", "-b"], "is not an option"),
     (["--size", "3"], "FIRST is missing")])
 def test_positional_fields_must_be_given(arguments, part):
     with pytest.raises(UserError, match=part):
         options.parse(Files, arguments, "", "first rest")
 
 
-def test_help_shows_positional_fields_groups_and_wrapped_lines():
-    shown = options.help_text(Files, "About.", "first rest").splitlines()
-    assert shown[3:6] == ["  FIRST                   str    one file ['']", "others",
-                          "  REST                    tuple  more files [()]"]
-    assert shown[6] == "" and len(shown) == 9 and shown[8] == " " * 33 + "wrapped somewhere [3]"
+def test_help_shows_positional_fields_in_capitals():
+    assert options.help_text(Files, "About.", "first rest").splitlines() == [
+        "About.", "", "Options, with their defaults:", "  FIRST                   str    one file ['']",
+        "  REST                    tuple  more files [()]", "  --size                  int    of them [3]"]
 
 
 @pytest.mark.parametrize("script", sorted(f.stem for f in (ROOT / "scripts").glob("[a-z]*.py")) + ["train"])
-def test_help_of_every_command_fits_a_hundred_columns(script, monkeypatch, capsys):
+def test_every_command_has_help(script, monkeypatch, capsys):
     module = train if script == "train" else importlib.import_module(f"scripts.{script}")
     monkeypatch.setattr(sys, "argv", [script, "--help"])
     with pytest.raises(SystemExit) as e:
         module.main()
-    lines = capsys.readouterr().out.splitlines()
-    assert e.value.code == 0 and "Options, with their defaults:" in lines
-    assert [line for line in lines if len(line) > 100] == []
+    assert e.value.code == 0 and "\nOptions, with their defaults:\n  " in capsys.readouterr().out
 
 
 # ------------------------------------------------------------------------------------------ help
@@ -386,7 +381,7 @@ def test_help_lists_every_option_with_its_comment_and_default(flag, capsys):
     with pytest.raises(SystemExit) as e:
         parse(flag)
     assert e.value.code == 0
-    shown = re.sub(r"\n {33}", " ", capsys.readouterr().out).splitlines()  # of wrapped lines
+    shown = capsys.readouterr().out.splitlines()
     source = inspect.getsource(Config).splitlines()
     for name, field in FIELDS.items():
         (line,) = [x for x in source if re.match(rf"    {name}: ", x)]
