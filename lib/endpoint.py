@@ -27,6 +27,7 @@ from lib.options import UserError
 
 ADDRESS = re.compile(r"https?://([^\s/?#@:\[\]]+|\[[0-9a-fA-F:]+\])(:\d{1,5})?(/[^\s?#@]*)?(#\S+)?")
 BUSY = (408, 425, 429)
+HOPELESS = (401, 403, 404)  # every call would get it: the key, the address or the model's name is wrong
 MALFORMED = (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)  # answer
 LARGEST = 2**24  # bytes of a response, headers included
 BACK_OFF = 0.5  # seconds after a call's first failure, doubled by each
@@ -40,15 +41,9 @@ class Refused(UserError):
     """A server refused a request with `status` 3xx or 4xx, and would refuse it again."""
     status = 0
 
-    @property
-    def hopeless(self) -> bool:
-        """Whether every call would be refused: the key, the address or the model's name is wrong."""
-        return self.status in (401, 403, 404)
-
 
 class Unavailable(ConnectionError):
     """No server gave a usable answer in any attempt."""
-    hopeless = False
 
 
 class BoundedReader(io.RawIOBase):
@@ -314,14 +309,15 @@ class Pool:
 
 def each(call: Callable, items: Iterable, threads: int) -> Iterator[tuple]:
     """Yields (item, call(item), None), or (item, None, error) if it raised Refused or Unavailable, in the
-    order in which calls return. Raises any other exception, and a Refused that is hopeless. `call` must save
-    results itself that may not be lost if the caller stops early."""
+    order in which calls return. Raises any other exception, and a Refused with a HOPELESS status. `call` must
+    save results itself that may not be lost if the caller stops early."""
     with Pool(call, threads) as pool:
         items = list(items)
         for item in items:
             pool.submit(item, item)
         for _ in items:
             item, value, error = pool.done.get()
-            if getattr(error, "hopeless", error is not None):
+            local = error is not None and not isinstance(error, (Refused, Unavailable))
+            if local or getattr(error, "status", 0) in HOPELESS:
                 raise error
             yield item, value, error

@@ -18,7 +18,7 @@ def open_weights(file: Path):
     try:
         return safe_open(file, framework="pt")
     except (OSError, SafetensorError) as e:
-        raise UserError(f"{file} cannot be read ({e}): is the download complete?") from None
+        raise UserError(f"{file} cannot be read ({e}): copy it again") from None
 
 
 def weight_files(path: str | Path) -> dict[str, Path]:
@@ -30,7 +30,11 @@ def weight_files(path: str | Path) -> dict[str, Path]:
         for name, file in names.items():
             if not isinstance(file, str) or file != Path(file).name:  # of another folder
                 raise UserError(f"{index}: {name} must be in a file of this folder, not in {shown(file)}")
-        return {name: path / file for name, file in names.items()}
+        files = {name: path / file for name, file in names.items()}
+        if missing := sorted({f.name for f in files.values() if not f.is_file()}):
+            raise UserError(f"{path} lacks {', '.join(missing)}, which its index names: is the download "
+                            "complete?")
+        return files
     if single.exists():
         with open_weights(single) as f:
             return dict.fromkeys(f.keys(), single)
