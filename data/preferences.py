@@ -69,7 +69,7 @@ def pairs_of(record: dict) -> list[Pair]:
         both = itertools.combinations(rated(record, responses), 2)
         texts = [(a, b) if x > y else (b, a) for (a, x), (b, y) in both if x != y]
     if query is None or not (query := plain(query)):
-        raise ValueError(f"there is no text under any of {', '.join(QUERY_FIELDS)}")
+        raise ValueError(f"no text under any of {', '.join(QUERY_FIELDS)}")
     return [Pair(query, *sides, kind) for sides in texts]
 
 

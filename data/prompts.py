@@ -103,10 +103,9 @@ def objects(path: str | Path, what: str = "prompts",
     the messages of invalid lines are appended to it instead."""
     try:
         with open(path, "rb") as lines:  # bytes, because JSON allows other line separators
-            if lines.read(4) == b"PAR1":
+            if lines.peek(4)[:4] == b"PAR1":
                 raise UserError(f"{path} is a Parquet file: convert it to JSONL, for example by "
                                 "pandas.read_parquet(FILE).to_json(OUT, orient='records', lines=True)")
-            lines.seek(0)
             for number, line in enumerate(lines, 1):
                 try:
                     if line.strip():
@@ -126,7 +125,7 @@ def query_of(record: dict) -> str:
         if isinstance(query := record.get(field), str) and query.strip():
             query.encode()  # raises UnicodeEncodeError for a lone surrogate, which the tokenizer cannot read
             return query
-    raise ValueError(f"there is no text under any of {', '.join(QUERY_FIELDS)}")
+    raise ValueError(f"no text under any of {', '.join(QUERY_FIELDS)}")
 
 
 def queries(path: str | Path) -> Iterator[tuple[int, str, str, dict]]:
@@ -137,7 +136,8 @@ def queries(path: str | Path) -> Iterator[tuple[int, str, str, dict]]:
         try:
             if type(ident) not in (str, int, float):
                 raise ValueError(f"an id must be a string or a number, not {shown(ident)}")
-            query, ident, _ = query_of(record), str(ident), str(ident).encode()
+            query, ident = query_of(record), str(ident)
+            ident.encode()  # raises UnicodeEncodeError for a lone surrogate
             if ident in seen:
                 raise ValueError(f"id {shown(ident)} is already on line {seen[ident]}; ids seed the "
                                  "sampling and must differ")

@@ -71,10 +71,13 @@ def choose_rewards(option: str, tables) -> list[Reward]:
     """The rewards that the option `reward` names; if empty, those that have a weight or are required. Raises
     UserError."""
     table, transforms, required = tables.REWARDS, tables.TRANSFORMS, tables.REQUIRED
-    for name, entry in table.items():
-        pair = isinstance(entry, tuple) and len(entry) == 2
-        if not (pair and callable(entry[0]) and is_number(entry[1])):
-            raise UserError(f"rewards.REWARDS has {entry!r} for {name!r}: it must be (function, weight)")
+    for title, valid, kind in (("REWARDS", is_entry, "(function, weight)"),
+                               ("TRANSFORMS", callable, "a function"), ("REQUIRED", is_number, "a number")):
+        for name, entry in getattr(tables, title).items():
+            if not valid(entry):
+                raise UserError(f"rewards.{title} has {entry!r} for {name!r}: it must be {kind}")
+            if name not in table:
+                raise UserError(f"rewards.{title} has {name!r}, which is not in rewards.REWARDS")
     names = [name.strip() for name in option.split(",") if name.strip()]
     names = names or [name for name, (_, weight) in table.items() if weight or name in required]
     for name in names:
@@ -85,13 +88,6 @@ def choose_rewards(option: str, tables) -> list[Reward]:
     if not (total := sum(table[name][1] for name in names)) > 0:
         raise UserError(f"the rewards {', '.join(names)} have weight {total:g} together: give them "
                         "more in rewards.REWARDS, and turn a reward's sign instead of its weight's")
-    for title, entries, valid, kind in (("TRANSFORMS", transforms, callable, "function"),
-                                        ("REQUIRED", required, is_number, "number")):
-        for name, entry in entries.items():
-            if name not in table:
-                raise UserError(f"rewards.{title} has {name!r}, which is not in rewards.REWARDS")
-            if not valid(entry):
-                raise UserError(f"rewards.{title} has {entry!r} for {name!r}, which is no {kind}")
     if left_out := [name for name in required if name not in names]:
         raise UserError(f"rewards.REQUIRED has {left_out[0]!r}, which --reward leaves out: name it too, or "
                         "take it out of REQUIRED")
@@ -135,6 +131,10 @@ def checked(reward: Reward, values: list, prompts: list) -> list[float]:
             raise RewardError(f"reward {reward.name!r} returned {value!r} for an answer to prompt "
                               f"{prompt.id!r}: it must be a finite number, or None if it cannot be computed")
     return [math.nan if value is None else float(value) for value in values]
+
+
+def is_entry(value) -> bool:
+    return isinstance(value, tuple) and len(value) == 2 and callable(value[0]) and is_number(value[1])
 
 
 def is_number(value) -> bool:

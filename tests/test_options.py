@@ -500,9 +500,9 @@ def test_some_reward_needs_a_weight(monkeypatch):
 
 
 @pytest.mark.parametrize("table, entry, part", [
-    (TRANSFORMS, {"lenght": abs}, "'lenght'"), (TRANSFORMS, {"length": 2}, "no function"),
-    (REQUIRED, {"lenght": 0.5}, "'lenght'"), (REQUIRED, {"format": "high"}, "no number"),
-    (REQUIRED, {"format": float("nan")}, "no number"), (REQUIRED, {"overlong": -0.5}, "name it too")])
+    (TRANSFORMS, {"lenght": abs}, "'lenght'"), (TRANSFORMS, {"length": 2}, "must be a function"),
+    (REQUIRED, {"lenght": 0.5}, "'lenght'"), (REQUIRED, {"format": "high"}, "must be a number"),
+    (REQUIRED, {"format": float("nan")}, "must be a number"), (REQUIRED, {"overlong": -0.5}, "name it too")])
 def test_transforms_and_requirements_are_of_rewards_that_are_trained(table, entry, part, monkeypatch):
     monkeypatch.setattr("rewards.TRANSFORMS" if table is TRANSFORMS else "rewards.REQUIRED", entry)
     assert part in refused(reward="length,format")
