@@ -125,7 +125,7 @@ def step_of(path: Path) -> int:
 
 def named(folder: Path) -> list[Path]:
     """Paths that have the name of a checkpoint, newest first."""
-    return sorted((p for p in folder.glob("step_*") if re.fullmatch(r"step_\d{6,}", p.name)), key=step_of,
+    return sorted((p for p in folder.glob("*") if re.fullmatch(r"step_\d{6,}", p.name)), key=step_of,
                   reverse=True)
 
 
