@@ -1,4 +1,4 @@
-"""Checkpoints of a run: safetensors through torch.distributed.checkpoint, beside a manifest of checksums.
+"""Checkpoints of a run: safetensors through torch.distributed.checkpoint, and a manifest of checksums.
 
 Weights and AdamW's moments are saved by parameter name, in as many files as there are ranks, and read by any
 number of ranks. Nothing is pickled.
@@ -20,7 +20,7 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
 
 from lib.distributed import World, broadcast, gather, raise_on_all_ranks
-from lib.files import write_durably
+from lib.files import replace
 from lib.options import Field, UserError, read_json
 from model import Qwen2
 
@@ -36,10 +36,8 @@ def tensors_of(model: Qwen2, optimizer: torch.optim.Optimizer) -> dict[str, dict
     for name, p in model.named_parameters():
         state = optimizer.state[p]
         if not state:
-            state |= {
-                "step": torch.tensor(0.0, device=p.device), "exp_avg": torch.zeros_like(p),
-                "exp_avg_sq": torch.zeros_like(p)
-            }
+            state |= {"step": torch.tensor(0.0, device=p.device), "exp_avg": torch.zeros_like(p),
+                      "exp_avg_sq": torch.zeros_like(p)}
         moments |= {f"{name}.{key}": state[key] for key in ("exp_avg", "exp_avg_sq")}
     return {"weights": {name: p.detach() for name, p in model.named_parameters()}, "optimizer": moments}
 
@@ -76,10 +74,10 @@ def save(folder: Path, model: Qwen2, optimizer: torch.optim.Optimizer, state: di
         with raise_on_all_ranks(world):
             if world.main:
                 updates = next(iter(optimizer.state.values()))["step"].item()
-                write_durably(beside / "state.json",
-                              json.dumps(state | {"updates": updates, "torch": torch.__version__}))
+                replace(beside / "state.json",
+                        json.dumps(state | {"updates": updates, "torch": torch.__version__}))
                 manifest["state.json"] = digest(beside / "state.json")
-                write_durably(beside / "manifest.json", json.dumps(manifest, indent=1))
+                replace(beside / "manifest.json", json.dumps(manifest, indent=1))
                 shutil.rmtree(final, ignore_errors=True)
                 os.rename(beside, final)
     except (OSError, dcp.CheckpointException) as e:
@@ -90,9 +88,8 @@ def save(folder: Path, model: Qwen2, optimizer: torch.optim.Optimizer, state: di
             shutil.rmtree(beside, ignore_errors=True)
         dist.barrier()
         needed = sum(t.numel() * t.element_size() for part in tensors.values() for t in part.values())
-        there = next(p for p in folder.parents if p.exists())
         raise UserError(f"checkpoint {final} cannot be written ({reasons[0].strerror or reasons[0]}): it "
-                        f"needs {needed:,} bytes, and {shutil.disk_usage(there).free:,} are free; those "
+                        f"needs {needed:,} bytes, and {shutil.disk_usage(folder).free:,} are free; those "
                         "before it stay: make room, and the same command goes on from them") from None
     for old in complete(folder)[keep:] if world.main else []:
         if not keep_every or step_of(old) % keep_every:
@@ -128,7 +125,7 @@ def step_of(path: Path) -> int:
 
 def named(folder: Path) -> list[Path]:
     """Paths that have the name of a checkpoint, newest first."""
-    return sorted((p for p in folder.glob("step_*") if re.fullmatch(r"step_\d{6,}", p.name)), key=step_of,
+    return sorted((p for p in folder.glob("*") if re.fullmatch(r"step_\d{6,}", p.name)), key=step_of,
                   reverse=True)
 
 
@@ -142,9 +139,9 @@ def verify(path: Path, world: World | None = None) -> dict:
     The ranks of a world share the hashing and its result."""
     with raise_on_all_ranks(world) if world else nullcontext():
         try:
-            fields = {"state.json": Field(str)}, {"step": Field(int, 0), "updates": Field(float, 0)}
-            manifest, state = (read_json(path / f"{name}.json", "copy it again", **needed)
-                               for name, needed in zip(("manifest", "state"), fields))
+            manifest = read_json(path / "manifest.json", "copy it again", **{"state.json": Field(str)})
+            state = read_json(path / "state.json", "copy it again", step=Field(int, 0),
+                              updates=Field(float, 0))
             shards = {str(file.relative_to(path)) for file in path.rglob("*.safetensors")}
             unlisted, files = sorted(shards - manifest.keys()), sorted(manifest.items())
             bad = [name for name, expected in (files[world.rank::world.size] if world else files)
@@ -187,12 +184,10 @@ def load(path: Path, model: Qwen2, optimizer: torch.optim.Optimizer) -> dict:
 def find(path: Path) -> tuple[Path, Path]:
     """(run folder, checkpoint): the newest of a run, or the checkpoint that the path names. Raises
     UserError."""
-    if not path.is_dir():
-        raise UserError(f"{path} is no folder: give a run, or one of its checkpoints")
     run = path if (path / "checkpoints").is_dir() else path.parent.parent
     if not (run / "config.json").is_file():
-        raise UserError(
-            f"{path} is neither a run nor a checkpoint of one: {run / 'config.json'} does not exist")
+        raise UserError(f"{path} is neither a run nor a checkpoint of one: {run / 'config.json'} does not "
+                        "exist")
     if run != path:
         verify(path)
         return run, path

@@ -16,7 +16,7 @@ from safetensors import safe_open
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 
-from lib.distributed import World, gather, raise_on_all_ranks
+from lib.distributed import World, gather, own, raise_on_all_ranks
 from lib.options import UserError
 from lib.weights import check_finite, plan_files, write_file, write_index
 from model import Qwen2, build, check_tensors, read_config, write_config
@@ -48,11 +48,6 @@ def reshard(model: Qwen2):
     """Frees embedding and head, which FSDP keeps gathered after a forward without a backward."""
     if isinstance(model, FSDPModule):
         model.reshard()
-
-
-def own(x: torch.Tensor) -> torch.Tensor:
-    """This rank's rows of a parameter, a gradient or a moment."""
-    return x.to_local() if isinstance(x, DTensor) else x
 
 
 def entire(x: torch.Tensor) -> torch.Tensor:

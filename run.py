@@ -15,7 +15,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 
 import torch
@@ -26,7 +26,7 @@ import replica
 from data import prompts as prompt_data
 from data.tokenizer import Tokenizer
 from lib import distributed
-from lib.distributed import World, broadcast, raise_on_all_ranks
+from lib.distributed import World, broadcast, gather, raise_on_all_ranks
 from lib.files import ROOT, jsonl, locate, read_jsonl, replace, write_jsonl
 from lib.options import Field, UserError, environment, read_json
 from lib.wandb_log import Wandb, open_wandb
@@ -41,7 +41,7 @@ MAY_DIFFER = {"run_dir", "resume", "steps", "save_every", "keep_checkpoints", "k
 
 @dataclass(frozen=True)
 class Inputs:
-    """What a run reads besides weights."""
+    """What a run reads in addition to weights."""
 
     model: str  # checkpoint folders
     reference: str
@@ -54,7 +54,7 @@ class Inputs:
 
     @cached_property
     def record(self) -> dict:
-        """What a checkpoint notes of it, so that a resumed run is known to read the same."""
+        """What a checkpoint keeps of it, so that a resumed run can check that it reads the same."""
         texts = json.dumps([dataclasses.astuple(prompt) for prompt in self.prompts])
         return {"prompts": hashlib.sha256(texts.encode()).hexdigest(),
                 "model": dataclasses.asdict(self.shape)}
@@ -72,9 +72,9 @@ def read_inputs(config, world: World) -> Inputs:
         replica.check_tp(shape, config.tp)
         tokenizer.check_rows(shape.vocab_size, path)
     context = min(shape.max_position_embeddings for shape in shapes.values())
-    eval_prompts, eval_dropped = [], {}
     prompts, dropped = prompt_data.load(config, "prompts", config.prompts_per_step, "a step", tokenizer,
                                         context)
+    eval_prompts, eval_dropped = [], {}
     if config.eval_prompts:
         eval_prompts, eval_dropped = prompt_data.load(config, "eval_prompts", world.size, "every rank",
                                                       tokenizer, context)
@@ -85,14 +85,13 @@ def read_inputs(config, world: World) -> Inputs:
 
 
 def differences(config, recorded: dict) -> list[str]:
-    """Options that a run may not change, with both values. Servers may move, the model that they serve may
-    not change."""
-    def name(value):
-        urls = value.split(",") if "://" in str(value) else []
-        return sorted({url.strip().partition("#")[2] for url in urls}) if urls else value
+    """Options that differ from the recorded ones and may not, with both values. Of servers only the names of
+    their models count."""
+    def named(value):
+        return {url.strip().partition("#")[2] for url in value.split(",")} if "://" in str(value) else value
 
     return [f"{k} ({recorded.get(k)!r} there, {v!r} now)" for k, v in dataclasses.asdict(config).items()
-            if k not in MAY_DIFFER and name(recorded.get(k)) != name(v)]
+            if k not in MAY_DIFFER and named(recorded.get(k)) != named(v)]
 
 
 def lock(folder: Path, option: str = "run_dir"):
@@ -102,7 +101,7 @@ def lock(folder: Path, option: str = "run_dir"):
         folder.mkdir(parents=True, exist_ok=True)
         file = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o666)  # never closed: that would unlock it
     except OSError:
-        return  # a finished run may be read-only; of any other `open_folder` says why it cannot be written
+        return  # a finished run may be read-only; for any other `open_folder` raises UserError
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         os.ftruncate(file, os.write(file, f"process {os.getpid()} on {socket.gethostname()}".encode()))
@@ -144,10 +143,8 @@ def choose_folder(config, restarted: bool) -> Path:
         if config.resume == "false":
             raise UserError(f"{folder} holds a run already and resume is false: choose another run_dir")
         if changed := differences(config, read_json(record, "choose another run_dir")):
-            raise UserError(
-                f"{folder} holds a run of another config: {'; '.join(changed)}; choose another run_dir, or "
-                "the same options"
-            )
+            raise UserError(f"{folder} holds a run of another config: {'; '.join(changed)}; choose another "
+                            "run_dir, or the same options")
     lock(folder)
     return folder
 
@@ -155,7 +152,7 @@ def choose_folder(config, restarted: bool) -> Path:
 def open_run(config, inputs: Inputs, world: World) -> tuple[Path, tuple[Path, dict] | None]:
     """The run's folder, and its newest whole checkpoint with its state. Raises UserError on all ranks."""
     restarts = environment()["TORCHELASTIC_RESTART_COUNT"]  # 0 on a node that has just come back
-    restarted, folder = distributed.largest({"restarts": restarts}, world)["restarts"] > 0, None
+    restarted = any(gather(restarts, world))
     with raise_on_all_ranks(world):
         folder = choose_folder(config, restarted) if world.main else None
     folder = broadcast(folder, world)
@@ -172,24 +169,31 @@ def open_run(config, inputs: Inputs, world: World) -> tuple[Path, tuple[Path, di
 
 
 def open_folder(config, folder: Path, newest: tuple[Path, dict] | None):
-    """Prepares the folder to resume from its newest checkpoint or to start. Main rank only. Raises
+    """Prepares the folder to start, or to resume from its newest checkpoint. Main rank only. Raises
     UserError."""
     path, state = newest or (None, {"step": -1})
+    step = state["step"]
     try:
         for part in ("rollouts", "checkpoints"):
             (folder / part).mkdir(parents=True, exist_ok=True)
         replace(folder / "config.json", json.dumps(dataclasses.asdict(config), indent=2) + "\n")
-        cut_back(folder, state["step"])
-        if state["step"] >= config.steps:  # at most an evaluation is missing
+        cut_back(folder, step)
+        if step >= config.steps:  # at most an evaluation is missing
             return
-        kept = keep_source(folder, state["step"])
+        target = folder / (f"source_from_step_{step + 1:06d}" if newest else "source")
+        changed = state.get("code") != code_hash()
+        if changed or target.exists():  # else source/, or a later copy, holds this code
+            for name, text in source().items():
+                (target / name).parent.mkdir(parents=True, exist_ok=True)
+                (target / name).write_text(text, encoding="utf-8")
     except OSError as e:
         raise UserError(f"run_dir {folder} cannot be written ({e}): choose another") from None
-    if (code := state.get("code")) and code != code_hash():
-        print(f"warning: {path} was made by other code than this: {kept.name} holds what runs from here on",
+    if newest and changed:
+        print(f"warning: {path} was made by other code than this: {target.name} holds what runs from here on",
               file=sys.stderr, flush=True)
 
 
+@cache
 def source() -> dict[str, str]:
     """The source files that a result depends on: path -> text."""
     return {str(f.relative_to(ROOT)): f.read_text(encoding="utf-8")
@@ -201,23 +205,9 @@ def code_hash() -> str:
     return hashlib.sha256(json.dumps(source()).encode()).hexdigest()
 
 
-def keep_source(folder: Path, step: int) -> Path:
-    """Copies the code into source/; changed code of a resumed run into source_from_step_NNNNNN/. Returns the
-    folder that holds it."""
-    code, kept = source(), max(folder.glob("source*"), default=None)
-    if step > 0 and kept and all((kept / name).exists() and (kept / name).read_text(encoding="utf-8") == text
-                                 for name, text in code.items()):
-        return kept
-    target = folder / (f"source_from_step_{step + 1:06d}" if step > 0 else "source")
-    for name, text in code.items():
-        (target / name).parent.mkdir(parents=True, exist_ok=True)
-        (target / name).write_text(text, encoding="utf-8")
-    return target
-
-
 def cut_back(folder: Path, step: int):
-    """Removes metrics and rollouts of steps after `step`: they will be made again. Warns of those before it
-    that are missing."""
+    """Removes metrics and rollouts of steps after `step`, which will be made again. Warns of missing ones
+    before it."""
     metrics, records, steps = folder / "metrics.jsonl", [], set(range(1, step + 1))
     if metrics.exists():
         records = [record for record in read_jsonl(metrics, step=Field(int, 0)) if record["step"] <= step]
@@ -238,8 +228,8 @@ def cut_back(folder: Path, step: int):
 
 
 class Clock:
-    """Seconds spent in each phase of a step, and the current step and phase. `save` keeps the time of the
-    last checkpoint. begun: start times of the process and of its steps."""
+    """Seconds spent in each phase of a step (`save`: in the last checkpoint), and the current step and phase.
+    begun: start times of the process and of its steps."""
     def __init__(self):
         self.seconds, self.begun = {"save": 0.0}, []
         self.begin(0)
@@ -275,13 +265,9 @@ def costs(clock: Clock, groups, world: World) -> dict[str, float]:
 
 
 def peak_memory_gb(device: torch.device) -> float:
-    """Peak of allocated GPU memory, or of this process's resident memory on CPU."""
+    """Peak of allocated GPU memory, or of this process's resident memory on CPU, in GiB."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated() / 2**30
-    if (status := Path("/proc/self/status")).exists():  # getrusage counts what the parent had when it forked
-        for line in status.read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) / 2**20
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 

@@ -1,14 +1,12 @@
-"""Preferences: pairs of answers to one request, of which people or models preferred the first.
+"""Preferences: pairs of answers to one request, the first of which people or models preferred.
 
 A line of JSONL is an object with the request under `prompt`, `query`, `question` or `instruction`, and either
-the two sides (under the names of SIDES), or several responses with scores (RESPONSES, TEXTS, SCORES), any two
-of which that differ in score make a pair. A text may be a list of chat messages, as in UltraFeedback: the
-last is the answer, and what stands before it is the request where the record has none. `kind`, where there is
-one, is reported by itself.
+the two sides (under the names of SIDES), or several responses with scores (RESPONSES, TEXTS, SCORES): any two
+that differ in score make a pair. A text may be a list of chat messages, as in UltraFeedback: the last one is
+the answer, and the others are the request if the record has no other. train_rm reports each `kind` apart.
 """
 
 import itertools
-import math
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,28 +30,30 @@ class Pair:
 
 
 def plain(text) -> str:
-    """The text itself, or that of the last of a list of chat messages. Raises ValueError."""
+    """The text, or that of the last of a list of chat messages. Raises ValueError."""
     text = text[-1].get("content") if isinstance(text, list) and text and isinstance(text[-1], dict) else text
     if not isinstance(text, str):
         raise ValueError(f"a text must be a string or a list of chat messages, not {str(text)[:80]!r}")
-    text.encode()  # a lone surrogate would fail in the tokenizer, far from here
+    text.encode()  # raises UnicodeEncodeError for a lone surrogate, which the tokenizer cannot read
     return text.strip()
 
 
 def rated(record: dict, responses: list) -> list[tuple[str, float]]:
-    """(text, score) of each response: of objects, or of texts beside a list of scores. Raises ValueError."""
-    if isinstance(given := present(record, SCORES), list) and len(given) != len(responses):
-        raise ValueError(f"{len(responses)} responses, but {len(given)} scores")
-    scores = given if isinstance(given, list) else [present(r, SCORES) if isinstance(r, dict) else None
-                                                    for r in responses]
+    """(text, score) of each response, from objects or from texts and a list of scores. Raises ValueError."""
+    responses = [r if isinstance(r, dict) else {"text": r} for r in responses]
+    scores = present(record, SCORES)
+    if not isinstance(scores, list):
+        scores = [present(r, SCORES) for r in responses]
+    if len(scores) != len(responses):
+        raise ValueError(f"{len(responses)} responses, but {len(scores)} scores")
     for score in scores:
-        if type(score) not in (int, float) or not math.isfinite(score):
+        if type(score) not in (int, float):
             raise ValueError(f"each response needs a number under one of {', '.join(SCORES)}, not {score!r}")
-    return [(plain(present(r, TEXTS) if isinstance(r, dict) else r), s) for r, s in zip(responses, scores)]
+    return [(plain(present(r, TEXTS)), score) for r, score in zip(responses, scores)]
 
 
 def pairs_of(record: dict) -> list[Pair]:
-    """Raises ValueError for a record that is none."""
+    """The pairs of a record. Raises ValueError."""
     query, kind = present(record, QUERY_FIELDS), str(present(record, ["kind"], ""))
     for names in SIDES:
         if all(name in record for name in names):
@@ -64,7 +64,8 @@ def pairs_of(record: dict) -> list[Pair]:
             break
     else:
         if not isinstance(responses := present(record, RESPONSES), list):
-            raise ValueError(f"neither {' and '.join(SIDES[0])} nor a list under {', '.join(RESPONSES)}")
+            raise ValueError(f"there are neither {' and '.join(SIDES[0])} nor a list under any of "
+                             f"{', '.join(RESPONSES)}")
         both = itertools.combinations(rated(record, responses), 2)
         texts = [(a, b) if x > y else (b, a) for (a, x), (b, y) in both if x != y]
     if query is None or not (query := plain(query)):
@@ -73,8 +74,8 @@ def pairs_of(record: dict) -> list[Pair]:
 
 
 def read(path: str | Path) -> tuple[list[Pair], Counter]:
-    """All pairs of a JSONL file, in its order, and how many were dropped: `empty` sides, `equal` ones. Raises
-    UserError for a missing file or a malformed line."""
+    """All pairs of a JSONL file, in its order, and how many were dropped because a side is `empty` or both
+    are `equal`. Raises UserError for a missing file or an invalid line."""
     pairs, dropped = [], Counter()
     for number, record in objects(path, "preference"):
         try:
@@ -82,8 +83,10 @@ def read(path: str | Path) -> tuple[list[Pair], Counter]:
         except ValueError as e:
             raise UserError(f"{path}, line {number}: {e}") from None
         for pair in found:
-            why = ("empty" if not (pair.chosen and pair.rejected) else
-                   "equal" if pair.chosen == pair.rejected else "")
-            dropped[why] += bool(why)
-            pairs += [] if why else [pair]
-    return pairs, +dropped
+            if not (pair.chosen and pair.rejected):
+                dropped["empty"] += 1
+            elif pair.chosen == pair.rejected:
+                dropped["equal"] += 1
+            else:
+                pairs.append(pair)
+    return pairs, dropped

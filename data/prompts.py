@@ -1,9 +1,9 @@
-"""Prompts: reading JSONL, length ranges, templates, and the order in which a run sees them.
+"""Prompts: reading JSONL, length ranges, templates, and the order in which a run uses them.
 
-A line is an object with the request under `prompt`, `query`, `question` or `instruction`, and the wanted
+A line is an object with the request under `prompt`, `query`, `question` or `instruction`, and the requested
 length in words (Chinese: characters) under `length_range` or `range` as [lo, hi], or under `length` as one
-number, which stands for 10 % to either side. Without a length the length reward of that prompt is missing.
-LongBench-Write and WritingBench files load as they are.
+number, which means 10 % below to 10 % above. Without a length the length reward of that prompt is missing.
+Files of LongBench-Write and WritingBench load unchanged.
 """
 
 import random
@@ -20,19 +20,17 @@ QUERY_FIELDS = ("prompt", "query", "question", "instruction")
 RANGE_FIELDS = ("length_range", "range")
 ID_FIELDS = ("id", "index", "idx")
 
-# Raw completion prompts for a base model (paper, appendix; the words are ours). The query's language picks
-# the twin.
+# Completion prompts for a base model (paper, appendix; the wording is ours), chosen by the query's language
 TEMPLATES = {
     ("think", "en"): (
         "The assistant answers a request for writing. First it thinks deeply inside <think></think>: it "
-        "plans to cover every aspect, asks "
-        "itself clarifying questions where the request is ambiguous, explores several approaches, weighs "
-        "coherence, clarity, style, tone, "
-        "audience and purpose, then reviews and refines. The finished work stands inside <answer></answer>.\n"
-        "<|user|>: {query} <|assistant|>:"), ("direct", "en"): (
-        "The assistant answers a request for writing. It writes the finished work at once, inside "
-        "<answer></answer>.\n"
+        "plans to cover every aspect, asks itself clarifying questions where the request is ambiguous, "
+        "explores several approaches, weighs coherence, clarity, style, tone, audience and purpose, then "
+        "reviews and refines. The finished work stands inside <answer></answer>.\n"
         "<|user|>: {query} <|assistant|>:"),
+    ("direct", "en"): (
+        "The assistant answers a request for writing. It writes the finished work at once, inside "
+        "<answer></answer>.\n<|user|>: {query} <|assistant|>:"),
     ("think", "zh"): (
         "助手回应用户的写作要求。先在<think></think>之内深入思考：制定计划，顾及要求的每一个方面；"
         "要求含糊时向自己提出澄清性的问题，尝试多种思路；权衡连贯、清晰、风格、语气、读者与目的，再检查并改进。"
@@ -42,19 +40,19 @@ TEMPLATES = {
 }
 STYLES = tuple(dict.fromkeys(style for style, _ in TEMPLATES))
 
-STOP = "</answer>,<|user|>,<|用户|>"  # strings that end a text in these templates, comma-separated
-TOKENS_PER_WORD = {"en": 1.3, "zh": 0.7}  # of Qwen2.5's tokenizer; Chinese counts characters
-THINK_SHARE = 0.15  # of the token budget is left for thinking (2,100 of 14,000; the paper's models use 2-3k)
+STOP = "</answer>,<|user|>,<|用户|>"  # comma-separated strings that end a text in these templates
+TOKENS_PER_WORD = {"en": 1.3, "zh": 0.7}  # of Qwen2.5's tokenizer; per character in Chinese
+THINK_SHARE = 0.15  # share of the token budget for thinking (2,100 of 14,000; the paper's models use 2-3k)
 
 
 @dataclass(frozen=True)
 class Prompt:
     id: str
-    text: str  # what the model reads: the query inside its template
+    text: str  # the query inside its template, as the model reads it
     query: str
     length_range: tuple[int, int] | None  # words, both ends included
     language: str  # "en" | "zh"
-    style: str = "think"  # which template, hence which structure the format reward expects
+    style: str = "think"  # of the template, and of the structure that the format reward expects
 
 
 def language(query: str) -> str:
@@ -66,13 +64,12 @@ def render(query: str, style: str) -> str:
 
 
 def frame(query: str) -> str:
-    """The last line of the template alone, without an instruction: what a writing model reads."""
+    """The last line of the template, without the instruction, as a writing model reads it."""
     return TEMPLATES["direct", language(query)].split("\n")[-1].replace("{query}", query)
 
 
 def parse_range(record: dict) -> tuple[int, int] | None:
-    """The [lo, hi] of a record, or None if it names no length. Raises ValueError for a value that is no
-    range."""
+    """The length range of a record, None if it has no length. Raises ValueError."""
     for field in RANGE_FIELDS:
         if (value := record.get(field)) is not None:
             whole = isinstance(value, list) and len(value) == 2 and all(type(x) is int for x in value)
@@ -88,7 +85,7 @@ def parse_range(record: dict) -> tuple[int, int] | None:
 
 
 def unreachable(prompt: Prompt, max_new_tokens: int) -> bool:
-    """Whether even the shortest wanted answer does not fit in the token budget, thinking included."""
+    """Whether even the shortest requested answer exceeds the token budget, of which thinking takes a part."""
     if prompt.length_range is None:
         return False
     budget = max_new_tokens * (1 - THINK_SHARE if prompt.style == "think" else 1)
@@ -96,56 +93,53 @@ def unreachable(prompt: Prompt, max_new_tokens: int) -> bool:
 
 
 def present(record: dict, names, default=None):
-    """The value under the first of the names that the record has."""
+    """The record's value under the first of the names that has one."""
     return next((record[name] for name in names if record.get(name) is not None), default)
 
 
 def objects(path: str | Path, what: str = "prompts",
             broken: list[str] | None = None) -> Iterator[tuple[int, dict]]:
-    """Number and object of each line of a JSONL file that is not empty. Raises UserError; for a broken line
-    only without a list `broken`, which gets its message otherwise."""
+    """(line number, object) of each non-empty line of a JSONL file. Raises UserError; with a list `broken`,
+    the messages of invalid lines are appended to it instead."""
     try:
-        with open(path, "rb") as f:
-            if f.read(4) == b"PAR1":
-                raise UserError(f"{path} is a Parquet file, which needs a package that this program does "
-                            "without: make JSONL of it, as by pandas.read_parquet(FILE).to_json(OUT, "
-                            "orient='records', lines=True)")
-        with open(path, "rb") as lines:  # of bytes, because JSON allows other line separators
+        with open(path, "rb") as lines:  # bytes, because JSON allows other line separators
+            if lines.peek(4)[:4] == b"PAR1":
+                raise UserError(f"{path} is a Parquet file: convert it to JSONL, for example by "
+                                "pandas.read_parquet(FILE).to_json(OUT, orient='records', lines=True)")
             for number, line in enumerate(lines, 1):
-                if line.strip():
-                    try:
-                        record = parse_json(line)
-                    except ValueError as e:
-                        if broken is None:
-                            raise UserError(f"{path}, line {number}: {e}") from None
-                        broken.append(f"{path}, line {number}: {e}")
-                        continue
-                    yield number, record
+                try:
+                    if line.strip():
+                        yield number, parse_json(line)
+                except ValueError as e:
+                    if broken is None:
+                        raise UserError(f"{path}, line {number}: {e}") from None
+                    broken.append(f"{path}, line {number}: {e}")
     except OSError as e:
         raise UserError(f"{what} file {path} cannot be read ({e}): give a JSONL file, one object a line"
-                    ) from None
+                        ) from None
 
 
 def query_of(record: dict) -> str:
-    """Raises ValueError."""
+    """The request of a record. Raises ValueError."""
     for field in QUERY_FIELDS:
         if isinstance(query := record.get(field), str) and query.strip():
-            query.encode()  # a lone surrogate would fail in the tokenizer, far from here
+            query.encode()  # raises UnicodeEncodeError for a lone surrogate, which the tokenizer cannot read
             return query
     raise ValueError(f"no text under any of {', '.join(QUERY_FIELDS)}")
 
 
 def queries(path: str | Path) -> Iterator[tuple[int, str, str, dict]]:
-    """(line, id, query, record) of each. Raises UserError."""
+    """(line number, id, query, record) of each line of a file. Raises UserError."""
     seen = {}
     for number, record in objects(path):
         ident = present(record, ID_FIELDS, number)
         try:
             if type(ident) not in (str, int, float):
                 raise ValueError(f"an id must be a string or a number, not {shown(ident)}")
-            query, ident, _ = query_of(record), str(ident), str(ident).encode()
+            query, ident = query_of(record), str(ident)
+            ident.encode()  # raises UnicodeEncodeError for a lone surrogate
             if ident in seen:
-                raise ValueError(f"id {shown(ident)} stands already on line {seen[ident]}; ids seed the "
+                raise ValueError(f"id {shown(ident)} is already on line {seen[ident]}; ids seed the "
                                  "sampling and must differ")
         except ValueError as e:
             raise UserError(f"{path}, line {number}: {e}") from None
@@ -155,11 +149,9 @@ def queries(path: str | Path) -> Iterator[tuple[int, str, str, dict]]:
 
 def read(path: str | Path, style: str, max_new_tokens: int,
          keep_unreachable: bool = False) -> tuple[list[Prompt], Counter]:
-    """All usable prompts of a JSONL file, in its order, and how many were dropped for what.
-
-    Dropped: `rejected` (`keep` is false), `unanswerable` (range [0, 0]) and `unreachable` (unless kept).
-    Raises UserError for a missing file or a malformed line.
-    """
+    """The usable prompts of a JSONL file, in its order, and the numbers of dropped ones by reason: `rejected`
+    (`keep` is false), `unanswerable` (range [0, 0]) and `unreachable` (unless kept). Raises UserError for a
+    missing file or an invalid line."""
     prompts, dropped = [], Counter()
     for number, ident, query, record in queries(path):
         try:
@@ -178,35 +170,25 @@ def read(path: str | Path, style: str, max_new_tokens: int,
     return prompts, dropped
 
 
-def order(n: int, batch: int, seed: int, cursor: int) -> list[int]:
-    """Indices of the `batch` prompts at `cursor`, the count of prompts used so far, out of `n` that are
-    reshuffled every epoch.
-
-    A pure function of its arguments, so a resumed run needs the cursor alone. An epoch drops its last n mod
-    batch prompts: a batch across two epochs could hold one prompt twice, whose samples, seeded alike, would
-    be equal.
-    """
-    if not 0 < batch <= n:
-        raise ValueError(f"a step needs {batch} prompts, but only {n} are usable")
-    epoch, start = divmod(cursor, n // batch * batch)
-    if start + batch > n // batch * batch:
-        raise ValueError(f"cursor {cursor} lies less than a batch of {batch} before the end of its epoch")
-    permutation = list(range(n))
-    random.Random(f"{seed}/{epoch}").shuffle(permutation)
-    return permutation[start:start + batch]
-
-
 def batch(prompts: list[Prompt], size: int, seed: int, step: int) -> list[Prompt]:
-    """The prompts of a step, counted from 1; the same on all ranks."""
-    return [prompts[i] for i in order(len(prompts), size, seed, (step - 1) * size)]
+    """The prompts of a step, counted from 1; the same on all ranks.
+
+    A pure function, so that a resumed run needs the step alone. Every epoch has its own order, and drops its
+    last len(prompts) mod size prompts: a batch across two epochs could hold a prompt twice, whose samples
+    would have equal seeds.
+    """
+    epoch, place = divmod(step - 1, len(prompts) // size)
+    shuffled = list(prompts)
+    random.Random(f"{seed}/{epoch}").shuffle(shuffled)
+    return shuffled[place * size:(place + 1) * size]
 
 
 def load(config, option: str, need: int, why: str, tokenizer,
          context: int) -> tuple[list[Prompt], dict[str, int]]:
-    """The usable prompts of the file that an option names, and how many were dropped for what.
+    """The usable prompts of the file that an option names, and the numbers of dropped ones by reason.
 
-    config: prompt_style, max_new_tokens, unreachable. Raises UserError if fewer than `need` are left, or if
-    one does not fit into the model's context with its answer.
+    config: prompt_style, max_new_tokens, unreachable. Raises UserError if fewer than `need` are usable, or if
+    one exceeds the model's context together with its answer.
     """
     path = getattr(config, option)
     prompts, dropped = read(locate(path), config.prompt_style, config.max_new_tokens,
@@ -214,7 +196,7 @@ def load(config, option: str, need: int, why: str, tokenizer,
     if len(prompts) < need:
         raise UserError(f"{option} {path} has {len(prompts)} usable prompts (dropped: "
                         f"{dict(dropped) or 'none'}), but {why} needs {need}")
-    most = (context + 1) * max(map(len, tokenizer.token_bytes))  # characters: a longer one cannot fit
+    most = (context + 1) * max(map(len, tokenizer.token_bytes))  # characters that decide whether it fits
     for prompt in prompts:
         if (tokens := len(tokenizer.encode(prompt.text[:most]))) + config.max_new_tokens > context:
             raise UserError(f"{option} {path}: prompt {shown(prompt.id)} has {tokens} tokens or more, and "

@@ -19,6 +19,7 @@ from functools import cached_property
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
 
 from lib.options import UserError
 from lib.stop import Stopped, Watch
@@ -72,27 +73,24 @@ def setup(device: str = "auto", timeout: int = 1800, watch: Watch | None = None,
     """Joins the process group that torchrun describes in the environment, or makes one of a single rank.
 
     device: "cpu", "cuda", or "auto" for CUDA where there is one. NCCL on CUDA, gloo on CPU.
-    timeout: seconds that a collective may take. watch: is started, and World.stopping is its. Raises
-    UserError.
+    timeout: seconds that a collective may take. watch: started here, fills World.stopping. Raises UserError.
     """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda":
         index, gpus = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
         if not torch.cuda.is_available():
-            raise UserError(
-                "device is cuda, but torch sees no GPU: pass --device cpu, or install a CUDA build of torch")
+            raise UserError("device is cuda, but torch sees no GPU: pass --device cpu, or install a CUDA "
+                            "build of torch")
         if index >= gpus:
-            raise UserError(
-                f"this node has {gpus} GPUs, but torchrun started a process for GPU {index}: lower "
-                "--nproc_per_node")
+            raise UserError(f"this node has {gpus} GPUs, but torchrun started a process for GPU {index}: "
+                            "lower --nproc_per_node")
         local = torch.device("cuda", index)
         torch.cuda.set_device(local)
     else:
         local = torch.device("cpu")
         here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         if here > 1 and os.environ.get("OMP_NUM_THREADS") == "1":  # torchrun's own setting: share the cores
-            # not every system says which cores are ours
             cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
             torch.set_num_threads(max(1, cores // here))
     limit = timedelta(seconds=timeout)
@@ -144,6 +142,11 @@ def broadcast(value, world: World):
     box = [value]
     dist.broadcast_object_list(box, src=0)
     return box[0]
+
+
+def own(x: torch.Tensor) -> torch.Tensor:
+    """This rank's rows of a sharded parameter, gradient or moment."""
+    return x.to_local() if isinstance(x, DTensor) else x
 
 
 def gather_rows(x: torch.Tensor, world: World) -> torch.Tensor:

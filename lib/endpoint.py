@@ -1,5 +1,5 @@
-"""HTTP calls to models that run elsewhere, on the standard library: chats with OpenAI-compatible servers,
-scores from the server of a reward model.
+"""HTTP calls to models on servers, by the standard library: chats with OpenAI-compatible servers, scores from
+servers of reward models.
 
 An endpoint is one or more servers of one model, asked in turn. After a busy answer (429), a failure (5xx, a
 refused or cut connection, a timeout) or a malformed answer another server is asked, and the same one only
@@ -21,41 +21,37 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 
 from lib.options import UserError
 
 ADDRESS = re.compile(r"https?://([^\s/?#@:\[\]]+|\[[0-9a-fA-F:]+\])(:\d{1,5})?(/[^\s?#@]*)?(#\S+)?")
 BUSY = (408, 425, 429)
-MALFORMED = (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)  # answers
+HOPELESS = (401, 403, 404)  # every call would get it: the key, the address or the model's name is wrong
+MALFORMED = (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)  # answer
 LARGEST = 2**24  # bytes of a response, headers included
 BACK_OFF = 0.5  # seconds after a call's first failure, doubled by each
-AVOID = 30.0  # seconds for which a server that failed is not asked while another may be
-LONGEST_REST = 600.0  # seconds that a Retry-After can ask for
+AVOID = 30.0  # seconds for which other servers are preferred to one that failed
+LONGEST_REST = 600.0  # seconds; a longer Retry-After is cut to it
 PAUSE = 1.0  # seconds between attempts to find a server again
 HELLO = "Hello"  # the request that checks whether a server is back
 
 
 class Refused(UserError):
-    """A server refused a request, with `status` (3xx or 4xx): asking again would not help."""
+    """A server refused a request with `status` 3xx or 4xx, and would refuse it again."""
     status = 0
-
-    @property
-    def hopeless(self) -> bool:
-        """Whether every call would be refused: the key, the address or the model's name is wrong."""
-        return self.status in (401, 403, 404)
 
 
 class Unavailable(ConnectionError):
     """No server gave a usable answer in any attempt."""
-    hopeless = False
 
 
 class BoundedReader(io.RawIOBase):
-    """The bytes that a socket receives before `deadline`, at most LARGEST. Raises OSError."""
+    """Reads at most LARGEST bytes from a socket before `deadline`. Raises OSError."""
     def __init__(self, sock, deadline: float):
         self.sock, self.file, self.deadline, self.room = sock, sock.makefile("rb", 0), deadline, LARGEST
 
-    def makefile(self, _) -> io.BufferedReader:  # what http.client.HTTPResponse wants of a socket
+    def makefile(self, _) -> io.BufferedReader:  # called by http.client.HTTPResponse
         return io.BufferedReader(self)
 
     def readable(self) -> bool:
@@ -77,16 +73,16 @@ class BoundedReader(io.RawIOBase):
 
 
 class DeadlineHandler(urllib.request.HTTPHandler, urllib.request.HTTPSHandler):
-    """Makes a request's timeout that of the whole call. A socket has it for each operation, so that one byte
-    now and then would hold the thread for ever."""
+    """Applies a request's timeout to the whole call. A socket's timeout is for each operation, so that a
+    server that sends a byte now and then would hold the thread for ever."""
     def do_open(self, kind, request, **options):
         deadline = time.monotonic() + request.timeout
 
         class Connection(kind):
-            def connect(self):  # tries each of the host's addresses for `self.timeout`
+            def connect(self):  # tries each of the host's addresses, with self.timeout for each
                 self.timeout /= len(socket.getaddrinfo(self.host, self.port, type=socket.SOCK_STREAM))
                 super().connect()
-                self.sock.settimeout(max(0.001, deadline - time.monotonic()))  # to send the request
+                self.sock.settimeout(max(0.001, deadline - time.monotonic()))  # for sending the request
 
             def response_class(self, sock, **options):
                 return http.client.HTTPResponse(BoundedReader(sock, deadline), **options)
@@ -95,11 +91,11 @@ class DeadlineHandler(urllib.request.HTTPHandler, urllib.request.HTTPSHandler):
 
 
 class Endpoint:
-    """urls: comma-separated http(s)://HOST:PORT/PATH, with #MODEL where the server needs a model's name.
+    """urls: comma-separated http(s)://HOST:PORT/PATH, with #MODEL if the server needs a model's name.
     timeout: seconds for a whole call, from connecting to the last byte. attempts: per call, over all servers.
     key: the environment variable that holds the API key, which no message shows.
     say: called every 30 s with the servers that are down while calls wait; without it calls do not wait.
-    rate: calls a minute at most, retries included, over all servers; 0: no limit.
+    rate: largest number of calls per minute, with retries, over all servers; 0: no limit.
 
     Proxies are those of the environment (http_proxy, https_proxy, no_proxy). Raises UserError.
     """
@@ -117,16 +113,17 @@ class Endpoint:
             self.opener.add_handler(handler)
         self.key = os.environ.get(key, "").strip()
         if not (self.key.isascii() and self.key.isprintable()):  # http.client's error would show it
-            raise UserError(f"the key in {key} has characters that no HTTP header can have")
+            raise UserError(f"the key in {key} has characters that no HTTP header can have: correct it")
         self.lock, self.asking, self.turn = threading.Lock(), threading.Lock(), 0
-        self.gap, self.free = 60.0 / rate if rate else 0.0, 0.0  # time.monotonic() of the next call's turn
-        self.rests: dict[str, float] = {}  # url: time.monotonic() before which it is not asked at all,
-        self.avoid: dict[str, float] = {}  # and before which another is asked, if one may be
-        self.failing: dict[str, tuple[float, str]] = {}  # url: time.time() of its first failure, why
+        self.gap = 60.0 / rate if rate else 0.0  # seconds between calls
+        self.free = 0.0  # time.monotonic() before which no call begins
+        self.rests: dict[str, float] = {}  # url: time.monotonic() before which it is not asked
+        self.avoid: dict[str, float] = {}  # url: time.monotonic() before which others are preferred
+        self.failing: dict[str, tuple[float, str]] = {}  # url: time.time() and reason of the first failure
 
     def chat(self, messages: list[dict], **options) -> tuple[str, dict]:
-        """POST URL/chat/completions: the text, and of its `usage` prompt_tokens and completion_tokens where
-        the server reports them. The options (temperature, max_tokens, seed, ...) join the request."""
+        """POST URL/chat/completions with the options (temperature, max_tokens, seed, ...). Returns the text
+        and, if the server reports them, the prompt_tokens and completion_tokens of its `usage`."""
         def read(answer):
             text = answer["choices"][0]["message"]["content"]
             text = "" if text is None else text.strip()
@@ -142,9 +139,9 @@ class Endpoint:
         return self.ask("/chat/completions", {"messages": messages, **options}, read, hello)
 
     def score(self, text: str) -> float:
-        """POST URL with {"input": text, "use_activation": false}: the score, before any sigmoid, from
+        """POST URL with {"input": text, "use_activation": false}. Returns the score, before any sigmoid, from
         {"score": x}, {"data": [{"probs": [x]}]} (vLLM's /classify) or {"data": [{"data": [x]}]} (its
-        /pooling; of [[x], ...], a number a token, the last)."""
+        /pooling; the last of [[x], ...], a number per token)."""
         def read(answer):
             value = answer.get("score")
             if value is None:
@@ -159,16 +156,16 @@ class Endpoint:
                         {"input": HELLO, "use_activation": False})
 
     def down(self) -> str:
-        """Each server with the time and reason of its failure if all are down, else "". Any non-5xx response
-        counts as up."""
+        """If all servers are down, each with the time and reason of its failure; else empty. A server with
+        any non-5xx response counts as up."""
         with self.lock:
             return "" if len(self.failing) < len(self.urls) else "; ".join(
                 f"{url} since {time.strftime('%H:%M:%S', time.localtime(since))} ({why})"
                 for url, (since, why) in self.failing.items())
 
     def ask(self, path: str, body: dict, read: Callable, hello: dict):
-        """Returns read(answer) of the JSON that a server answers; where `read` raises, the call has failed.
-        Raises Refused or Unavailable."""
+        """Returns read(answer) for the JSON of a server's answer; the call has failed if `read` raises.
+        hello: the request that checks whether a server is back. Raises Refused or Unavailable."""
         for last in (False, True):
             try:
                 return self.attempt(path, body, read, self.attempts)
@@ -176,11 +173,11 @@ class Endpoint:
                 if not self.say or not self.down():
                     raise
                 self.wait(path, hello, read)
-                if last:  # they answer, but fail on this request
+                if last:  # the servers answer, but fail on this request
                     raise
 
     def wait(self, path: str, hello: dict, read: Callable):
-        """Returns once a server is back. One thread asks, the others wait for it."""
+        """Returns once a server is back. One thread asks; the others wait for it."""
         with self.asking:
             said = -math.inf
             while why := self.down():
@@ -188,38 +185,35 @@ class Endpoint:
                     self.say(f"waiting, because no server answers: {why}")
                     said = time.monotonic()
                 time.sleep(PAUSE)
-                try:
+                with suppress(Refused, Unavailable):
                     self.attempt(path, hello, read, len(self.urls))
-                except (Refused, Unavailable):
-                    pass
 
     def attempt(self, path: str, body: dict, read: Callable, attempts: int):
         reasons = {}
         for attempt in range(attempts):
-            url, rest, down, status = self.choose(), 0.0, False, 0
+            url, rest, down = self.choose(), 0.0, False
             try:
                 value = read(self.post(url, path, body))
                 self.report(url)
                 return value
             except urllib.error.HTTPError as e:
                 why, rest, down = f"{e.code} {e.reason}", retry_after(e.headers), e.code >= 500
-                status = e.code if 300 <= e.code < 500 and e.code not in BUSY else 0
+                if 300 <= e.code < 500 and e.code not in BUSY:
+                    self.report(url)
+                    refused = Refused(f"{url} answered {self.printable(why)}")
+                    refused.status = e.code
+                    raise refused from None
             except (OSError, http.client.HTTPException) as e:
                 why, down = str(getattr(e, "reason", "") or e) or type(e).__name__, True
             except MALFORMED as e:
                 why = f"an unusable answer ({type(e).__name__}: {e})"
             reasons[url] = self.printable(why)
-            if status:
-                self.report(url)
-                refused = Refused(f"{url} answered {reasons[url]}")
-                refused.status = status
-                raise refused
             back_off = BACK_OFF * 2**attempt * random.uniform(0.5, 1.5)
             self.report(url, max(back_off, rest), reasons[url] if down else "")
         raise Unavailable("; ".join(f"{url}: {why}" for url, why in reasons.items()))
 
     def choose(self) -> str:
-        """Returns the next server in turn that may be asked, or else the first that may, once it may."""
+        """Returns the next server in turn that may be asked. If none may, waits for the first."""
         with self.lock:
             self.turn, now = (self.turn + 1) % len(self.urls), time.monotonic()
             order = self.urls[self.turn:] + self.urls[:self.turn]
@@ -231,6 +225,7 @@ class Endpoint:
         return url
 
     def report(self, url: str, rest: float = 0.0, down: str = ""):
+        """Notes the result of a call. rest: seconds before the next. down: why the server has failed."""
         with self.lock:
             self.rests[url], self.avoid[url] = time.monotonic() + rest, 0.0
             if down:
@@ -250,27 +245,27 @@ class Endpoint:
             self.free = time.monotonic() + wait + self.gap
         time.sleep(wait)
         with self.opener.open(request, timeout=self.timeout) as response:
-            content = b"".join(iter(lambda: response.read(2**16), b""))  # never allocates what headers claim
+            content = b"".join(iter(lambda: response.read(2**16), b""))  # allocates no more than is received
             if response.length:
                 raise http.client.IncompleteRead(content, response.length)
         if not 200 <= response.status < 300:
             raise urllib.error.HTTPError(url, response.status, content.decode(errors="replace").strip()
                                          or response.reason, response.headers, None)
-        return json.loads(content, parse_constant=int)  # which raises ValueError for NaN and Infinity
+        return json.loads(content, parse_constant=int)  # int raises ValueError for NaN and Infinity
 
     def printable(self, text: str) -> str:
-        """What a server said, or the error that it caused, on one line without the key, which some repeat."""
+        """A server's message or an error, on one line and without the key, which some servers repeat."""
         text = (text.replace(self.key, "***") if self.key else text)[:1000]
         return " ".join("".join(c if c.isprintable() else " " for c in text).split())[:300]
 
 
 def model_names(urls: str) -> str:
-    """The models' names, wherever the servers are; a path, or a URL without #MODEL, stands for itself."""
+    """The names of the servers' models. A path, or a URL without #MODEL, is its own name."""
     return ",".join(sorted({url.strip().rpartition("#")[2] for url in urls.split(",")}))
 
 
 def retry_after(headers) -> float:
-    """Seconds of a Retry-After header, which is a number or a date; 0 without one."""
+    """Seconds of a Retry-After header, a number or a date; 0 without one."""
     value = headers.get("Retry-After", "0")
     try:
         rest = float(value) if value.strip().isdigit() else (
@@ -281,14 +276,11 @@ def retry_after(headers) -> float:
 
 
 class Pool:
-    """Daemon threads that make calls, as a context: what `submit` is given comes back through `done` as
-    (key, value, None) or (key, None, exception), in the order in which calls return.
+    """Context manager of daemon threads that make calls. Each call of `submit` puts (key, value, None) or
+    (key, None, exception) into `done`, in the order in which calls return. After the context no call begins.
 
-    Those of concurrent.futures are joined when the interpreter exits: one that hangs would keep the process
-    for ever. After the context no further call begins; one that is under way keeps its thread until it
-    returns.
+    Threads of concurrent.futures are joined at exit, where one that hangs would keep the process for ever.
     """
-
     def __init__(self, call: Callable, threads: int):
         self.call, self.threads, self.closed = call, threads, False
         self.todo, self.done = queue.SimpleQueue(), queue.SimpleQueue()
@@ -316,15 +308,16 @@ class Pool:
 
 
 def each(call: Callable, items: Iterable, threads: int) -> Iterator[tuple]:
-    """Yields (item, call(item), None), or (item, None, error) where it raised Refused or Unavailable, in the
-    order in which calls return. Raises any other exception, and a Refused that is hopeless. Results that must
-    not be lost when the reader stops early are for `call` to save."""
+    """Yields (item, call(item), None), or (item, None, error) if it raised Refused or Unavailable, in the
+    order in which calls return. Raises any other exception, and a Refused with a HOPELESS status. `call` must
+    save results itself that may not be lost if the caller stops early."""
     with Pool(call, threads) as pool:
         items = list(items)
         for item in items:
             pool.submit(item, item)
         for _ in items:
             item, value, error = pool.done.get()
-            if getattr(error, "hopeless", error is not None):
+            local = error is not None and not isinstance(error, (Refused, Unavailable))
+            if local or getattr(error, "status", 0) in HOPELESS:
                 raise error
             yield item, value, error

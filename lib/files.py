@@ -1,4 +1,4 @@
-"""JSON lines, atomic and durable writes, and paths inside the repository; without torch."""
+"""JSON lines, atomic writes and paths inside the repository; without torch."""
 
 import json
 import os
@@ -15,27 +15,23 @@ def locate(path: str) -> str:
 
 
 def replace(file: Path, text: str):
-    """Writes beside and renames, so that a crash leaves the old file or the new one."""
+    """Writes the text to the disk under another name, then renames that file: a crash leaves the old text or
+    the new one."""
     beside = Path(f"{file}.writing")
-    beside.write_text(text, encoding="utf-8")
-    beside.replace(file)
-
-
-def write_durably(file: Path, text: str):
-    """Returns when the text is on the disk."""
-    with file.open("w") as f:
+    with beside.open("w", encoding="utf-8") as f:
         f.write(text)
         f.flush()
         os.fsync(f.fileno())
+    beside.replace(file)
 
 
 def jsonl(records: list[dict]) -> str:
-    """A JSON object a line."""
+    """One JSON object per line."""
     return "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records)
 
 
 def write_jsonl(file: Path, records: list[dict], mode: str = "w"):
-    """Writes a JSON object a line; mode "a" appends. Raises UserError."""
+    """Writes one JSON object per line; mode "a" appends. Raises UserError."""
     try:
         with file.open(mode, encoding="utf-8") as f:
             f.write(jsonl(records))
@@ -45,8 +41,8 @@ def write_jsonl(file: Path, records: list[dict], mode: str = "w"):
 
 
 def read_jsonl(file: Path, remedy: str = "put it back", /, **fields: Field) -> list[dict]:
-    """The records of a file, without a last line that is still being written; each must have the fields.
-    Raises UserError."""
+    """The records of a file, except a last line that is incomplete; each must have the fields. Raises
+    UserError."""
     records = []
     try:
         for line in file.read_bytes().split(b"\n")[:-1]:
@@ -58,8 +54,8 @@ def read_jsonl(file: Path, remedy: str = "put it back", /, **fields: Field) -> l
 
 
 def read_parts(folder: Path, name: str, **fields: Field) -> list[dict]:
-    """The records of NAME.jsonl and of the NAME.part-RANK.jsonl that ranks append to; a last line that a kill
-    has torn is cut off, so that more can be appended. Raises UserError."""
+    """The records of NAME.jsonl and of the NAME.part-RANK.jsonl that ranks append to. Cuts off a last line
+    that a kill has left incomplete. Raises UserError."""
     records = []
     for file in sorted(folder.glob(f"{name}*.jsonl")):
         os.truncate(file, file.read_bytes().rfind(b"\n") + 1)
@@ -68,7 +64,7 @@ def read_parts(folder: Path, name: str, **fields: Field) -> list[dict]:
 
 
 def merge_parts(folder: Path, name: str, records: list[dict]):
-    """Makes NAME.jsonl of all records, and removes the parts."""
+    """Writes all records to NAME.jsonl, then removes the parts."""
     replace(folder / f"{name}.jsonl", jsonl(records))
     for part in folder.glob(f"{name}.part-*.jsonl"):
         part.unlink()

@@ -2,13 +2,14 @@
 
 import torch
 from torch import nn
-from torch.distributed.tensor import DTensor
+
+from lib.distributed import own
 
 
 def offload_(optimizer: torch.optim.Optimizer):
-    """AdamW's moments wait for the next step in pinned host memory. They alone: weights and gradients, which
+    """Keeps AdamW's moments in pinned host memory between steps. Weights and gradients, which
     CPUOffloadPolicy moves too, would cross the bus for every micro-batch; moments do so once a step, when no
-    activations need their room."""
+    activations are in memory."""
     moments, host = ("exp_avg", "exp_avg_sq"), {}
 
     def fetch(*_):
@@ -34,8 +35,7 @@ class Offloaded:
     host memory."""
 
     def __init__(self, model: nn.Module):
-        whole = [p.detach() for p in model.parameters()]
-        self.shards = [p.to_local() if isinstance(p, DTensor) else p for p in whole]
+        self.shards = [own(p.detach()) for p in model.parameters()]
         self.host = [torch.empty_like(x, device="cpu", pin_memory=x.is_cuda).copy_(x) for x in self.shards]
         self.sizes = [x.untyped_storage().nbytes() for x in self.shards]
         self.__exit__()

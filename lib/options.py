@@ -1,5 +1,5 @@
-"""A program's options: the fields of a dataclass, from JSON and command line, --help from its comments; and
-JSON files, whose fields are checked by type and range."""
+"""Command-line options from the fields of a dataclass, errors for users, and JSON whose fields are checked by
+type and range."""
 
 import dataclasses
 import difflib
@@ -21,39 +21,39 @@ if {"-h", "--help"} & set(sys.argv):  # a pipe that closes, as of `--help | head
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)
 
 DEVICES, DTYPES = ("auto", "cpu", "cuda"), ("auto", "float32", "bfloat16")
-LARGEST, LIMIT = 10**9, 10**18  # of a size, a number of seconds and the like; of any number, such as a seed
-FILE_BYTES = 2**26  # of a JSON file
+LARGEST = 10**9  # upper bound of options such as sizes and seconds
+LIMIT = 10**18  # upper bound of any number, such as a seed
+FILE_BYTES = 2**26  # largest JSON file
 EXPECTED = {bool: "true or false", int: "a whole number of at most 18 digits", float: "a number up to 1e18",
             str: "a string", list: "a list", tuple: "a string", dict: "an object"}
 BOOLS = {"true": True, "false": False}
 TORCHRUN = "RANK LOCAL_RANK WORLD_SIZE LOCAL_WORLD_SIZE TORCHELASTIC_RESTART_COUNT MASTER_PORT".split()
-# What a value must be: type, range of a number; and what stands for a missing or null one, if it may be
+# Type and range of a value; `default` replaces a missing or null value, which is an error without a default.
 Field = namedtuple("Field", "kind least most default", defaults=(-LIMIT, LIMIT, ...))
 
 
 class UserError(Exception):
-    """What ends a command with one line on the screen and exit code 2: the message names a value, where it
-    stands and what to do."""
+    """An error that the user can repair. It ends a command with one line and exit code 2; the message names
+    the value, its place and the remedy."""
 
 
 def command(main: Callable[[], None]) -> Callable[[], None]:
-    """A decorator for a command's `main`: a UserError or OSError ends the process with one line and exit
-    code 2, Ctrl-C with 130. A rank of several ends there and then after any error: whatever waits for the
-    others, who may be in a collective, would never return."""
+    """Decorator for a command's `main`: a UserError or OSError ends the process with one line and exit code
+    2, Ctrl-C with 130. With several ranks any error ends the process immediately, without cleanup, which
+    would wait for ranks that may be in a collective."""
     def run():
         rank, alone = 0, True
         try:
             rank, alone = environment()["RANK"], environment()["WORLD_SIZE"] <= 1
             return main()
         except KeyboardInterrupt:
-            print("stopped: the same command goes on from what is written", file=sys.stderr)
+            print("stopped: the same command continues from what is written", file=sys.stderr)
             code = 130
         except (UserError, OSError) as e:
             if rank and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
-                time.sleep(5)  # rank 0 says the same at once, and torchrun ends all with the first that exits
-            said = str(e).replace("\n", "\\n")  # of a value, which may be long
-            said = said if len(said) < 3000 else f"{said[:2000]} [...] {said[-500:]}"
-            print(f"error{f' on rank {rank}' * bool(rank)}: {said}", file=sys.stderr, flush=True)
+                time.sleep(5)  # rank 0 prints the same error, and torchrun then ends the other ranks
+            message = str(e).replace("\n", "\\n")[:3000]
+            print(f"error{f' on rank {rank}' * bool(rank)}: {message}", file=sys.stderr, flush=True)
             code = 2
         except Exception:
             if alone:
@@ -66,26 +66,27 @@ def command(main: Callable[[], None]) -> Callable[[], None]:
 
 
 def environment() -> dict[str, int]:
-    """The numbers that torchrun sets, 0 where it has not. Raises UserError."""
+    """The numbers that torchrun sets, 0 where one is not set. Raises UserError."""
     numbers = {k: int(v) if re.fullmatch("[0-9]{1,18}", v) else v for k, v in os.environ.items()}
     return typed(numbers, "environment", {name: Field(int, 0, 65535, 0) for name in TORCHRUN})
 
 
 def shown(value) -> str:
+    """The value for a message, shortened to about 100 characters."""
     return text if len(text := repr(value)) <= 100 else f"{text[:80]}... ({len(text):,} characters)"
 
 
 def finite(text: str) -> float:
     if abs(number := float(text)) < float("inf"):
         return number
-    raise ValueError(f"{text[:80]} is no finite number")
+    raise ValueError(f"{text[:80]} is not a finite number")
 
 
 DECODER = json.JSONDecoder(parse_float=finite, parse_constant=finite)
 
 
 def parse_json(data: bytes) -> dict:
-    """The JSON object that stands there in UTF-8. Raises ValueError."""
+    """The JSON object in UTF-8 data. Raises ValueError."""
     try:
         value = DECODER.decode(data.decode("utf-8-sig"))
     except RecursionError:
@@ -95,23 +96,22 @@ def parse_json(data: bytes) -> dict:
     return value
 
 
-def read_json(path: str | Path, remedy: str, parse: Callable = parse_json, /, **fields: Field):
-    """The object in a JSON file, which must have the fields; or what `parse` makes of another file. Raises
-    UserError, with the remedy."""
+def read_json(path: str | Path, remedy: str, /, **fields: Field) -> dict:
+    """The object in a JSON file, its fields checked. Raises UserError, which ends with the remedy."""
     try:
         with open(path, "rb") as f:
             if len(data := f.read(FILE_BYTES + 1)) > FILE_BYTES:
                 raise ValueError(f"more than {FILE_BYTES:,} bytes")
-        value = parse(data)
+        value = parse_json(data)
     except FileNotFoundError:
         raise UserError(f"{path} does not exist: {remedy}") from None
     except (OSError, ValueError) as e:
         raise UserError(f"{path} cannot be read ({getattr(e, 'strerror', None) or e}): {remedy}") from None
-    return value | typed(value, path, fields) if fields else value
+    return value | typed(value, path, fields)
 
 
 def typed(raw: dict, source: str | Path, fields: dict[str, Field]) -> dict:
-    """The named values of an object, each of its type and in its range. Raises UserError."""
+    """The named values of an object, checked by type and range. Raises UserError, which names the source."""
     values = {}
     for name, field in fields.items():
         value, kind, number = raw.get(name), field.kind, field.kind in (int, float)
@@ -141,7 +141,7 @@ def help_text(kind: type, about: str, positional: str = "") -> str:
 
 
 def convert(config: type, name: str, value, source: str, others: tuple[str, ...] = ()):
-    """A string or JSON value as the type of the field `name`; raises UserError."""
+    """A string or JSON value, converted to the type of the field `name`. Raises UserError."""
     fields = {f.name: f for f in dataclasses.fields(config)}
     if name not in fields:
         near = difflib.get_close_matches(name, [*fields, *others], 1)
@@ -151,23 +151,24 @@ def convert(config: type, name: str, value, source: str, others: tuple[str, ...]
     if isinstance(value, str):
         if re.search("[\0\ud800-\udfff]", value):
             raise UserError(f"{source}: {name} must be UTF-8 without NUL, not {shown(value)}")
-        with suppress(KeyError, ValueError):  # refused below
+        with suppress(KeyError, ValueError):  # `typed` reports a value that has not been converted
             value = (value,) if kind is tuple else BOOLS[value.lower()] if kind is bool else kind(value)
     return typed({name: value}, source, {name: Field(kind)})[name]
 
 
 def parse(config: type, arguments: list[str], about: str, positional: str = ""):
-    """A `config` with the values that are given, see `read`."""
+    """An instance of `config` with the values that `read` finds."""
     return config(**read(config, arguments, about, positional=positional)[0])
 
 
 def read(config: type, arguments: list[str], about: str, others: tuple[str, ...] = (),
          positional: str = "") -> tuple[dict, list[str]]:
-    """The values from `--config FILE.json` and `--NAME VALUE` (or --NAME=VALUE), by name, later ones win; and
-    the files.
+    """Values by name from `--config FILE.json` and `--NAME VALUE` (or --NAME=VALUE), of which later ones win;
+    and the config files.
 
-    about: what --help says above the options. others: of another class, to suggest. positional: fields that
-    must be given, without their names, in this order; a tuple takes all that follow. Raises UserError.
+    about: the introduction of --help. others: further names to suggest for a misspelt one. positional: names
+    of required fields, separated by spaces, whose values are given without --NAME and in this order; a field
+    of type tuple takes all remaining values. Raises UserError.
     """
     values, files, rest, places = {}, [], [], positional.split()
     for argument in arguments:
@@ -183,7 +184,7 @@ def read(config: type, arguments: list[str], about: str, others: tuple[str, ...]
             places = places[isinstance(value, str):]
             continue
         if not name.startswith("--"):
-            raise UserError(f"command line: {shown(name)} is no option; options are written --NAME VALUE")
+            raise UserError(f"command line: {shown(name)} is not an option; write --NAME VALUE")
         if not rest:
             raise UserError(f"command line: {name} lacks its value")
         name, value = name[2:].replace("-", "_"), rest.pop(0)
@@ -200,8 +201,8 @@ def read(config: type, arguments: list[str], about: str, others: tuple[str, ...]
 
 
 def check_numbers(config, positive: str = "", not_negative: str = "", **ranges: tuple[float, float]):
-    """Whether the named fields, separated by spaces, are above 0, or not below it, and at most LARGEST; or
-    each in a range of its own, ends included. Raises UserError."""
+    """Checks that the named fields, separated by spaces, are above 0, or at least 0, and at most LARGEST;
+    others against their own (least, most). Raises UserError."""
     ranges = (dict.fromkeys(positive.split(), (1e-9, LARGEST))
               | dict.fromkeys(not_negative.split(), (0, LARGEST)) | ranges)
     for name, (least, most) in ranges.items():
@@ -211,7 +212,7 @@ def check_numbers(config, positive: str = "", not_negative: str = "", **ranges: 
 
 
 def check_choices(config, **choices: tuple[str, ...]):
-    """Whether each named field has one of its values. Raises UserError."""
+    """Checks that each named field has one of the given values. Raises UserError."""
     for name, values in choices.items():
         if getattr(config, name) not in values:
             raise UserError(f"{name} must be one of {', '.join(values)}, not {getattr(config, name)!r}")

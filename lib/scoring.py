@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from lib.endpoint import Pool
-from lib.options import UserError
+from lib.options import UserError, shown
 
 LARGEST = float(np.finfo(np.float32).max)  # reward: its square and their sums are finite in fp64
 MISTAKES = (NameError, ImportError)  # of a remote reward: errors in its code, whatever a server answers
@@ -52,8 +52,8 @@ class Reward:
         return self.batched or self.remote or hasattr(self.function, "prepare")
 
     def transformed(self, value: float) -> float:
-        """What enters the advantage for a raw value; one that is missing (NaN), or LOWEST, stays so. Raises
-        RewardError."""
+        """The value that enters the advantage for a raw value; NaN (missing) and LOWEST stay as they are.
+        Raises RewardError."""
         if not self.transform or not math.isfinite(value):
             return value
         try:
@@ -62,9 +62,8 @@ class Reward:
             raise RewardError(f"the transform of reward {self.name!r} raised {describe(e)}, on {value:g}: "
                               "repair it in rewards.TRANSFORMS") from e
         if not is_number(result):
-            raise RewardError(f"the transform of reward {self.name!r} returned {result!r} for {value:g}: it "
-                              "must return a finite number for every value of the reward; repair it in "
-                              "rewards.TRANSFORMS")
+            raise RewardError(f"the transform of reward {self.name!r} returned {result!r} for {value:g}, not "
+                              "a finite number: repair it in rewards.TRANSFORMS")
         return float(result)
 
 
@@ -72,27 +71,23 @@ def choose_rewards(option: str, tables) -> list[Reward]:
     """The rewards that the option `reward` names; if empty, those that have a weight or are required. Raises
     UserError."""
     table, transforms, required = tables.REWARDS, tables.TRANSFORMS, tables.REQUIRED
-    for name, entry in table.items():
-        pair = isinstance(entry, tuple) and len(entry) == 2
-        if not (pair and callable(entry[0]) and is_number(entry[1])):
-            raise UserError(f"rewards.REWARDS has {entry!r} for {name!r}: it must be (function, weight)")
+    for title, valid, kind in (("REWARDS", is_entry, "(function, weight)"),
+                               ("TRANSFORMS", callable, "a function"), ("REQUIRED", is_number, "a number")):
+        for name, entry in getattr(tables, title).items():
+            if not valid(entry):
+                raise UserError(f"rewards.{title} has {entry!r} for {name!r}: it must be {kind}")
+            if name not in table:
+                raise UserError(f"rewards.{title} has {name!r}, which is not in rewards.REWARDS")
     names = [name.strip() for name in option.split(",") if name.strip()]
     names = names or [name for name, (_, weight) in table.items() if weight or name in required]
     for name in names:
         if name not in table:
-            raise UserError(f"reward {name!r} is not in rewards.REWARDS, which has {', '.join(table)}")
+            raise UserError(f"reward {shown(name)} is not in rewards.REWARDS, which has {', '.join(table)}")
     if len(set(names)) < len(names):
         raise UserError(f"reward names one twice: {','.join(names)}; weigh it in rewards.REWARDS instead")
     if not (total := sum(table[name][1] for name in names)) > 0:
         raise UserError(f"the rewards {', '.join(names)} have weight {total:g} together: give them "
                         "more in rewards.REWARDS, and turn a reward's sign instead of its weight's")
-    for title, entries, valid, kind in (("TRANSFORMS", transforms, callable, "function"),
-                                        ("REQUIRED", required, is_number, "number")):
-        for name, entry in entries.items():
-            if name not in table:
-                raise UserError(f"rewards.{title} has {name!r}, which is not in rewards.REWARDS")
-            if not valid(entry):
-                raise UserError(f"rewards.{title} has {entry!r} for {name!r}, which is no {kind}")
     if left_out := [name for name in required if name not in names]:
         raise UserError(f"rewards.REQUIRED has {left_out[0]!r}, which --reward leaves out: name it too, or "
                         "take it out of REQUIRED")
@@ -134,9 +129,12 @@ def checked(reward: Reward, values: list, prompts: list) -> list[float]:
         lowest = isinstance(value, numbers.Real) and value == -math.inf
         if value is not None and not lowest and not is_number(value):
             raise RewardError(f"reward {reward.name!r} returned {value!r} for an answer to prompt "
-                              f"{prompt.id!r}: it must be a finite number, or None where it cannot be "
-                              "computed")
+                              f"{prompt.id!r}: it must be a finite number, or None if it cannot be computed")
     return [math.nan if value is None else float(value) for value in values]
+
+
+def is_entry(value) -> bool:
+    return isinstance(value, tuple) and len(value) == 2 and callable(value[0]) and is_number(value[1])
 
 
 def is_number(value) -> bool:
@@ -159,9 +157,9 @@ class Remote(Pool):
         super().submit(i, completion, prompt)
 
     def wait(self, since: float | None, interrupt=lambda: None, seconds: float = 5.0) -> str | None:
-        """None once every sample is back, or given up `patience` seconds after `since`, a time.monotonic()
-        (None: the last answer); else, after some seconds, which servers are down, "" if they
-        are only slow. `interrupt` is called meanwhile, and may raise."""
+        """Returns None once every sample is back, or given up `patience` seconds after `since`, a
+        time.monotonic() (None: the last answer); else, after `seconds`, the servers that are down, empty if
+        they are only slow. `interrupt` is called meanwhile, and may raise."""
         until = time.monotonic() + seconds
         while self.waiting:
             interrupt()

@@ -1,4 +1,5 @@
-"""What ends a rank from outside: SIGTERM, SIGINT or SIGHUP at any rank, the end of another or of torchrun."""
+"""Ends a rank for reasons from outside: SIGTERM, SIGINT or SIGHUP at any rank, the end of another rank or of
+torchrun."""
 
 import os
 import select
@@ -9,18 +10,19 @@ import threading
 import time
 from pathlib import Path
 
-PARENT = os.getppid()  # while it lives: imported before what takes seconds
+PARENT = os.getppid()  # read early, while the parent lives: this module is imported before slow ones
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
-GRACE, LIMIT = 3.0, 7.0  # seconds that the main thread has to end by itself; that all ranks have to answer
+GRACE = 3.0  # seconds for the main thread to end by itself once another rank has ended
+LIMIT = 7.0  # seconds for all ranks to answer a signal
 
 
 class Stopped(Exception):
-    """The run was told to end, by the signal of this number at one of its ranks at least."""
+    """A signal with this number, at one or more ranks, asks the run to stop."""
 
 
 def follow_torchrun():
-    """Ends the process with its torchrun: an orphan would keep a GPU, or join the next run. Process 1, which
-    adopts orphans, is torchrun itself where it is a Python: in a container."""
+    """Ends the process when its torchrun has ended: an orphan would keep a GPU, or join the next run. Process
+    1, which adopts orphans, is torchrun itself if it runs Python, as in a container."""
     init = Path("/proc/1/cmdline")
     alive = PARENT != 1 or init.exists() and b"python" in init.read_bytes().split(b"\0")[0]
     while alive and os.getppid() == PARENT:
@@ -33,41 +35,42 @@ if "TORCHELASTIC_RUN_ID" in os.environ:
 
 
 class Watch:
-    """Shares with the other ranks, in a thread of its own, what the main thread cannot while it is inside a
-    collective: SIGNALS, which go into `stopping`, and errors. The process ends where another rank has ended
-    with an error, or does not answer a signal: NCCL would wait for the dead. Or with the second Ctrl-C."""
+    """A thread that exchanges signals and errors with the other ranks, also while the main thread is blocked
+    in a collective. Received SIGNALS go into `stopping`. It ends the process if another rank has ended with
+    an error or does not answer a signal, because NCCL would wait for that rank; and at the second Ctrl-C."""
     def __init__(self):
         self.stopping, self.store, self.rank, self.size = [], None, 0, 1
-        self.first = self.error = ""  # which rank has ended first, and why; how this one has ended
-        self.noticed = False  # by the main thread, which ends the process itself
-        self.ear, self.voice = socket.socketpair()
-        self.voice.setblocking(False)
+        self.first = ""  # which rank has ended first, and why
+        self.error = ""  # how this rank has ended
+        self.noticed = False  # True: the main thread knows of the end, and ends the process itself
+        self.reader, self.writer = socket.socketpair()  # signal numbers; 0 ends the thread
+        self.writer.setblocking(False)
         self.thread = threading.Thread(target=self.listen, daemon=True)
         self.thread.start()
 
     def start(self, store, rank: int, size: int):
-        """store: what the ranks of this start share, over a connection that nobody else uses."""
+        """store: shared by the ranks of this start, over a connection of its own."""
         self.store, self.rank, self.size = store, rank, size
-        signal.set_wakeup_fd(self.voice.fileno())  # a byte for each signal that has a handler, at once
+        signal.set_wakeup_fd(self.writer.fileno())  # writes a byte for each signal that has a handler
         for number in SIGNALS:
-            if signal.getsignal(number) is not signal.SIG_IGN:  # nohup, or a shell's background
+            if signal.getsignal(number) is not signal.SIG_IGN:  # under nohup or in a shell's background
                 signal.signal(number, lambda *_: None)
 
     def listen(self):
-        told, limit, complete = 0.0, float("inf"), False
+        interrupted, limit, complete = 0.0, float("inf"), False
         while True:
-            heard = self.ear.recv(64) if select.select([self.ear], [], [], 0.5)[0] else b""
-            if 0 in heard:
+            received = self.reader.recv(64) if select.select([self.reader], [], [], 0.5)[0] else b""
+            if 0 in received:
                 return
-            if signal.SIGINT in heard:
-                if told and time.monotonic() - told > 0.5:  # `timeout` sends it twice at once
+            if signal.SIGINT in received:
+                if interrupted and time.monotonic() - interrupted > 0.5:  # `timeout` sends it twice at once
                     os._exit(130)
-                told = time.monotonic()
-            self.stopping += [number for number in heard if number in SIGNALS]
+                interrupted = time.monotonic()
+            self.stopping += [number for number in received if number in SIGNALS]
             limit = min(limit, time.monotonic() + LIMIT) if self.stopping else limit
             try:
                 complete |= bool(self.store) and self.exchange()
-            except RuntimeError:  # whoever holds it is gone: the next collective will say so
+            except RuntimeError:  # the store's process has ended: the next collective will fail
                 self.store = None
             if time.monotonic() > limit and not complete:
                 self.first = self.first or "a rank was killed"
@@ -79,7 +82,7 @@ class Watch:
                     os._exit(1)
 
     def exchange(self) -> bool:
-        """Tells the other ranks what this one knows, and asks them. True if all have answered a signal."""
+        """Publishes this rank's state and reads that of the others. True if all have answered a signal."""
         if self.error or self.store.check(["error"]):
             self.first = self.store.compare_set("error", "", self.error).decode()
         if not self.stopping and self.store.check(["stop"]):
@@ -90,16 +93,16 @@ class Watch:
         return self.store.check([f"answer {rank}" for rank in range(self.size)])
 
     def end(self, why: str) -> str:
-        """Tells the other ranks that this one ends with an error, and lets them say first that they do too.
-        Returns what another that has ended before it said, if one has."""
+        """Tells the other ranks that this one ends with an error, and waits until they have printed that they
+        end too. Returns the message of a rank that has ended before, empty if there is none."""
         self.noticed = True
         if self.size > 1:
-            time.sleep(0.5 * (self.rank > 0))  # rank 0 says what all would
+            time.sleep(0.5 * (self.rank > 0))  # an error of all ranks is printed by rank 0
             self.error = f"rank {self.rank} has ended ({why})"
-            time.sleep(1.5)  # for `listen`, here and at the others
+            time.sleep(1.5)  # for `listen`, here and at the other ranks
         return self.first.removeprefix(self.error)
 
     def close(self):
         signal.set_wakeup_fd(-1)
-        self.voice.send(b"\0")
+        self.writer.send(b"\0")
         self.thread.join(5)

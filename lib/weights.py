@@ -14,7 +14,7 @@ INDEX = "model.safetensors.index.json"
 
 
 def open_weights(file: Path):
-    """A safetensors file opened to read; raises UserError, naming the file, if it is none or cut short."""
+    """Opens a safetensors file. Raises UserError if it is missing, incomplete or of another format."""
     try:
         return safe_open(file, framework="pt")
     except (OSError, SafetensorError) as e:
@@ -22,7 +22,7 @@ def open_weights(file: Path):
 
 
 def weight_files(path: str | Path) -> dict[str, Path]:
-    """Tensor name -> safetensors file of a checkpoint folder. UserError names a missing file."""
+    """Tensor name -> safetensors file of a checkpoint folder. Raises UserError."""
     path = Path(path)
     index, single = path / INDEX, path / "model.safetensors"
     if index.exists():
@@ -31,16 +31,14 @@ def weight_files(path: str | Path) -> dict[str, Path]:
             if not isinstance(file, str) or file != Path(file).name:  # of another folder
                 raise UserError(f"{index}: {name} must be in a file of this folder, not in {shown(file)}")
         files = {name: path / file for name, file in names.items()}
-    elif single.exists():
+        if missing := sorted({f.name for f in files.values() if not f.is_file()}):
+            raise UserError(f"{path} lacks {', '.join(missing)}, which its index names: is the download "
+                            "complete?")
+        return files
+    if single.exists():
         with open_weights(single) as f:
-            files = dict.fromkeys(f.keys(), single)
-    else:
-        raise UserError(f"{path} has neither model.safetensors nor {INDEX}: is the download "
-                        "complete?")
-    if missing := sorted({f.name for f in files.values() if not f.is_file()}):
-        raise UserError(f"{path} lacks {', '.join(missing)}, which its index names: is the download "
-                        "complete?")
-    return files
+            return dict.fromkeys(f.keys(), single)
+    raise UserError(f"{path} has neither model.safetensors nor {INDEX}: is the download complete?")
 
 
 def check_finite(x: torch.Tensor, name: str, file: Path):
@@ -73,11 +71,11 @@ def write_file(tensors: dict[str, torch.Tensor], file: Path):
 def write_index(model: nn.Module, path: str | Path, dtype: torch.dtype, files: dict[str, list[str]]):
     """Writes the index where there are several files, and removes what an older checkpoint left."""
     path = Path(path)
+    for file in path.glob("model*.safetensors*"):
+        if file.name not in files:  # an older index would be read instead of the new file
+            file.unlink()
     if len(files) > 1:
         size = sum(p.numel() for p in model.parameters()) * dtype.itemsize
         places = {name: file for file, names in files.items() for name in names}
         content = {"metadata": {"total_size": size}, "weight_map": places}
         (path / INDEX).write_text(json.dumps(content, indent=2))
-    kept = {*files, *([INDEX] if len(files) > 1 else [])}
-    for stale in (f for f in path.glob("model*.safetensors*") if f.name not in kept):
-        stale.unlink()  # an older index would be read instead of the new file

@@ -105,7 +105,7 @@ LONG = {"prompt": "Write.", "type": "News", "length": 100}
     ("writingbench", writing(2) | {"checklist": "a"}, "line 2, .*: checklist must be a list, not 'a'"),
     ("writingbench", writing(2) | {"checklist": []}, "line 2, .*: checklist must be a list of criteria"),
     ("writingbench", writing(2) | {"checklist": [{"name": "a"}]}, "line 2, .*: checklist .* 9-10"),
-    ("writingbench", writing(1), "line 2: id '1' stands already on line 1"),
+    ("writingbench", writing(1), "line 2: id '1' is already on line 1"),
     ("arena", ARENA | {"idx": 2, "baseline_response": ["a"]}, "line 2, .*: baseline_response must be an obj"),
     ("arena", ARENA | {"idx": 2, "baseline_response": {"a": " "}}, "line 2, .*: baseline_response must hold"),
 ])

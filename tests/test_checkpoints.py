@@ -61,7 +61,7 @@ def test_state_and_manifest_are_on_the_disk_before_the_checkpoint_has_its_name(t
     events, fsync, rename = [], os.fsync, os.rename
 
     def noted_fsync(descriptor: int):
-        events.append(Path(os.readlink(f"/proc/self/fd/{descriptor}")).name)
+        events.append(Path(os.readlink(f"/proc/self/fd/{descriptor}")).name.removesuffix(".writing"))
         fsync(descriptor)
 
     def noted_rename(source, target):

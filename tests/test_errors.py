@@ -192,7 +192,7 @@ CHECKPOINTS = {
     "misshaped": (reshape, ["model.norm.weight", "127"]),
     "another name": (rename, ["model.norm.weight", "model.norm.bias"]),
     "no weights": (lambda f: (f / "model.safetensors").unlink(), ["neither model.safetensors"]),
-    "no tokenizer": (lambda f: (f / "tokenizer.json").unlink(), ["tokenizer.json does not exist"]),
+    "no tokenizer": (lambda f: (f / "tokenizer.json").unlink(), ["tokenizer.json cannot be read (No"]),
     "broken tokenizer": (lambda f: write(f / "tokenizer.json", "{"), ["tokenizer.json cannot be read"]),
     "no end of text": (lambda f: write(f / "tokenizer_config.json", "{}"), ["end-of-text"]),
     "broken config": (lambda f: write(f / "config.json", "{"), ["config.json cannot be read"]),

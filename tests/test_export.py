@@ -110,7 +110,7 @@ def test_what_cannot_be_exported(run, tmp_path, capsys, monkeypatch):
     (tmp_path / "empty").mkdir()
     (tmp_path / "young" / "checkpoints").mkdir(parents=True)
     (tmp_path / "young" / "config.json").write_text('{"model": "data/tiny/base"}')
-    assert "nowhere is no folder" in says(tmp_path / "nowhere", tmp_path / "out")
+    assert "nowhere is neither a run nor" in says(tmp_path / "nowhere", tmp_path / "out")
     assert "neither a run nor a checkpoint" in says(tmp_path / "empty", tmp_path / "out")
     assert "no complete checkpoint" in says(tmp_path / "young", tmp_path / "out")
     assert "full is not empty" in says(run, tmp_path / "full")

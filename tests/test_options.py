@@ -210,8 +210,8 @@ def test_a_config_file_that_is_not_text_is_an_error_that_names_it(tmp_path):
 FILES = {  # what stands in a JSON file: what is said of it
     "": "Expecting value", "{": "Expecting property name", '{"a": 1} x': "Extra data",
     "[1]": "must be a JSON object",
-    "null": "must be a JSON object", '{"a": NaN}': "NaN is no finite number",
-    '{"a": -Infinity}': "-Infinity is no finite number", '{"a": 1e999}': "1e999 is no finite number",
+    "null": "must be a JSON object", '{"a": NaN}': "NaN is not a finite number",
+    '{"a": -Infinity}': "-Infinity is not a finite number", '{"a": 1e999}': "1e999 is not a finite number",
     '{"a": %s}' % ("9" * 5000): "5000 digits", '{"a": %s' % ("[" * 100_000): "nested too deeply",
     b"\xff\xfe{\0}\0": "codec can't decode", b"\x80\x81": "codec can't decode",
     b'{"a": "\xe9"}': "codec can't decode"}
@@ -274,7 +274,7 @@ def test_a_field_has_its_type_and_range_or_is_refused_by_file_name_and_value(fie
 
 @pytest.mark.parametrize("content, part", [
     ("\n", "at line 1 (Expecting value"), ('{"a": 1}\n[1]\n', "at line 2 (it must be a JSON"),
-    ('{"a": 1}\n{"a": "x"}\n', ", line 2: a must be a whole"), ('{"a": NaN}\n', "NaN is no finite"),
+    ('{"a": 1}\n{"a": "x"}\n', ", line 2: a must be a whole"), ('{"a": NaN}\n', "NaN is not a finite"),
     ("{}\n", ", line 1: a must be a whole"),
     (b"\xff\n", "codec can't decode")])
 def test_records_that_cannot_be_are_named_by_line(content, part, tmp_path):
@@ -352,7 +352,7 @@ def test_values_without_names_go_to_the_positional_fields(arguments, expected):
 
 @pytest.mark.parametrize("arguments, part", [
     ([], "FIRST is missing"), (["a"], "REST is missing"), (["a", "\0"], "rest must be UTF-8"),
-    (["a", "-b"], "no option"),
+    (["a", "-b"], "is not an option"),
     (["--size", "3"], "FIRST is missing")])
 def test_positional_fields_must_be_given(arguments, part):
     with pytest.raises(UserError, match=part):
@@ -505,9 +505,9 @@ def test_some_reward_needs_a_weight(monkeypatch):
 
 
 @pytest.mark.parametrize("table, entry, part", [
-    (TRANSFORMS, {"lenght": abs}, "'lenght'"), (TRANSFORMS, {"length": 2}, "no function"),
-    (REQUIRED, {"lenght": 0.5}, "'lenght'"), (REQUIRED, {"format": "high"}, "no number"),
-    (REQUIRED, {"format": float("nan")}, "no number"), (REQUIRED, {"overlong": -0.5}, "name it too")])
+    (TRANSFORMS, {"lenght": abs}, "'lenght'"), (TRANSFORMS, {"length": 2}, "must be a function"),
+    (REQUIRED, {"lenght": 0.5}, "'lenght'"), (REQUIRED, {"format": "high"}, "must be a number"),
+    (REQUIRED, {"format": float("nan")}, "must be a number"), (REQUIRED, {"overlong": -0.5}, "name it too")])
 def test_transforms_and_requirements_are_of_rewards_that_are_trained(table, entry, part, monkeypatch):
     monkeypatch.setattr("rewards.TRANSFORMS" if table is TRANSFORMS else "rewards.REQUIRED", entry)
     assert part in refused(reward="length,format")

@@ -108,11 +108,11 @@ def test_a_tokeniser_that_is_killed_goes_on_to_the_same_bytes(tmp_path, forks, c
     """After the second of several shards; and between a shard and its mention in meta.json."""
     texts, size = documents(120), 0.004
     whole = folder(tmp_path / "whole", texts, shard_mib=size)
-    for kill in ("os.fsync", "tokenise.replace"):
+    for kill, calls in (("os.fsync", 4), ("tokenise.replace", 2)):
         out = tmp_path / kill
         config = tokenise.Config((str(whole.with_suffix(".jsonl")), ), str(BASE), str(out), size)
-        code = (f"import os; from scripts import tokenise; left = [0, 0]\n{kill} = lambda *a, f={kill}: "
-                f"f(*a) if left and left.pop() == 0 else os.kill(os.getpid(), 9)\n"
+        code = (f"import os; from scripts import tokenise\nleft = [1] * {calls}\n"
+                f"{kill} = lambda *a, f={kill}: f(*a) if left and left.pop() else os.kill(os.getpid(), 9)\n"
                 f"tokenise.tokenise(tokenise.{config!r})")
         codes, said = forks.start(main="", code=code)[1]()
         assert codes == [-9], said
@@ -459,7 +459,7 @@ def test_a_stopped_run_keeps_its_last_step(tmp_path, folders, capsys, monkeypatc
     (["--documents", "FEW"], "too few tokens for a row of row_tokens 32 or rows_per_step 2"),
     (["--eval_data", "a=FEW"], "FEW/meta.json does not exist"),
     (["--documents", "BAD"], ", line 2 is no JSON object: mend it"),
-    (["--tokenizer", "nowhere"], "nowhere/tokenizer.json does not exist"),
+    (["--tokenizer", "nowhere"], "nowhere/tokenizer.json cannot be read"),
     (["--model", "WRITING"], "is a reward model"), (["--resume", "true"], "has no checkpoint to go on from"),
     (["--rows_per_step", "3", "--replicate", "2"], "and replicate 2 divide them"),
 ])  # fmt: skip

@@ -67,7 +67,7 @@ def test_a_record_gives_its_pairs(case, tmp_path):
     ({**ASKED, "chosen": "\ud800", "rejected": "b"}, "surrogates"),
     ({**ASKED, "responses": ["a", "b"]}, "needs a number under one of score,"),
     ({**ASKED, "responses": ["a", "b"], "scores": [1]}, "2 responses, but 1 scores"),
-    ({**ASKED, "responses": [{"score": 1}, {"text": "b", "score": math.nan}]}, "NaN is no finite number"),
+    ({**ASKED, "responses": [{"score": 1}, {"text": "b", "score": math.nan}]}, "NaN is not a finite number"),
 ])  # fmt: skip
 def test_a_record_that_is_none_is_named_by_file_and_line(record, said, tmp_path):
     path = write(tmp_path / "pairs.jsonl", [RECORDS["plain"][0], record])

@@ -1,21 +1,23 @@
-"""Preferences of the embedded default: a text as it should be, and one as long that is spoiled.
+"""Preferences of the embedded default: a good text, and an equally long one that is spoiled.
 
     python -m data.tiny.pairs
     torchrun --nproc_per_node=2 -m scripts.train_rm --out data/tiny/writing    # 10 minutes on 2 cores
 
-Both sides answer the same request with as many words (within 2 %), so that length says nothing. One is what
-make.py writes, the other that text with its sentences shuffled, repeated in the place of others, padded with
-some that say nothing, or with other names in a part of it; or a longer text cut within a sentence. `kind`
-says which. The held-out pairs have names and fillers that stand in no training pair.
+Both sides answer the same request with equally many words (within 2 %), so that length does not tell them
+apart. The good one is written as in make.py. The other is that text with its sentences shuffled, with some of
+them replaced by copies of others or by empty phrases, or with other names in parts of it; or it is a longer
+text cut within a sentence. `kind` names the difference. Held-out pairs have names and fillers that no
+training pair has.
 """
 
-import argparse
-import json
 import random
 import re
+import sys
 from pathlib import Path
 
-from data.tiny.make import HERE, LENGTHS, PERSON_ENDS, PLACE_ENDS, name, request, write
+from data.tiny.make import LENGTHS, PERSON_ENDS, PLACE_ENDS, Config, name, request, write
+from lib import options
+from lib.files import write_jsonl
 from text import count_words
 
 FILLERS = [
@@ -39,7 +41,7 @@ def sentences(text: str) -> list[str]:
 
 
 def shuffled(rng: random.Random, slots: dict, text: str, held_out: bool) -> str:
-    """Opening or closing, or both, are somewhere else."""
+    """The sentences in another order, in which the opening or the closing or both have moved."""
     parts = sentences(text)
     order = list(range(len(parts)))
     while order[0] == 0 and order[-1] == len(parts) - 1:
@@ -48,7 +50,7 @@ def shuffled(rng: random.Random, slots: dict, text: str, held_out: bool) -> str:
 
 
 def repeated(rng: random.Random, slots: dict, text: str, held_out: bool) -> str:
-    """Sentences stand there again, at once or later, in the place of others."""
+    """Up to half of the sentences replaced by copies of earlier ones."""
     parts = sentences(text)
     for _ in range(rng.randint(1, max(1, len(parts) // 2))):
         i, j = sorted(rng.sample(range(max(2, len(parts) - 1)), 2))
@@ -57,7 +59,7 @@ def repeated(rng: random.Random, slots: dict, text: str, held_out: bool) -> str:
 
 
 def truncated(rng: random.Random, slots: dict, text: str, held_out: bool) -> str:
-    """Ends within a sentence: as much of a longer text."""
+    """The start of a longer text, as many words or a few fewer, cut within a sentence."""
     words = count_words(text)
     parts = write(rng, slots, words + rng.randint(10, 50)).split()[:words]
     while parts[-1][-1] in ".?":
@@ -66,8 +68,8 @@ def truncated(rng: random.Random, slots: dict, text: str, held_out: bool) -> str
 
 
 def contradicting(rng: random.Random, slots: dict, text: str, held_out: bool) -> str:
-    """One to three of the names are others in a part of the text. Half of the training texts have three
-    others throughout: from them so small a model learns to compare names, from the rest alone it does not."""
+    """One to three of the names replaced by others in a part of the text. In half of the training texts all
+    three are replaced throughout: without these, a model of this size does not learn to compare names."""
     parts, plain = sentences(text), not held_out and rng.random() < 0.5
     spoiled = list(parts)
     while spoiled == parts:
@@ -81,7 +83,7 @@ def contradicting(rng: random.Random, slots: dict, text: str, held_out: bool) ->
 
 
 def padded(rng: random.Random, slots: dict, text: str, held_out: bool) -> str:
-    """Sentences that say nothing stand between others, in the place of some."""
+    """Up to half of the sentences replaced by fillers, which say nothing."""
     parts, fillers = sentences(text), HELD_OUT_FILLERS if held_out else FILLERS
     for filler in rng.sample(fillers, rng.randint(1, max(1, len(parts) // 2))):
         parts[rng.randint(1, len(parts) - 1)] = filler
@@ -89,11 +91,11 @@ def padded(rng: random.Random, slots: dict, text: str, held_out: bool) -> str:
 
 
 KINDS = {f.__name__: f for f in (shuffled, repeated, truncated, contradicting, padded)}
-TRAINING = [*KINDS, *["repeated", "contradicting"] * 2]  # those that are hard to learn more often
+TRAINING = [*KINDS, *["repeated", "contradicting"] * 2]  # kinds that are hard to learn come more often
 
 
 def pair(rng: random.Random, kind: str, held_out: bool = False) -> dict:
-    """A record of preference data. 70 % of the lengths are as asked for, like those of the base's texts."""
+    """A record of preference data. 70 % of the texts have the requested length, as in the base's data."""
     slots = request(rng, held_out)
     asked = rng.random() < 0.7
     words = round(slots["n"] * rng.uniform(0.9, 1.1)) if asked else rng.randint(LENGTHS[0], 110)
@@ -106,28 +108,18 @@ def pair(rng: random.Random, kind: str, held_out: bool = False) -> dict:
 
 
 def pairs(seed: int | str, count: int, held_out: bool = False) -> list[dict]:
-    """As many of each kind where they are held out."""
+    """Records of preference data; if held out, equally many of each kind."""
     rng, kinds = random.Random(seed), list(KINDS) if held_out else TRAINING
     return [pair(rng, kinds[i % len(kinds)], held_out) for i in range(count)]
 
 
+@options.command
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--out", type=Path, default=HERE, help="folder for pairs.jsonl and eval_pairs.jsonl")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--count", type=int, default=12_800)
-    parser.add_argument("--shuffle_labels", action="store_true",
-                        help="swaps half of all pairs: a control, of which nothing can be learnt")
-    args = parser.parse_args()
-    args.out.mkdir(parents=True, exist_ok=True)
-    swap = random.Random(args.seed)
-    for file, purpose, count in (("pairs.jsonl", "train", args.count), ("eval_pairs.jsonl", "eval", 1000)):
-        records = pairs(f"{args.seed}/{purpose}", count, purpose == "eval")
-        for record in records:
-            if args.shuffle_labels and swap.random() < 0.5:
-                record["chosen"], record["rejected"] = record["rejected"], record["chosen"]
-        (args.out / file).write_text("".join(json.dumps(record) + "\n" for record in records))
-        print(f"wrote {args.out / file}: {count} pairs", flush=True)
+    out = Path(options.parse(Config, sys.argv[1:], __doc__).out)
+    out.mkdir(parents=True, exist_ok=True)
+    write_jsonl(out / "pairs.jsonl", pairs("0/train", 12_800))
+    write_jsonl(out / "eval_pairs.jsonl", pairs("0/eval", 1000, held_out=True))
+    print(f"wrote pairs.jsonl and eval_pairs.jsonl to {out}", flush=True)
 
 
 if __name__ == "__main__":
