@@ -399,10 +399,14 @@ def test_the_folder_of_a_base_from_scratch_is_complete(tmp_path, capsys):
             ("base", BASE, []), ("own", tmp_path / "own", []),
             ("3", BASE, ["--qk_norm", "true", "--head_dim", "12"]))):
         run(capsys, "--documents", file, "--tokenizer", tokenizer, "--out", tmp_path / out, "--run_dir",
-            tmp_path / f"run{i}", "--rows_per_step", "10", *more)
+            tmp_path / f"run{i}", "--rows_per_step", "10", "--peak_tflops", "2", *more)
         made = qwen.load(tmp_path / out).config
         assert Tokenizer(tmp_path / out).n_valid == made.vocab_size and obeys_umask(tmp_path / out)
         assert (made.qk_norm, made.head_dim) == ((True, 12) if more else (False, 8))
+        m = json.loads((tmp_path / f"run{i}/metrics.jsonl").read_text().splitlines()[0])
+        assert m["tokens"] == 320 and m["tokens_per_second/train"] == pytest.approx(320 / m["time/total"])
+        flops = m["mfu"] * 2e12 * m["time/total"] / (3 * 320)
+        assert made.flops_per_token(0) < flops <= made.flops_per_token(16), "by the tokens' own contexts"
 
 
 def test_a_checkpoint_is_gone_on_from_and_chats_are_trained(tmp_path, capsys):
