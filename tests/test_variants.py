@@ -143,7 +143,8 @@ PATCHY = "import rewards, tests.test_variants as t; rewards.REWARDS['patchy'] = 
 
 
 @pytest.mark.parametrize("loss, advantage, updates", [
-    ("token", "per_reward", 1), ("token", "gdpo", 4), pytest.param("sequence", "gdpo", 1, marks=pytest.mark.slow),
+    ("token", "per_reward", 1), ("token", "gdpo", 4),
+    pytest.param("sequence", "gdpo", 1, marks=pytest.mark.slow),
     pytest.param("constant", "sum", 1, marks=pytest.mark.slow)])
 def test_an_update_is_the_same_on_two_ranks_and_in_any_micro_batches(loss, advantage, updates, forks,
                                                                      tmp_path, monkeypatch):
