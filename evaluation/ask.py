@@ -74,10 +74,13 @@ class Questions:
                 self.add(key, raw, self.whole and written >= self.settings["max_tokens"],
                          usage.get("prompt_tokens", 0), written)
 
-        for key, _, error in endpoint.each(ask, self.todo, threads):
-            if error:
-                self.results[key].error = str(error)
-        self.progress.close()
+        try:
+            for key, _, error in endpoint.each(ask, self.todo, threads):
+                if error:
+                    self.results[key].error = str(error)
+        finally:
+            server.say = None  # a thread that waits for a server gives up
+            self.progress.close()
 
     def ask_sampler(self, sampler: Sampler, chat: bool, world=None):
         """chat: in the chat template; else the model completes the question."""

@@ -177,12 +177,12 @@ class Endpoint:
                     raise
 
     def wait(self, path: str, hello: dict, read: Callable):
-        """Returns once a server is back. One thread asks; the others wait for it."""
+        """Returns once a server is back, or `say` is None. One thread asks; the others wait for it."""
         with self.asking:
             said = -math.inf
-            while why := self.down():
+            while (why := self.down()) and (say := self.say):
                 if time.monotonic() - said >= 30:
-                    self.say(f"waiting, because no server answers: {why}")
+                    say(f"waiting, because no server answers: {why}")
                     said = time.monotonic()
                 time.sleep(PAUSE)
                 with suppress(Refused, Unavailable):

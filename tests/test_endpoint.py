@@ -144,6 +144,26 @@ def test_back_off_doubles(monkeypatch):
     assert all(0.5 <= rest / (0.01 * 2**k) <= 1.5 for k, rest in enumerate(rests)) and len(rests) == 6
 
 
+def test_a_call_that_waits_for_a_server_gives_up_once_nobody_listens():
+    with FakeEndpoint() as fake:
+        pass  # and is gone
+    waiting, failed = threading.Event(), []
+
+    def call():
+        try:
+            asked.chat([])
+        except Unavailable as e:
+            failed.append(e)
+
+    asked = client(fake, say=lambda _: waiting.set())
+    thread = threading.Thread(target=call, daemon=True)
+    thread.start()
+    assert waiting.wait(LONG)
+    asked.say = None
+    thread.join(LONG)
+    assert failed and not thread.is_alive()
+
+
 def test_where_all_servers_are_down_calls_wait_and_one_finds_out_when_they_are_back(monkeypatch):
     said = []
     with FakeEndpoint(score=lambda _: 2.5) as fake:

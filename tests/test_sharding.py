@@ -24,6 +24,7 @@ from run import Clock
 from tests import resident
 from tests.helpers import ROOT, equal, in_process, metrics, rollouts, tensors
 
+pytestmark = pytest.mark.slow
 BASE = ROOT / "data" / "tiny" / "base"
 # On 4 ranks no dimension is cut evenly, and the last ranks have no row of some tensors.
 ODD = qwen.ModelConfig(37, 10, 9, 3, 5, 1)

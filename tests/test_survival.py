@@ -131,6 +131,7 @@ def test_a_run_of_two_ranks_goes_on_with_another_number(train_ranks, calm, tmp_p
 # ---------------------------------------------------------------------- kills and signals
 
 
+@pytest.mark.slow
 def test_kills_at_any_moment_change_nothing(train_ranks, calm, tmp_path):
     """A rank is killed, the other told to stop, as torchrun does, and both are started again."""
     for victim, moment, nth in ((0, "rename", 2), (1, "sampling", 10), (0, "backward", 3)):

@@ -143,7 +143,9 @@ PATCHY = "import rewards, tests.test_variants as t; rewards.REWARDS['patchy'] = 
 
 
 @pytest.mark.parametrize("loss, advantage, updates", [
-    ("token", "per_reward", 1), ("sequence", "gdpo", 1), ("constant", "sum", 1), ("token", "gdpo", 4)])
+    ("token", "per_reward", 1), ("token", "gdpo", 4),
+    pytest.param("sequence", "gdpo", 1, marks=pytest.mark.slow),
+    pytest.param("constant", "sum", 1, marks=pytest.mark.slow)])
 def test_an_update_is_the_same_on_two_ranks_and_in_any_micro_batches(loss, advantage, updates, forks,
                                                                      tmp_path, monkeypatch):
     """Masked, truncated and missing-reward samples among them, a KL, a correction for the sampler. With 4
