@@ -250,14 +250,17 @@ def all_gather(local: Groups, world) -> Groups:
         sum((texts[b] for b in place_B), []) if texts else [])
 
 
+LENGTHS = ("words", "words_complete", "think_tokens", "in_range", "truncated")  # what `lengths` returns
+
+
 def lengths(prompt, c: Completion, tokenizer: Tokenizer) -> dict[str, float | None]:
     """Length statistics of a training sample."""
     words, truncated = count_words(structure(c.text)[2] or ""), c.finish_reason == "length"
     thought = c.text.partition("<think>")[2].partition("</think>")[0].partition("<answer>")[0]
     lo, hi = prompt.length_range or (None, None)
-    return {"words": words, "words_complete": None if truncated else words,
-            "think_tokens": len(tokenizer.encode(thought)),  # also of a truncated thought
-            "in_range": None if lo is None else lo <= words <= hi, "truncated": truncated}
+    think_tokens = len(tokenizer.encode(thought))  # also of a truncated thought
+    in_range = None if lo is None else lo <= words <= hi
+    return dict(zip(LENGTHS, (words, None if truncated else words, think_tokens, in_range, truncated)))
 
 
 def describe_text(prompt, c: Completion, tokenizer: Tokenizer) -> dict[str, float | None]:
@@ -346,7 +349,7 @@ def evaluate(step: int, prompts: list, rewards: list[Reward], sampler: Sampler, 
     local = sample_and_score(sampler, prompts, rewards, 1, "eval", f"evaluation after step {step}",
                              describe_text, config, clock, log, world)
     groups = all_gather(local, world)
-    shown = list(groups.statistics)[5:]  # without those of `lengths`
+    shown = [name for name in groups.statistics if name not in LENGTHS]
     rows = torch.stack([groups.statistics[name].flatten() for name in shown], 1).tolist()
     scores = [{name: None if x != x else x for name, x in zip(shown, row)} for row in rows]
     metrics = {name: x for name, x in summarise(groups, rewards).items()

@@ -268,6 +268,9 @@ def peak_memory_gb(device: torch.device) -> float:
     """Peak of allocated GPU memory, or of this process's resident memory on CPU, in GiB."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated() / 2**30
+    status = Path("/proc/self/status")  # getrusage counts what the parent had when it forked
+    if status.exists() and (peak := re.search(r"^VmHWM:\s*(\d+)", status.read_text(), re.MULTILINE)):
+        return int(peak[1]) / 2**20
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 

@@ -62,7 +62,8 @@ def part(rank: int, tp: int, path: str, requests: list[Request], folder: str):
     completions = list(Sampler(model, Tokenizer(path)).generate(requests))
     if rank == 0:
         Path(folder, "completions.json").write_text(json.dumps([asdict(c) for c in completions]))
-    dist.destroy_process_group()
+    dist.barrier()
+    os._exit(0)  # gloo's threads may abort a process at the end of the interpreter
 
 
 def split(path: str, requests: list[Request], tp: int) -> list[Completion]:

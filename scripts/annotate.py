@@ -115,6 +115,11 @@ def open_sampler(config: Config) -> Sampler:
 # ---------------------------------------------------------------------- files
 
 
+def annotators(record: dict) -> dict[str, str]:
+    """The model that has done each task with this record: {task: model}."""
+    return record["annotators"] if isinstance(record.get("annotators"), dict) else {}
+
+
 def resume(config: Config, name: str, kept: dict[tuple[str, str], dict]) -> dict[tuple[str, str], dict]:
     """The records that --out holds already, by id and text, beside those that are `kept` as they are; a torn
     last line is cut off. Raises UserError for a file that is not of this command."""
@@ -129,7 +134,7 @@ def resume(config: Config, name: str, kept: dict[tuple[str, str], dict]) -> dict
                 key = str(record["id"]), query_of(record)
             except (ValueError, KeyError):
                 record, key = {}, None
-            other = record.get("annotators", {}).get(config.task)  # the model that has done it
+            other = annotators(record).get(config.task)
             if other != name and record != kept.get(key):
                 raise UserError(f"{out}, line {number}, is no {config.task} by {name}, but by {other}: "
                                 "choose another --out")
@@ -150,7 +155,7 @@ def annotate(config: Config):
     def keep(key: tuple[str, str], result: Result):
         if result.value:
             record = queries[key] | result.value
-            record["annotators"] = record.get("annotators", {}) | {config.task: name}
+            record["annotators"] = annotators(record) | {config.task: name}
             write_jsonl(Path(config.out), [record], "a")
             done[key] = record
 
@@ -189,7 +194,7 @@ def kind(record: dict, task: str) -> str:
 def check(config: Config):
     """Raises UserError."""
     options.check_choices(config, task=("range", "filter"), device=options.DEVICES)
-    for name in ("queries", "out"):
+    for name in ("queries", "out", "model"):
         if not getattr(config, name):
             raise UserError(f"--{name} is missing")
     options.check_numbers(config, "max_new_tokens tries threads timeout", top_p=(1e-9, 1),

@@ -15,10 +15,10 @@ import json
 import multiprocessing
 import os
 import runpy
-import signal
 import sys
 import time
 from collections import Counter
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -238,12 +238,6 @@ def show(result: dict) -> str:
     return "\n".join(lines if result["most_changed"] else [*lines, "no advantage changes"])
 
 
-def alone():
-    """A process of the pool, which ends it by SIGTERM, whatever its parent made of that."""
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    torch.set_num_threads(1)
-
-
 @options.command
 def main():
     args, start = options.parse(Options, sys.argv[1:], __doc__, "run"), time.perf_counter()
@@ -258,8 +252,9 @@ def main():
             steps = [rescore(args, file) for file in files]
         else:  # rules alone: each core takes steps
             cores = min(len(files), os.cpu_count())
-            with multiprocessing.get_context("fork").Pool(cores, alone) as pool:
-                steps = pool.map(functools.partial(rescore, args), files, chunksize=1)
+            with ProcessPoolExecutor(cores, multiprocessing.get_context("fork"), torch.set_num_threads,
+                                     (1,)) as pool:
+                steps = list(pool.map(functools.partial(rescore, args), files))
         result = {"run": args.run, "rewards_file": args.rewards, "names": [r.name for r in chosen],
                   "steps": len(steps)} | compare(steps, chosen, config)
         result["seconds"] = round(time.perf_counter() - start, 2)

@@ -17,7 +17,6 @@ Runs the embedded default on small settings, in a temporary folder. Ends with on
 bench/results/chaos.json.
 """
 
-import argparse
 import ctypes
 import importlib
 import json
@@ -36,7 +35,7 @@ from pathlib import Path
 
 from safetensors import safe_open
 
-from bench import hardware
+from bench import finish, hardware, parser
 from lib import distributed
 from lib.files import ROOT
 
@@ -276,12 +275,11 @@ def nodes(folder: Path, kill_after: int = 5, steps: int = 10) -> dict:
 def main():
     if sys.argv[1:2] in (["worker"], ["victim"]):
         return {"worker": worker, "victim": victim}[sys.argv.pop(1)]()
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", nargs="?", choices=("kills", "deaths", "nodes", "all"), default="all")
-    parser.add_argument("--number", type=int, default=30)
-    parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args()
+    options = parser(__doc__)
+    options.add_argument("what", nargs="?", choices=("kills", "deaths", "nodes", "all"), default="all")
+    options.add_argument("--number", type=int, default=30)
+    options.add_argument("--seed", type=int, default=0)
+    args = options.parse_args()
     result = {"bench": "chaos", **hardware()}
     with tempfile.TemporaryDirectory() as folder:
         for what, measure in (("kills", kills), ("deaths", deaths)):
@@ -289,7 +287,7 @@ def main():
                 result[what] = measure(Path(folder), args.number, args.seed)
         if args.what in ("nodes", "all"):
             result["nodes"] = nodes(Path(folder))
-    print(json.dumps(result))
+    finish(result)
 
 
 if __name__ == "__main__":

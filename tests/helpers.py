@@ -13,8 +13,8 @@ from safetensors.torch import load_file
 import model as qwen
 import train
 from data.tokenizer import copy_files
+from lib.files import ROOT
 
-ROOT = Path(__file__).parent.parent
 SMALL = [
     "--prompts_per_step", "2", "--group_size", "4", "--max_new_tokens", "48", "--unreachable", "keep",
     "--eval_every", "2", "--save_every", "2", "--eval_prompts",

@@ -206,6 +206,14 @@ def test_where_all_would_be_refused_one_sentence_says_why(tmp_path, monkeypatch,
     assert code == 2 and f"error: {fake.url} answered 401" in said and len(read(out)) == 5
 
 
+@pytest.mark.parametrize("noted", [None, "somebody", ["a"]])
+def test_annotators_of_another_kind_in_a_file_are_no_traceback(noted, tmp_path, monkeypatch, capsys):
+    queries, out = jsonl(tmp_path / "queries.jsonl", [q | {"annotators": noted} for q in QUERIES[:2]]), "out"
+    with FakeEndpoint(reply=range_reply) as fake:
+        code, said = run(monkeypatch, capsys, annotate, queries=queries, out=tmp_path / out, model=fake.url)
+    assert code == 0 and [len(record["annotators"]) for record in read(tmp_path / out)] == [1, 1], said
+
+
 def test_an_answer_that_was_cut_may_be_a_thought_and_is_none(tmp_path, monkeypatch, capsys):
     queries, out = jsonl(tmp_path / "queries.jsonl", QUERIES[:2]), tmp_path / "out.jsonl"
     with FakeEndpoint(reply=range_reply) as fake:  # all answers have 7 tokens

@@ -120,7 +120,8 @@ def test_the_test_that_gpu_check_deselects_exists():
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_killed_in_the_middle_gpu_check_leaves_a_valid_record(tmp_path, monkeypatch):
-    last = script("import os, time\nparent = os.getppid()\nwhile os.getppid() == parent: time.sleep(0.05)")
+    last = script("import os, time\nparent, end = os.getppid(), time.time() + 30\n"
+                  "while os.getppid() == parent and time.time() < end: time.sleep(0.05)")
     made = {"tests": [(1, script("print('first')"))], "step": [(1, last)]}
     monkeypatch.setattr(gpu_check, "smoke_stages", lambda: made)
     monkeypatch.setattr(gpu_check, "hardware", lambda: {"gpu": None})
