@@ -355,13 +355,18 @@ YARN = {
 
 
 def read_config(path: str | Path) -> ModelConfig:
-    """Reads `config.json` of either generation (rope at top level, or inside `rope_parameters`).
-
-    Raises UserError for a missing file, another architecture, a value out of its range, or a feature that
-    neither Qwen2.5 nor dense Qwen3 has.
-    """
+    """`parse_config` of a checkpoint's config.json."""
     file = Path(path) / "config.json"
-    raw = read_json(file, "`model` must be a folder with config.json and safetensors weights, as downloaded")
+    return parse_config(file, read_json(
+        file, "`model` must be a folder with config.json and safetensors weights, as downloaded"))
+
+
+def parse_config(file: str | Path, raw: dict) -> ModelConfig:
+    """The shape in a config.json of either generation (rope at top level, or inside `rope_parameters`).
+
+    Raises UserError, which names the file, for another architecture, a value out of its range, or a feature
+    that neither Qwen2.5 nor dense Qwen3 has.
+    """
     kind = raw.get("model_type")
     if kind not in ("qwen2", "qwen3"):
         raise UserError(f"{file}: model_type {shown(kind)} is not supported, only 'qwen2' (Qwen2, Qwen2.5) "

@@ -1,6 +1,7 @@
 """What a run needs, before it is started: memory of a GPU, buffer by buffer, and the time of each phase.
 
     python -m scripts.plan --config configs/qwen2.5-32b.json --nodes 8 [--gpus 8] [--gpu_memory 80]
+    python -m scripts.plan --job pretrain --model Qwen2.5-7B --row_tokens 32768 --billion_tokens 1
 
 Loads nothing, and needs neither the GPUs nor the checkpoint. Bytes follow from what the code allocates;
 tests/test_plan.py holds them against torch's own memory tracker. Seconds follow from RATES.
@@ -27,7 +28,7 @@ from kernels.logprob import CHUNK_BYTES
 from lib import distributed, options, scoring
 from lib.files import locate
 from lib.options import UserError
-from model import ModelConfig, Qwen2, read_config
+from model import ModelConfig, build, read_config
 from replica import check_tp, tp_slice
 from sampler import Sampler, max_pages, workspace
 from scheduler import Request, Scheduler
@@ -68,9 +69,11 @@ RATES = {  # of a GPU, or of a process on a CPU, and where each is from: put in 
 
 
 SAVES = {  # options that need less memory in a phase; those of "sample" hold for any other one too
-    "update": "recompute, offload_activations, fewer micro_batch_tokens, offload_optimizer and more nodes",
+    "update": "recompute, offload_activations, fewer micro_batch_tokens, offload_optimizer, "
+              "offload_reward_model and more nodes",
     "score": "fewer micro_batch_tokens, offload_optimizer and more nodes",
     "sample": "tp, offload_optimizer, offload_reward_model and more nodes",
+    "next token": "recompute, fewer micro_batch_tokens, offload_optimizer and more nodes",  # all phases
 }
 
 
@@ -80,6 +83,9 @@ class Machine:
     nodes: int = 1  # nodes
     gpu_memory: float = 0.0  # GiB of a GPU, or of a node without; 0: 80, or what this machine has
     prompt_tokens: int = 512  # of the longest prompt, with its template
+    job: str = "rl"  # train.py; or scripts/: pretrain, sft (--sft of pretrain) or train_rm
+    row_tokens: int = 1024  # of those jobs: the longest row or text, which attends to itself
+    billion_tokens: float = 1.0  # of those jobs: trained in all
 
 
 @dataclass
@@ -100,7 +106,8 @@ class Plan:
         self.shards = max(1, self.ranks // config.replicate)  # ranks that share one copy of the weights
         self.room = total // (1 if self.cuda else machine.gpus) - RESERVE[self.device]  # bytes for a rank
         self.itemsize = 2 if self.cuda else 4  # bytes of a number that the trainer computes with
-        self.longest = machine.prompt_tokens + config.max_new_tokens
+        self.rl = machine.job == "rl"
+        self.longest = machine.prompt_tokens + config.max_new_tokens if self.rl else machine.row_tokens
         self.tokens = max(config.micro_batch_tokens, self.longest)  # a sample above the budget stands alone
         self.samples = config.prompts_per_step * config.group_size * config.tp // self.ranks  # of a sampler
         self.rows = min(config.max_sequences, self.samples)
@@ -109,7 +116,7 @@ class Plan:
         self.page_bytes = config.page_size * self.shape.kv_bytes_per_token(self.sampler_dtype) // config.tp
         self.scorer_bytes = self.itemsize * self.scorer.num_parameters // self.shards if self.scorer else 0
         with torch.device("meta"):  # the root and layer 0: all layers are alike
-            self.parameters = dict(Qwen2(replace(self.shape, num_hidden_layers=1)).named_parameters())
+            self.parameters = dict(build(replace(self.shape, num_hidden_layers=1)).named_parameters())
 
     def shard(self, name: str, rank: int = 0) -> torch.Size:
         """Shape of a rank's part of a parameter: FSDP cuts rows as torch.chunk does."""
@@ -138,8 +145,8 @@ class Plan:
             "gradients, fp32": 4 * self.numbers(),
             "reference's weights, fp32": 4 * self.numbers() * (config.beta > 0),
             "reward model's weights": self.scorer_bytes * (not config.offload_reward_model),
-            "sampler's weights": size * sum(slices.values()),
-            "sampler's weights, packed": size * products * (not self.cuda),
+            "sampler's weights": size * sum(slices.values()) * self.rl,
+            "sampler's weights, packed": size * products * (not self.cuda and self.rl),
         }
 
     def pinned(self) -> int:
@@ -180,7 +187,8 @@ class Plan:
         config, shape, b = self.config, self.shape, self.itemsize
         fsdp = self.cuda or self.ranks > 1  # else gradients are added to where they stay: no copies
         layers, layer = shape.num_hidden_layers, fsdp * self.shards * self.numbers("layer")
-        root, head = fsdp * self.shards * self.numbers("root"), b * shape.vocab_size * shape.hidden_size
+        root, embedding = fsdp * self.shards * self.numbers("root"), b * shape.vocab_size * shape.hidden_size
+        head = embedding * (not shape.scalar_head)
         added = shape.tie_word_embeddings and not self.cuda  # the embedding's gradient, to the head's
         c, m = (b * self.tokens * size for size in (shape.hidden_size, shape.intermediate_size))
         whole, offloaded = self.layer_activations(), config.recompute and config.offload_activations
@@ -191,8 +199,8 @@ class Plan:
         gathered = {"embedding and head, gathered": b * root}
         if config.beta:
             gathered["embedding and head of the reference, gathered"] = b * root
-        chunk = min(CHUNK_BYTES[self.device], 4 * self.tokens * shape.vocab_size)
-        sums = 4 * c // b  # T x C in fp32, and again while a chunk is added
+        chunk = min(CHUNK_BYTES[self.device], 4 * self.tokens * shape.vocab_size) * (not shape.scalar_head)
+        sums = 4 * c // b * (not shape.scalar_head)  # T x C in fp32, and again while a chunk is added
         logits = max(2 * sums + chunk // 2, sums + 3 * chunk // 2) if self.cuda else max(
             2 * sums + chunk, 2 * chunk - head - 2 * c)  # the second in forward, without gradients
         # In a layer's backward the gradient of the layer above is still in reduction. The first to run has
@@ -210,7 +218,7 @@ class Plan:
                 "gradient of a matrix": b * shape.hidden_size * shape.intermediate_size,
                 "layer's gradient, in reduction": 4 * layer * above, "head's gradient": head * fsdp},
             "backward of the embedding": gathered | {
-                "embedding's and head's gradient": head * (1 + fsdp - added),
+                "embedding's and head's gradient": embedding + head * (fsdp - added),
                 "layer's gradient, in reduction": 4 * layer,
                 "gradients of activations": c},
             "end of backward": {
@@ -235,10 +243,12 @@ class Plan:
         handoff = {"handoff, at most": self.sampler_dtype.itemsize * max(units)}
         update |= max(self.moments().values(), key=lambda buffers: sum(buffers.values()))
         update["unusable, of the allocator"] = int(SLACK * sum(update.values()) * self.cuda)
+        load = {k: v for k, v in idle.items() if not k.startswith("AdamW")} | handoff
+        if not self.rl:
+            return {"load": load, "update": update}
         beside = workspace(self.shape, self.config.tp, SAMPLER["token_budget"], self.rows, self.longest)
         score = {"score": idle | self.scoring()} if self.scorer else {}  # the KV pool is not there then
-        return {"load": {k: v for k, v in idle.items() if not k.startswith("AdamW")} | handoff,
-                "sample": idle | {"workspace of decoding": beside * self.cuda}, **score,
+        return {"load": load, "sample": idle | {"workspace of decoding": beside * self.cuda}, **score,
                 "update": update, "publish": idle | handoff}
 
     # ---- sampler
@@ -286,10 +296,9 @@ class Plan:
 
     # ---- time
 
-    def seconds(self, mean: float) -> tuple[float, float]:
-        """Of update and publish, with samples of so many new tokens on average."""
-        config, length = self.config, mean + self.machine.prompt_tokens
-        samples, more = self.samples / config.tp, (config.updates_per_batch > 1) + (config.beta > 0)
+    def seconds(self, length: float, samples: float) -> tuple[float, float]:
+        """Of an update and of publish, with so many sequences a rank, of so many tokens on average."""
+        config, more = self.config, (self.config.updates_per_batch > 1) + (self.config.beta > 0)
         passes = 3 + config.recompute + more  # forwards' worth; a backward is two
         flops = samples * length * passes * self.shape.flops_per_token(int(length / 2))
         bandwidth = self.rate["inside a node" if self.shards <= self.machine.gpus else "across nodes"]
@@ -303,12 +312,14 @@ class Plan:
     def lacking(self) -> list[str]:
         """A sentence for each phase that does not fit."""
         needs = {phase: sum(buffers.values()) for phase, buffers in self.phases().items()}
+        saves = SAVES if self.rl else dict.fromkeys(needs, SAVES["next token"])
         out = [f"{phase} needs {gib(size)} GiB of {gib(self.room)}, {gib(size - self.room)} too many: there "
-               f"{SAVES.get(phase, SAVES['sample'])} save memory"
+               f"{saves.get(phase, SAVES['sample'])} save memory"
                for phase, size in needs.items() if size > self.room]
-        short = (f"the KV pool has {self.pages} pages, the longest sample needs {self.columns + 2}: while "
-                 f"sampling {SAVES['sample']} save memory")
-        return out or [short] * (self.pages < self.columns + 2)
+        if not out and self.rl and self.pages < self.columns + 2:
+            out = [f"the KV pool has {self.pages} pages, the longest sample needs {self.columns + 2}: while "
+                   f"sampling {SAVES['sample']} save memory"]
+        return out
 
 
 # ---------------------------------------------------------------------- what is shown
@@ -325,7 +336,8 @@ def duration(seconds: float) -> str:
 def describe(plan: Plan) -> Iterator[str]:
     """Lines: a table of buffers by phase, the KV pool, times, and what the times follow from."""
     config, phases, unit = plan.config, plan.phases(), "GPU" if plan.cuda else "process"
-    phases["sample"]["KV pool"] = plan.pages * plan.page_bytes
+    if plan.rl:
+        phases["sample"]["KV pool"] = plan.pages * plan.page_bytes
     names = dict.fromkeys(name for buffers in phases.values() for name, size in buffers.items() if size)
     rows = [(name, [gib(b[name]) if b.get(name) else "" for b in phases.values()]) for name in names]
     total = f"together, of {gib(plan.room)}", [gib(sum(b.values())) for b in phases.values()]
@@ -335,13 +347,19 @@ def describe(plan: Plan) -> Iterator[str]:
     yield "\nAn update peaks in: " + ", ".join(f"{name} ({gib(size)})" for size, name in peaks[:3])
     if plan.pinned():
         yield f"Offloaded, in a node's memory: {gib(plan.pinned())} GiB"
-    yield (f"KV pool: {plan.pages} pages of {config.page_size} tokens hold {plan.pages // plan.columns} "
-           f"samples of {plan.machine.prompt_tokens} + {config.max_new_tokens} tokens; a sampler writes "
-           f"{plan.samples} a step, in {plan.rows} rows")
+    if plan.rl:
+        yield (f"KV pool: {plan.pages} pages of {config.page_size} tokens hold {plan.pages // plan.columns} "
+               f"samples of {plan.machine.prompt_tokens} + {config.max_new_tokens} tokens; a sampler writes "
+               f"{plan.samples} a step, in {plan.rows} rows")
+    else:
+        tokens = 1e9 * plan.machine.billion_tokens
+        took = plan.seconds(plan.longest, tokens / plan.longest / plan.ranks)[0] / 3600
+        yield (f"{tokens:.3g} tokens in rows of {plan.longest:,}: {took:,.1f} hours, "
+               f"{plan.ranks * took:,.1f} {unit}-hours, without evaluation and checkpoints")
     hours = []
-    for full in (False, True) if plan.pages > plan.columns + 1 else ():
+    for full in (False, True) if plan.rl and plan.pages > plan.columns + 1 else ():
         r = plan.rehearse(full)
-        update, publish = plan.seconds(r["mean"])
+        update, publish = plan.seconds(r["mean"] + plan.machine.prompt_tokens, plan.samples / config.tp)
         hours.append((r["seconds"] + update + publish) * config.steps / 3600)
         yield (f"{'full' if full else 'mixed'} lengths, {r['mean']:,.0f} new tokens a sample: sample "
                f"{duration(r['seconds'])} ({r['preemptions']} preemptions, {r['again']:.0%} prefilled "
@@ -371,9 +389,11 @@ def parse(arguments: list[str]) -> tuple[train.Config, Machine, bool]:
     words = [w for a in arguments for w in (a.split("=", 1) if a.startswith("--") else [a])]
     pairs, names = [words[i:i + 2] for i in range(0, len(words), 2)], Machine.__dataclass_fields__
     own = [p for p in pairs if p[0].strip("-").replace("-", "_") in names]
-    config = train.parse(sum((p for p in pairs if p not in own), []), "The run's:", tuple(names))
     given, _ = options.read(Machine, sum(own, []), "")
-    options.check_numbers(Machine(**given), " ".join(given))
+    start = ["--recompute", "false"] if given.get("job", "rl") != "rl" else []  # those jobs' default
+    config = train.parse(sum((p for p in pairs if p not in own), start), "The run's:", tuple(names))
+    options.check_numbers(Machine(**given), " ".join(given.keys() - {"job"}))
+    options.check_choices(Machine(**given), job=("rl", "pretrain", "sft", "train_rm"))
     cuda = config.device == "cuda" or config.device == "auto" and (bool(own) or torch.cuda.is_available())
     here = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / GIB
     return config, Machine(**{"gpus": 8 if cuda else 1, "gpu_memory": 80.0 if cuda else here} | given), cuda
@@ -383,13 +403,15 @@ def make(config: train.Config, machine: Machine, cuda: bool) -> tuple[Plan, str]
     """The plan, and what to say of the shape. Raises UserError."""
     shape, note = find_shape(config.model)
     check_tp(shape, config.tp)
-    scorer = None
-    if any(reward.name == "writing" for reward in scoring.choose_rewards(config.reward, rewards)):
-        if config.reward_model and Path(folder := locate(config.reward_model)).exists():
-            scorer = read_config(folder)
-        elif "://" not in config.reward_model:  # servers are elsewhere
-            note += (f"; there is no folder {config.reward_model or 'for reward_model'}: the reward model is "
-                     "not counted")
+    if machine.job == "train_rm":
+        shape = replace(shape, scalar_head=True)
+    scorer, used = None, machine.job == "rl" and any(
+        reward.name == "writing" for reward in scoring.choose_rewards(config.reward, rewards))
+    if used and not config.reward_model:
+        note += "; no reward_model is given: it is not counted"
+    elif used and "://" not in config.reward_model:  # servers are elsewhere
+        scorer, more = find_shape(config.reward_model)
+        scorer, note = replace(scorer, scalar_head=True), note + more
     return Plan(config, machine, shape, cuda, scorer), note
 
 
@@ -404,12 +426,13 @@ def show(arguments: list[str]):
         print(options.help_text(Machine, __doc__), end="\n\n")
     config, machine, cuda = parse(arguments)
     os.environ["LOCAL_WORLD_SIZE"] = str(machine.gpus)  # which train.check reads
-    train.check(config, distributed.World(0, machine.gpus * machine.nodes, torch.device("cpu")))
+    if machine.job == "rl":
+        train.check(config, distributed.World(0, machine.gpus * machine.nodes, torch.device("cpu")))
     plan, note = make(config, machine, cuda)
     device = f"GPUs of {machine.gpu_memory:g} GiB" if cuda else "processes"
     print(f"{config.model}: {plan.shape.num_parameters:,} parameters{note}\n{machine.nodes} x {machine.gpus} "
-          f"{device}; weights over {plan.shards}, a sampler over {config.tp}; micro-batches of up to "
-          f"{plan.tokens:,} tokens\n", *describe(plan), sep="\n")
+          f"{device}; weights over {plan.shards}" + f", a sampler over {config.tp}" * plan.rl +
+          f"; micro-batches of up to {plan.tokens:,} tokens\n", *describe(plan), sep="\n")
     if problems := plan.lacking():
         print("", *(f"It does not fit: {problem}." for problem in problems), sep="\n")
         raise SystemExit(1)

@@ -33,7 +33,7 @@ from data.tokenizer import Tokenizer, copy_files
 from kernels import linear_logprob
 from lib import distributed, offload, options
 from lib.files import locate
-from lib.options import UserError, typed
+from lib.options import UserError
 from lib.stop import Stopped, Watch
 
 BUCKETS = {"0-1k": 0, "1-4k": 2**10, "4-16k": 2**12, "16k+": 2**14}  # of positions: where each begins
@@ -108,14 +108,14 @@ def read_inputs(config: Config, ranks: int) -> SimpleNamespace:
         "keep_checkpoints timeout", "steps lr warmup weight_decay peak_tflops keep_every", decay=(0, 1))
     options.check_choices(config, device=options.DEVICES, prompt_style=prompts.STYLES,
                           resume=("auto", "true", "false"))
-    given = {name: field for name, field in qwen.FIELDS.items() if name in vars(config)}
     if config.rows_per_step % ranks or ranks % config.replicate:
         raise UserError(f"rows_per_step {config.rows_per_step} must be a multiple of the {ranks} ranks, and "
                         f"replicate {config.replicate} divide them")
     path, size = locate(config.model or config.tokenizer), (config.row_tokens, config.seed)
     tokenizer = Tokenizer(path)
-    shape = qwen.read_config(path) if config.model else qwen.ModelConfig(
-        tokenizer.n_valid, tie_word_embeddings=True, **typed(vars(config), "command line", given))
+    shape = qwen.read_config(path) if config.model else qwen.parse_config("command line", vars(config) | {
+        "model_type": "qwen3" if config.qk_norm else "qwen2", "vocab_size": tokenizer.n_valid,
+        "tie_word_embeddings": True})
     tokenizer.check_rows(shape.vocab_size, path)
     if shape.scalar_head or config.row_tokens > shape.max_position_embeddings:
         raise UserError(f"{path} is a reward model, or row_tokens {config.row_tokens} exceeds the context of "

@@ -23,6 +23,7 @@ from lib.files import read_jsonl
 from lib.options import UserError
 from lib.scoring import choose_rewards
 from rewards import REQUIRED, REWARDS, TRANSFORMS
+from scripts import pretrain
 from train import Config, check, parse
 
 ROOT = Path(__file__).parent.parent
@@ -551,6 +552,18 @@ def test_every_config_is_one(file, monkeypatch):
     config = parse(["--config", str(file)])
     ranks = {"tiny": 2, "qwen2.5-7b": 8, "qwen2.5-32b": 64}[file.stem]
     check(config, World(0, ranks, None))
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "configs/paper").glob("*.json")), ids=lambda f: f.name)
+def test_what_differs_in_the_papers_other_settings_is_known_to_their_program(file):
+    if file.stem in ("pretrain", "sft"):
+        config = options.parse(pretrain.Config, ["--config", str(file)], "")
+        assert config.row_tokens == 32768 and config.rows_per_step % 64 == 0 and (config.data or config.sft)
+        return
+    base = str(ROOT / "configs/qwen2.5-32b.json")
+    plain, other = (vars(parse(["--config", base, *more])) for more in ([], ["--config", str(file)]))
+    assert {k for k in plain if plain[k] != other[k]} == {"nothink": {"prompt_style", "files"},
+                                                          "continual": {"model", "files"}}[file.stem]
 
 
 def test_a_sample_ends_where_it_goes_on_as_the_user_of_its_template():

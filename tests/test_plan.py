@@ -9,6 +9,7 @@ import json
 import sys
 from contextlib import contextmanager
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -24,12 +25,15 @@ import kernels.attention
 import kernels.logprob
 import model as qwen
 import parallel
+import reward_model
 import train
+from data.corpus import Row
 from kernels import backend
 from lib import distributed
 from lib.options import UserError
 from model import ModelConfig, Qwen2
 from scripts import plan as planner
+from scripts import pretrain
 from scripts.plan import SHAPES, Machine, Plan
 from tests.helpers import ROOT
 from train import Config, parse
@@ -165,6 +169,31 @@ def test_the_peak_of_a_real_update_is_within_a_tenth_of_torchs_tracker(shape, le
     assert planned == pytest.approx(seen, rel=0.1)
 
 
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("job", ["pretrain", "train_rm"])
+@pytest.mark.parametrize("shape, lengths", CASES[:3], ids=["layer", "logprobs", "tied"])
+def test_the_peak_of_the_other_jobs_is_within_a_tenth_too(shape, lengths, job, recompute):
+    """The losses of scripts.pretrain and of scripts.train_rm, whose scalar head needs no logits."""
+    shape = dataclasses.replace(shape, scalar_head=job == "train_rm")
+    world = distributed.setup("cpu")
+    model = parallel.shard(qwen.build(shape).init_weights_(0), world)
+    model.recompute = recompute
+    config = dataclasses.replace(parse([]), recompute=recompute, micro_batch_tokens=sum(lengths))
+    plan = Plan(config, Machine(1, 1, 80.0, job=job, row_tokens=lengths[0]), shape, False)
+    rows = [Row(np.full(n, 3), np.full(n, 4), [n]) for n in lengths]
+
+    def step():
+        if job == "train_rm":
+            return reward_model.forward(model, [row.tokens_T.tolist() for row in rows], "cpu").sum().backward()
+        pretrain.logprobs(model, rows, shape.vocab_size - 8)[0].sum().backward()
+
+    seen = tracked(model, torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True), step)
+    distributed.close()
+    assert list(plan.phases()) == ["load", "update"]
+    planned = sum(plan.persistent().values()) + max(sum(b.values()) for b in plan.moments().values())
+    assert planned == pytest.approx(seen, rel=0.1)
+
+
 @pytest.mark.slow
 def test_so_is_that_of_two_ranks(forks, tmp_path):
     """Where layers are gathered from others and gradients reduced to them."""
@@ -296,6 +325,7 @@ def test_14k_tokens_of_32b_fit_into_80_gb_on_64_gpus():
         "gradients of activations": c + 3 * m, "layer, gathered": 2 * layer,
         "next layer, in the gathering": 2 * layer, "gradient of a matrix": 5120 * 27648 * 2,
         "layer's gradient, in reduction": 4 * layer, "head's gradient": head,
+        "reward model's weights": 2 * 71_460_503_552 // 64,
     }
     got = plan.phases()["update"]
     assert plan.phases()["sample"]["sampler's weights"] == 2 * (parameters - norms) // 8 + 2 * norms
@@ -351,11 +381,15 @@ def test_what_cannot_be_planned_is_refused_in_a_sentence(arguments, part):
 
 def test_what_does_not_fit_is_said_by_phase_with_what_saves_memory_there():
     """An option that is named makes it fit, or needs less memory in that phase."""
-    one_node = shipped("qwen2.5-32b.json", "--nodes", "1")
-    (said,) = one_node.lacking()
+    one_node = ["qwen2.5-32b.json", "--nodes", "1", "--reward_model", "http://gpu9:8000/classify"]
+    (said,) = shipped(*one_node).lacking()
     assert said == ("update needs 89.5 GiB of 77.0, 12.5 too many: there recompute, offload_activations, "
-                    "fewer micro_batch_tokens, offload_optimizer and more nodes save memory")
-    assert not shipped("qwen2.5-32b.json", "--nodes", "1", "--offload_optimizer", "true").lacking()
+                    "fewer micro_batch_tokens, offload_optimizer, offload_reward_model and more nodes save "
+                    "memory")
+    assert not shipped(*one_node, "--offload_optimizer", "true").lacking()
+    score, update = shipped(*one_node[:3]).lacking()
+    assert score.startswith("score needs 79.1 GiB") and update.startswith("update needs 106.9 GiB")
+    assert not shipped(*one_node[:3], "--offload_optimizer", "true", "--offload_reward_model", "true").lacking()
     short = shipped("qwen2.5-7b.json", "--gpus", "8")
     short.__dict__["pages"] = 3
     assert short.lacking() == [
@@ -368,7 +402,7 @@ def test_what_does_not_fit_is_said_by_phase_with_what_saves_memory_there():
     assert "sample" not in [problem.split()[0] for problem in saving.lacking()]
 
 
-def test_a_reward_model_is_counted_where_its_folder_is_there(monkeypatch):
+def test_a_reward_model_is_counted_by_its_folder_or_its_name(monkeypatch):
     """By its config alone; gathered layers and activations only while it scores."""
     options, scorer = ["--gpus", "4", "--offload_reward_model"], qwen.read_config(ROOT / "data/tiny/writing")
     (there, note), (away, _) = (planner.read([*options, x]) for x in ("false", "true"))
@@ -378,10 +412,26 @@ def test_a_reward_model_is_counted_where_its_folder_is_there(monkeypatch):
     for plan in (there, away):
         score, load = plan.phases()["score"], sum(plan.phases()["load"].values())
         assert score["reward model's weights"] == whole and sum(score.values()) > load
-    for more in (["--reward_model", "Qwen2.5-7B-writing"], ["--reward", "length"]):
+    for more, size in ((["--reward_model", "Qwen2.5-7B-writing"], 7_070_622_720), (["--reward", "length"], 0),
+                       (["--reward_model", "http://gpu9:8000/classify"], 0)):
         plan, note = planner.read([*options, "false", *more])
-        assert plan.persistent()["reward model's weights"] == 0 and "score" not in plan.phases()
-        assert ("there is no folder Qwen2.5-7B-writing" in note) == ("--reward_model" in more)
+        assert plan.persistent()["reward model's weights"] == 2 * size // 4
+        assert ("score" in plan.phases()) == ("the shape is that of Qwen2.5-7B" in note) == (size > 0)
+    with pytest.raises(UserError, match="nowhere does not exist, and its name begins with none of"):
+        planner.read([*options, "false", "--reward_model", "nowhere"])
+
+
+def test_a_job_of_next_tokens_is_planned_by_its_tokens(capsys):
+    """6 flops a parameter and token, and its attention; a job's own default is not to recompute."""
+    job = ["--job", "pretrain", "--model", "Qwen2.5-7B", "--row_tokens", "32768", "--gpus", "8"]
+    with pytest.raises(SystemExit):
+        planner.show(job)
+    assert "too many: there recompute, fewer micro_batch_tokens" in capsys.readouterr().out
+    planner.show([*job, "--recompute", "true", "--billion_tokens", "2"])
+    hours = 2e9 * 4 * SHAPES["Qwen2.5-7B"].flops_per_token(16384) / (0.4 * 989e12) / 8 / 3600
+    assert f"2e+09 tokens in rows of 32,768: {hours:,.1f} hours" in capsys.readouterr().out
+    with pytest.raises(UserError, match="job must be one of rl, pretrain, sft, train_rm, not 'x'"):
+        planner.read([*job, "--job", "x"])
 
 
 def test_options_change_what_they_are_for():
@@ -426,7 +476,7 @@ def test_the_command_line_prints_it(monkeypatch, capsys):
             planner.main()
     said = capsys.readouterr().out
     assert "32,763,876,352 parameters (there is no folder Qwen2.5-32B" in said and "\nIt fits." in said
-    assert "\nIt does not fit: update needs 89.5 GiB of 77.0, 12.5 too many" in said
+    assert "\nIt does not fit: update needs 106.9 GiB of 77.0, 29.9 too many" in said
     assert "assumed" in said
     line = next(line for line in said.splitlines() if line.startswith("all 150 steps: "))
     numbers = [float(word.replace(",", "")) for word in line.split() if word[0].isdigit()][1:]
