@@ -3,9 +3,10 @@
     python -m bench.bench_pretrain --trainer PYTHON [--rounds 2] [--steps 5]
 
 The model has 43M parameters and Qwen2.5's vocabulary, the documents are the modules of Python's standard
-library: text of real lengths. Both sides train fp32 on the CPU with as many threads, each in a process of its
-own, in turn, on the same rows: the peer gets them as it packs them itself, by positions that start again at
-each document. The losses of both must agree. PYTHON has transformers and accelerate. Ends with one JSON line.
+library: text of real lengths. Both sides train in fp32 on the CPU, with as many threads, each in a process of
+its own, in turn, on the same rows: the peer gets them as its own collator packs them, by positions that start
+again at each document. The losses of both must agree. PYTHON has transformers and accelerate. Ends with one
+JSON line.
 """
 
 import json
@@ -29,14 +30,17 @@ from scripts import pretrain
 def prepare(folder: Path, steps: int) -> pretrain.Config:
     """Model, documents, and the peer's rows; returns our options."""
     make(folder, "43m")
-    texts = [file.read_text(encoding="utf-8", errors="replace") for file in sorted(Path(os.__file__).parent.glob("*.py"))]
-    write_jsonl(folder / "documents.jsonl", [{"text": text} for text in texts if text.strip()])
-    config = pretrain.Config(model=str(folder / "model"), documents=str(folder / "documents.jsonl"), device="cpu",
-                             steps=steps, row_tokens=1024, rows_per_step=4, lr=1e-3, warmup=0, decay=0.0)
+    files = sorted(Path(os.__file__).parent.glob("*.py"))
+    texts = [text for file in files if (text := file.read_text(encoding="utf-8", errors="replace")).strip()]
+    write_jsonl(folder / "documents.jsonl", [{"text": text} for text in texts])
+    config = pretrain.Config(model=str(folder / "model"), documents=str(folder / "documents.jsonl"),
+                             device="cpu", steps=steps, lr=1e-3, warmup=0, decay=0.0)
     source = pretrain.read_inputs(config, 1).sources[0]
-    rows = [source.row(k) for _, k in take([source], [1], {source.name: 0}, steps * config.rows_per_step)[0]]
-    np.savez(folder / "rows.npz", tokens=[row.tokens_T for row in rows], targets=[row.targets_T for row in rows],
-             positions=[np.concatenate([np.arange(n) for n in row.lengths]) for row in rows])
+    taken, _ = take([source], [1], {source.name: 0}, steps * config.rows_per_step)
+    rows = [source.row(k) for _, k in taken]
+    positions = [np.concatenate([np.arange(n) for n in row.lengths]) for row in rows]
+    np.savez(folder / "rows.npz", tokens=[row.tokens_T for row in rows],
+             targets=[row.targets_T for row in rows], positions=positions)
     return config
 
 
@@ -44,7 +48,8 @@ def ours(config: pretrain.Config, run_dir: Path) -> dict:
     """A run of scripts.pretrain; returns what the peer answers."""
     given = [f"--{name}={value}" for name, value in vars(config).items() if value != ""]
     subprocess.run([sys.executable, "-m", "scripts.pretrain", *given, f"--run_dir={run_dir}"], check=True,
-                   cwd=ROOT, stdout=sys.stderr, env={**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())})
+                   cwd=ROOT, stdout=sys.stderr,
+                   env={**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())})
     lines = read_jsonl(run_dir / "metrics.jsonl")
     return {"seconds": [line["time/total"] for line in lines], "losses": [line["loss"] for line in lines],
             "peak_gb": lines[-1]["memory/peak_gb"]}
@@ -52,31 +57,33 @@ def ours(config: pretrain.Config, run_dir: Path) -> dict:
 
 def main():
     known = parser(__doc__)
-    known.add_argument("--trainer", metavar="PYTHON", help="that has transformers and accelerate")
+    known.add_argument("--trainer", metavar="PYTHON", required=True)
     known.add_argument("--rounds", type=int, default=2)
     known.add_argument("--steps", type=int, default=5, help="of a round, of which the first does not count")
     args = known.parse_args()
     machine, found = hardware(), {"ours": [], "trainer": []}
     with tempfile.TemporaryDirectory() as folder:
-        folder = Path(folder)
-        config = prepare(folder, args.steps)
-        settings = {"model": config.model, "rows": str(folder / "rows.npz"), "batch": config.rows_per_step,
+        config = prepare(Path(folder), args.steps)
+        settings = {"model": config.model, "rows": f"{folder}/rows.npz", "batch": config.rows_per_step,
                     "lr": config.lr, "weight_decay": config.weight_decay, "threads": machine["threads"]}
-        for round in range(args.rounds):
-            found["ours"].append(ours(config, folder / f"run{round}"))
-            found["trainer"].append(answer(args.trainer, "bench/trainer_peer.py", input=json.dumps(settings)))
-            for name, results in found.items():
-                print(f"{name:8}{statistics.median(results[-1]['seconds'][1:]):8.2f} s a step of "
-                      f"{config.rows_per_step * config.row_tokens:,} tokens  {results[-1]['peak_gb']:6.2f} GB", flush=True)
-    a, b = ([x["losses"] for x in found[name]] for name in found)
-    apart = float(np.abs(np.subtract(a, b)).max())
-    seconds = {name: statistics.median(s for x in results for s in x["seconds"][1:]) for name, results in found.items()}
-    print(f"trainer / ours: {seconds['trainer'] / seconds['ours']:.2f} (bar 1.5); losses at most {apart:.1e} apart")
+        for i in range(args.rounds):
+            found["ours"].append(ours(config, Path(folder, f"run{i}")))
+            trainer = answer(args.trainer, "bench/trainer_peer.py", input=json.dumps(settings))
+            found["trainer"].append(trainer)
+            for name, (*_, last) in found.items():
+                print(f"{name:8}{statistics.median(last['seconds'][1:]):8.2f} s a step of "
+                      f"{config.rows_per_step} x {config.row_tokens} tokens  {last['peak_gb']:6.2f} GB",
+                      flush=True)
+    losses = [[run["losses"] for run in runs] for runs in found.values()]
+    seconds = {name: statistics.median(s for run in runs for s in run["seconds"][1:])
+               for name, runs in found.items()}
+    apart, ratio = float(np.abs(np.subtract(*losses)).max()), seconds["trainer"] / seconds["ours"]
+    print(f"trainer / ours: {ratio:.2f} (bar 1.5); losses at most {apart:.1e} apart")
     finish({"bench": "pretrain", **machine, "steps": args.steps - 1, "rounds": args.rounds,
-            "tokens_per_second": {name: round(4096 / s) for name, s in seconds.items()},
-            "ratio": round(seconds["trainer"] / seconds["ours"], 3), "losses_apart": apart,
-            "peak_gb": {name: max(x["peak_gb"] for x in results) for name, results in found.items()},
-            "trainer": {k: v for k, v in found["trainer"][0].items() if k in ("transformers", "accelerate")}}, save=True)
+            "tokens_per_second": {name: round(config.rows_per_step * config.row_tokens / s)
+                                  for name, s in seconds.items()},
+            "peak_gb": {name: max(run["peak_gb"] for run in runs) for name, runs in found.items()},
+            "ratio": round(ratio, 3), "losses_apart": apart, "versions": trainer["versions"]}, save=True)
 
 
 if __name__ == "__main__":

@@ -455,8 +455,9 @@ def test_a_stopped_run_keeps_its_last_step(tmp_path, folders, capsys, monkeypatc
 @pytest.mark.parametrize("options, said", [
     (["--row_tokens", "0"], "row_tokens must be positive, not 0"),
     (["--decay", "1.5"], "decay must be at most 1, not 1.5"),
-    (["--hidden_size", "15"], "command line: hidden_size 15, num_attention_heads 2 and num_key_value_heads 1 do"),
-    (["--num_key_value_heads", "3"], "do not divide each other"), (["--head_dim", "7"], "a head's size is odd"),
+    (["--hidden_size", "15"], "command line: hidden_size 15, num_attention_heads 2 and num_key"),
+    (["--num_key_value_heads", "3"], "do not divide each other"),
+    (["--head_dim", "7"], "a head's size is odd"),
     (["--rope_theta", "1"], "command line: rope_theta must be"),
     (["--row_tokens", "4096"], "row_tokens 4096 exceeds the context of 2048"),
     (["--data", "a"], "data: 'a' must be NAME=FOLDER"), (["--data", "a=x:0"], "data: 'a=x:0' must be"),
