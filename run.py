@@ -197,8 +197,7 @@ def open_folder(config, folder: Path, newest: tuple[Path, dict] | None):
 def source() -> dict[str, str]:
     """The source files that a result depends on: path -> text."""
     return {str(f.relative_to(ROOT)): f.read_text(encoding="utf-8")
-            for pattern in ("*.py", "lib/*.py", "kernels/*.py", "kernels/*.json", "data/*.py",
-                        "scripts/pretrain.py")
+            for pattern in "*.py lib/*.py kernels/*.py kernels/*.json data/*.py scripts/pretrain.py".split()
             for f in sorted(ROOT.glob(pattern))}
 
 

@@ -34,6 +34,7 @@ from kernels import linear_logprob
 from lib import distributed, offload, options
 from lib.files import locate
 from lib.options import UserError
+from lib.schedule import learning_rate
 from lib.stop import Stopped, Watch
 
 BUCKETS = {"0-1k": 0, "1-4k": 2**10, "4-16k": 2**12, "16k+": 2**14}  # of positions: where each begins
@@ -238,8 +239,7 @@ def train(config: Config, clock: run.Clock | None = None, watch: Watch | None = 
             clock.begin(step)
             distributed.check_stop(world)
             picked, after = corpus.take(inputs.sources, inputs.weights, position, config.rows_per_step)
-            lr = parallel.warmup_cosine(step - 1, config.steps, config.warmup, config.lr, config.decay,
-                                        config.linear)
+            lr = learning_rate(step - 1, config.steps, config.warmup, config.lr, config.decay, config.linear)
             with clock("update"):
                 local = [inputs.sources[i].row(k) for i, k in picked[world.rank::world.size]]
                 metrics = {"step": step} | update(model, optimizer, local, lr, config, inputs.n_valid, world)

@@ -29,6 +29,7 @@ from data.prompts import batch
 from data.tokenizer import Tokenizer, copy_files
 from lib import distributed, options
 from lib.options import UserError
+from lib.schedule import learning_rate
 from text import count_words
 
 BINS = 10  # of predicted probability, in the reliability table
@@ -112,7 +113,7 @@ def fit(model: qwen.RewardModel, pairs: list[Pair], encode, config: Config, worl
             seen["loss"] += loss.item()
             seen["right"] += (chosen_P > rejected_P).sum().item()
             seen["pairs"] += len(part)
-        lr = parallel.warmup_cosine(step, steps, config.warmup, config.lr)
+        lr = learning_rate(step, steps, config.warmup, config.lr)
         if not math.isfinite(parallel.step_(model, optimizer, lr)):
             raise UserError(f"the gradient of step {step + 1} is not finite: lower lr {config.lr}")
         if step % 10 == 9 or step == steps - 1:

@@ -18,6 +18,7 @@ from data import corpus, prompts, sft
 from data.tokenizer import Tokenizer
 from kernels import linear_logprob
 from lib.options import UserError
+from lib.schedule import learning_rate
 from scripts import curves, distil, export, pretrain, tokenise
 from tests.helpers import ROOT, equal, obeys_umask, random_model, tensors
 
@@ -322,7 +323,7 @@ def test_evaluation_reports_each_source_and_perplexity_by_position(monkeypatch):
     (1.0, False, [0.5, 1, 1, 0.05 + 0.95 * (1 + math.cos(math.pi / 8)) / 2]),
     (0.4, True, [0.5, 1, 1, 1, 1, 1, 1, 0.7625, 0.525, 0.2875]), (0.0, True, [0.5] + [1] * 9)])
 def test_the_rate_warms_up_stays_and_decays(decay, linear, expected):
-    found = [parallel.warmup_cosine(step, 10, 2, 1.0, decay, linear) for step in range(len(expected))]
+    found = [learning_rate(step, 10, 2, 1.0, decay, linear) for step in range(len(expected))]
     assert found == pytest.approx(expected)
 
 

@@ -18,7 +18,8 @@ FEWER = ["--group_size", "2", "--prompts_per_step", "2", "--max_new_tokens", "64
 def test_the_loop_of_the_recipe_closes(tmp_path):
     """RL of the base, its samples as documents, pretraining on them, RL again."""
     text = (ROOT / "docs/recipe.md").read_text(encoding="utf-8")
-    (block, ) = re.findall(r"^```sh\n(.*?)^```$", text.split("\n## On the embedded default\n")[1], re.M | re.S)
+    text = text.split("\n## On the embedded default\n")[1]
+    (block, ) = re.findall(r"^```sh\n(.*?)^```$", text, re.M | re.S)
     lines = block.replace("\\\n", " ").splitlines()
     for name in subprocess.check_output(["git", "ls-files", "-z"], cwd=ROOT, text=True).split("\0"):
         if (ROOT / name).is_file():
