@@ -100,7 +100,7 @@ def test_what_fails_for_good_is_one_sentence_that_names_server_and_reason(how, s
         assert bool(asked.down()) == (how in ("500", "cut", "hang", "dead")), "who answers is not down"
 
 
-@pytest.mark.parametrize("how", ["400", "401", "404", "302"])
+@pytest.mark.parametrize("how", ["300", "400", "401", "404", "302"])
 def test_what_is_refused_is_not_asked_again_and_the_key_is_not_shown(how, monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", "sk-secret")
     with FakeEndpoint(lambda *_: how) as fake:
