@@ -27,6 +27,8 @@ FORMS = {  # is_ratio: the loss, eps_low and eps_high that it is published with
 IS_RATIOS = tuple(FORMS)
 DEAD = 1e-6  # a group whose rewards differ by no more than this carries no signal
 STD_FLOOR = 0.1  # default of `advantages` and of the option of this name
+EIGHTHS = 8  # of max_new_tokens, by which quantities along the text are averaged
+ALONG = 5 * 2 * EIGHTHS  # sums of `along`
 VIOLATION = 0.1  # a sample that violates a requirement has at most minus this advantage
 
 
@@ -39,12 +41,13 @@ class Sample:
     rollout_logp: torch.Tensor | list[float]  # the sampler's, one per token
     advantage: float
     trained: bool = True  # False: masked out of numerator and denominator
+    think_tokens: int = 0  # of token_ids, up to the end of the thinking
 
 
 @dataclass(frozen=True)
 class Batch:
     """A micro-batch of samples end to end. targets_T[t] is the token after t; mask_T is true where that token
-    is trained; lengths are the trained tokens of each sample."""
+    is trained; lengths are the trained tokens of each sample, thinking those to the end of its thinking."""
 
     tokens_T: torch.Tensor
     attention: Packed
@@ -53,6 +56,7 @@ class Batch:
     rollout_logp_T: torch.Tensor
     advantage_T: torch.Tensor
     lengths: list[int]
+    thinking: list[int] = ()
 
 
 # ---------------------------------------------------------------------- advantages
@@ -243,7 +247,8 @@ def collate(samples: list[Sample], device="cpu") -> Batch:
     nothing = torch.zeros(1, dtype=torch.int64)
     rows = rows or [(nothing, nothing, nothing.bool(), nothing.float(), nothing.float())]
     tokens_T, *others = (torch.cat(column).to(device) for column in zip(*rows))
-    return Batch(tokens_T, packed([len(row[0]) for row in rows], device), *others, lengths)
+    return Batch(tokens_T, packed([len(row[0]) for row in rows], device), *others, lengths,
+                 [s.think_tokens for s in samples])
 
 
 # ---------------------------------------------------------------------- loss
@@ -295,6 +300,7 @@ def policy_loss(logp_N: torch.Tensor, old_logp_N: torch.Tensor, advantage_N: tor
     lengths: tokens of each sample, needed by `sequence`. correction_N: weight of each token, see
     `truncated_ratio`. beta: of the KL to a reference policy, `k3` of p_ref / p, whose gradient flows.
     Sums: `clipped` tokens, those whose gradient the clip mutes (cispo: whose weight it changes), and `kl`.
+    `clipped_N` says which they are.
     """
     if is_ratio not in IS_RATIOS:
         raise ValueError(f"policy_loss: is_ratio must be one of {', '.join(IS_RATIOS)}, not {is_ratio!r}")
@@ -310,7 +316,7 @@ def policy_loss(logp_N: torch.Tensor, old_logp_N: torch.Tensor, advantage_N: tor
         objective = torch.minimum(ratio * advantage_N, inside * advantage_N)
         clipped = inside * advantage_N < ratio * advantage_N
     loss_N = -correction_N * objective
-    sums = {"clipped": clipped.sum()}
+    sums = {"clipped": clipped.sum(), "clipped_N": clipped}
     if reference_logp_N is not None:
         kl_N = k3(reference_logp_N - logp_N)
         loss_N = loss_N + beta * kl_N
@@ -334,3 +340,38 @@ def mismatch(logp_N: torch.Tensor, rollout_logp_N: torch.Tensor) -> dict[str, to
         "gap/mean": difference.abs().sum(), "gap/k3": k3(difference).sum(),
         "gap/max": difference.abs().max() if len(difference) else difference.sum()
     }
+
+
+# ---------------------------------------------------------------------- along the text
+
+
+def along(batch: Batch, max_tokens: int, *values_N: torch.Tensor) -> dict[int, float]:
+    """Sums over a micro-batch's tokens of 1, entropy, gap, clipped and |advantage|, each by where a token
+    stands: in the thinking or after it, and in which eighth of max_tokens. Key: its index in (5, 2, EIGHTHS).
+    """
+    lengths_S, thinking_S = torch.tensor([batch.lengths, batch.thinking], dtype=torch.int64)
+    at_N = torch.arange(len(values_N[0])) - (lengths_S.cumsum(0) - lengths_S).repeat_interleave(lengths_S)
+    place_N = (at_N * EIGHTHS // max_tokens).clamp(max=EIGHTHS - 1)
+    place_N += EIGHTHS * (at_N >= thinking_S.repeat_interleave(lengths_S))
+    values = torch.stack([x.double() for x in (torch.ones_like(values_N[0]), *values_N)])
+    sums = values.new_zeros(len(values), 2 * EIGHTHS).index_add_(1, place_N.to(values.device), values)
+    return dict(enumerate(sums.flatten().tolist()))
+
+
+def along_metrics(sums: dict[int, float]) -> dict[str, list[float]]:
+    """Metrics from the sums of `along` over all ranks: tokens, means (NaN without a token), and shares of all
+    |advantage|."""
+    sums = torch.tensor([sums[i] for i in range(ALONG)], dtype=torch.float64)
+    tokens, *values, pull = sums.view(-1, 2, EIGHTHS)
+    rows = {"tokens": tokens, "advantage_share": pull / pull.sum()}
+    rows |= dict(zip(("entropy", "gap", "clip_share"), (x / tokens for x in values)))
+    return {f"along/{name}/{part}": row.tolist() for name, x in rows.items()
+            for part, row in zip(("think", "answer"), x)}
+
+
+def slope(x_BG: torch.Tensor, y_BG: torch.Tensor) -> float:
+    """Slope of y against x at the same prompt: least squares over all groups, each centred on its own; NaN
+    where x does not vary. Samples with a missing (NaN) y are left out."""
+    x_BG = x_BG.masked_fill(y_BG.isnan(), torch.nan)
+    x_BG, y_BG = ((v - v.nanmean(1, keepdim=True)).nan_to_num(0) for v in (x_BG, y_BG))
+    return ((x_BG * y_BG).sum() / x_BG.square().sum()).item()

@@ -6,7 +6,9 @@ is train.Config, or any object with the fields that a function reads.
 Shapes: B prompts, G samples of each (a group), N = B x G samples, R rewards.
 """
 
+import bisect
 import hashlib
+import itertools
 import math
 import time
 from collections import Counter, deque
@@ -251,14 +253,23 @@ def all_gather(local: Groups, world) -> Groups:
 
 
 LENGTHS = ("words", "words_complete", "think_tokens", "in_range", "truncated")  # what `lengths` returns
+REQUESTED = (0, *(2**k for k in range(5, 14)))  # words asked for: from where each part of `by_request` goes
+
+
+def thinking(ids: list[int], tokenizer: Tokenizer) -> int:
+    """Tokens up to the end of the thinking: all where it is never closed, 0 without any."""
+    data = [tokenizer.token_bytes[i] for i in ids]
+    text = b"".join(data)
+    if (end := text.find(b"</think>")) < 0:
+        return len(ids) if b"<think>" in text and b"<answer>" not in text else 0
+    return bisect.bisect_left(list(itertools.accumulate(map(len, data))), end + len(b"</think>")) + 1
 
 
 def lengths(prompt, c: Completion, tokenizer: Tokenizer) -> dict[str, float | None]:
     """Length statistics of a training sample."""
     words, truncated = count_words(structure(c.text)[2] or ""), c.finish_reason == "length"
-    thought = c.text.partition("<think>")[2].partition("</think>")[0].partition("<answer>")[0]
     lo, hi = prompt.length_range or (None, None)
-    think_tokens = len(tokenizer.encode(thought))  # also of a truncated thought
+    think_tokens = thinking(c.token_ids, tokenizer)
     in_range = None if lo is None else lo <= words <= hi
     return dict(zip(LENGTHS, (words, None if truncated else words, think_tokens, in_range, truncated)))
 
@@ -273,8 +284,8 @@ def describe_text(prompt, c: Completion, tokenizer: Tokenizer) -> dict[str, floa
                     "missing_answers": texts["answer_words"] is None, **texts}
 
 
-def summarise(groups: Groups, rewards: list[Reward]) -> dict[str, float]:
-    """Metrics of all samples: rewards, their spread within groups, lengths."""
+def summarise(groups: Groups, prompts: list, rewards: list[Reward]) -> dict[str, float | list[float]]:
+    """Metrics of all samples: rewards, their spread within groups, lengths, and both by requested length."""
     _, std, dead = grpo.group_spread(groups.placed_BGR)
     present_R, found = (~groups.placed_BGR.isnan()).sum((0, 1)), groups.statistics
     out = {}
@@ -283,14 +294,27 @@ def summarise(groups: Groups, rewards: list[Reward]) -> dict[str, float]:
         out |= {f"reward/{reward.name}": total / (present_R[r].item() or math.nan),  # all missing: null
                 f"reward_std/{reward.name}": std[:, r].mean().item(),
                 f"dead_groups/{reward.name}": int(dead[:, r].sum()),
+                f"slope/{reward.name}": 100 * grpo.slope(found["words"], groups.placed_BGR[..., r]),
                 f"missing/{reward.name}": int(found["words"].numel() - present_R[r])}
     tokens = sum(map(len, groups.token_ids))
-    return out | {"length/answer_words": mean_of(found["words"]),
+    values = {"ended": 1 - found["truncated"]} | {
+        reward.name: groups.placed_BGR[..., r] for r, reward in enumerate(rewards)}
+    return out | by_request(values, prompts) | {"length/answer_words": mean_of(found["words"]),
                   "length/tokens": tokens / len(groups.token_ids),
                   "length/answer_words_complete": mean_of(found["words_complete"]) or 0.0,
                   "length/think_tokens": mean_of(found["think_tokens"]),
                   "length/in_range": mean_of(found["in_range"]) or 0.0,
                   "truncated": mean_of(found["truncated"])}
+
+
+def by_request(values: dict[str, torch.Tensor], prompts: list) -> dict[str, list[float]]:
+    """Means of values (B, G) over the samples whose prompt asks for a length from one number of REQUESTED to
+    the next, NaN without any; empty where no prompt asks for one."""
+    part_B = torch.tensor([bisect.bisect_right(REQUESTED, sum(p.length_range) / 2) - 1 if p.length_range
+                           else -1 for p in prompts])
+    return {} if (part_B < 0).all() else {
+        f"by_request/{name}": [x_BG[part_B == i].nanmean().item() for i in range(len(REQUESTED))]
+        for name, x_BG in values.items()}
 
 
 def mean_of(values: torch.Tensor) -> float | None:
@@ -322,9 +346,11 @@ def combine_advantages(rewards_BGR: torch.Tensor, rewards: list[Reward],
 def training_samples(groups: Groups, advantage_BG: torch.Tensor, config) -> list[grpo.Sample]:
     """The N samples as the update needs them; truncated ones are not trained where `overlong` is mask."""
     G = advantage_BG.shape[1]
-    return [grpo.Sample(groups.prompt_ids[i // G], ids, logp, advantage, config.overlong == "keep" or not cut)
-            for i, (ids, logp, advantage, cut) in enumerate(zip(
-                groups.token_ids, groups.logprobs, advantage_BG.flatten().tolist(), groups.truncated_N))]
+    thinking_N = groups.statistics["think_tokens"].int().flatten().tolist()
+    return [grpo.Sample(groups.prompt_ids[i // G], ids, logp, advantage, config.overlong == "keep" or not cut,
+                        n) for i, (ids, logp, advantage, cut, n) in enumerate(zip(
+                groups.token_ids, groups.logprobs, advantage_BG.flatten().tolist(), groups.truncated_N,
+                thinking_N))]
 
 
 def records(groups: Groups, prompts: list, rewards: list[Reward], **columns: list) -> list[dict]:
@@ -352,8 +378,8 @@ def evaluate(step: int, prompts: list, rewards: list[Reward], sampler: Sampler, 
     shown = [name for name in groups.statistics if name not in LENGTHS]
     rows = torch.stack([groups.statistics[name].flatten() for name in shown], 1).tolist()
     scores = [{name: None if x != x else x for name, x in zip(shown, row)} for row in rows]
-    metrics = {name: x for name, x in summarise(groups, rewards).items()
-               if not name.startswith(("dead_groups", "reward_std"))}  # mean nothing for single samples
+    metrics = {name: x for name, x in summarise(groups, prompts, rewards).items()  # single samples have no:
+               if not name.startswith(("dead_groups", "reward_std", "slope"))}
     for name in shown:
         mean = mean_of(groups.statistics[name])
         metrics[name] = math.nan if mean is None else mean

@@ -308,6 +308,10 @@ def warnings(metrics: dict, config, names: list[str]) -> Iterator[str]:
 # ---------------------------------------------------------------------- log
 
 
+def finite(x: float) -> float | None:
+    return x if math.isfinite(x) else None
+
+
 class Log:
     """Writes rollouts/, metrics.jsonl, log.txt, the console and wandb on the main rank. All ranks must call
     its methods; if a file cannot be written, they raise UserError on all ranks."""
@@ -384,8 +388,9 @@ class Log:
             if self.world.main:
                 if file:
                     write_jsonl(self.folder / "rollouts" / file, records)
-                finite = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
-                write_jsonl(self.folder / "metrics.jsonl", [finite], "a")
+                lines = {name: [finite(x) for x in value] if isinstance(value, list) else finite(value)
+                         for name, value in metrics.items()}
+                write_jsonl(self.folder / "metrics.jsonl", [lines], "a")
         self.wandb.send("log", metrics, step=metrics["step"])
 
     def finish(self):

@@ -210,9 +210,11 @@ def backward(model, reference, batch: grpo.Batch, old_N: torch.Tensor | None, co
                                   config.eps_low, config.eps_high, config.is_ratio, batch.lengths, **options)
     with clock("backward"):
         loss.backward()
-    sums |= seen | grpo.mismatch(old_N, rollout_N)
-    sums |= {"loss": loss.detach(), "entropy": entropy_N.detach().sum()}
-    return {name: value.item() for name, value in sums.items()}, (old_N - rollout_N).abs()
+    gap_N, entropy_N = (old_N - rollout_N).abs(), entropy_N.detach()
+    along = grpo.along(batch, config.max_new_tokens, entropy_N, gap_N, seen.pop("clipped_N"),
+                       batch.advantage_T[batch.mask_T].abs())
+    sums |= seen | grpo.mismatch(old_N, rollout_N) | {"loss": loss.detach(), "entropy": entropy_N.sum()}
+    return {name: value.item() for name, value in sums.items()} | along, gap_N
 
 
 @dataclass(frozen=True)
@@ -253,7 +255,8 @@ def update(model, reference, optimizer, samples: list[grpo.Sample], parts: list[
         with torch.no_grad(), clock("logprob"):
             old |= zip(micro_batch, logprobs(model, batch, config, n_valid)[0].split(batch.lengths))
 
-    sums = dict.fromkeys(("loss", "clipped", "entropy", "gap/mean", "gap/k3", "kl", "capped"), 0.0)
+    sums = dict.fromkeys(("loss", "clipped", "entropy", "gap/mean", "gap/k3", "kl", "capped",
+                          *range(grpo.ALONG)), 0.0)
     gap_max, gaps, norms, applied = 0.0, dict.fromkeys(range(len(samples)), 0.0), [], []
     for plan, count in zip(plans, counts):
         if not count["tokens"]:
@@ -283,7 +286,7 @@ def update(model, reference, optimizer, samples: list[grpo.Sample], parts: list[
                "skipped_updates": len(applied) - applied.count(True),
                "clip_share": sums["clipped"] / tokens, "entropy": sums["entropy"] / tokens,
                "gap/mean": sums["gap/mean"] / tokens, "gap/k3": sums["gap/k3"] / tokens,
-               **distributed.largest({"gap/max": gap_max}, world), **balance}
+               **distributed.largest({"gap/max": gap_max}, world), **balance, **grpo.along_metrics(sums)}
     if reference:
         parallel.reshard(reference)
         metrics["kl"] = sums["kl"] / tokens
@@ -342,7 +345,8 @@ def train(config: Config, clock: run.Clock | None = None, watch: Watch | None = 
             groups = rollout.all_gather(local, world)
             advantage_BG, per_reward_BGR, stats = rollout.combine_advantages(groups.rewards_BGR, rewards,
                                                                              config)
-            stats |= {"step": step, "lr": learning_rate(step, config), **rollout.summarise(groups, rewards)}
+            stats |= rollout.summarise(groups, prompts, rewards)
+            stats |= {"step": step, "lr": learning_rate(step, config)}
             for parameters in optimizer.param_groups:
                 parameters["lr"] = stats["lr"]
             samples = rollout.training_samples(groups, advantage_BG, config)
@@ -356,8 +360,7 @@ def train(config: Config, clock: run.Clock | None = None, watch: Watch | None = 
             log.step(stats, rollout.records(
                 groups, prompts, rewards, advantage=advantage_BG.flatten().tolist(), gap_mean=updated.gap_N,
                 advantages=[dict(zip(names, row)) for row in per_reward_BGR.flatten(0, 1).tolist()]))
-            done = step
-            skipped = updated.skipped_in_a_row(skipped)
+            done, skipped = step, updated.skipped_in_a_row(skipped)
             log.bad_batch(step, updated.skipped)
             if skipped >= config.max_skipped:
                 raise UserError(f"{skipped} updates in a row were skipped: look at {folder}/bad_batches, "

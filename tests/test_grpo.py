@@ -694,7 +694,7 @@ def gradient(model, parts, loss="token", **options):
                                   **options)
         value.backward()
         sums |= mismatch(logp, old) | {"loss": value.detach()}
-        sums.pop("gap/max")
+        sums.pop("gap/max"), sums.pop("clipped_N")
         total = {name: total.get(name, 0.0) + sums[name].item() for name in sums}
     return total["loss"], total, [p.grad for p in model.parameters()]
 
@@ -761,3 +761,48 @@ def test_neighbours_in_a_batch_do_not_change_a_samples_logprobs():
 
     for s, together in zip(samples, logprobs(samples), strict=True):
         torch.testing.assert_close(logprobs([s])[0], together, rtol=1e-5, atol=1e-5)
+
+
+# ---------------------------------------------------------------------- along the text
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_sums_along_the_text_are_those_of_a_loop_and_add_up_over_micro_batches(seed):
+    rng, most = random.Random(seed), random.Random(seed).choice([1, 7, 64, 1000])
+    samples, rows = [], []
+    for _ in range(rng.randint(1, 7)):
+        n = rng.randint(1, most)
+        thought = rng.choice([0, n, rng.randint(0, n)])
+        samples.append(Sample([1], [2] * n, [0.0] * n, 1.0, think_tokens=thought))
+        rows.append(torch.rand(4, n, dtype=torch.float64, generator=torch.Generator().manual_seed(n)))
+    expected = torch.zeros(5, 2, 8, dtype=torch.float64)
+    for s, x in zip(samples, rows):
+        for t in range(len(s.token_ids)):
+            expected[:, int(t >= s.think_tokens), min(7, 8 * t // most)] += torch.tensor([1, *x[:, t]])
+    cut = rng.randint(0, len(samples))
+    total = torch.zeros(5, 2, 8, dtype=torch.float64)
+    for part in (slice(cut), slice(cut, None)):
+        values = torch.cat([torch.zeros(4, 0, dtype=torch.float64), *rows[part]], 1)
+        sums = grpo.along(collate(samples[part]), most, *values)
+        assert list(sums) == list(range(grpo.ALONG))
+        total += torch.tensor(list(sums.values())).view(5, 2, 8)
+    torch.testing.assert_close(total, expected, rtol=1e-6, atol=1e-6)
+    found = grpo.along_metrics(dict(enumerate(total.flatten().tolist())))
+    mean = expected[1] / expected[0]
+    assert found["along/entropy/answer"] == pytest.approx(mean[1].tolist(), nan_ok=True)
+    assert found["along/gap/think"] == pytest.approx((expected[2] / expected[0])[0].tolist(), nan_ok=True)
+    shares = found["along/advantage_share/think"] + found["along/advantage_share/answer"]
+    assert sum(shares) == pytest.approx(1) and sum(found["along/tokens/think"]) == expected[0, 0].sum()
+
+
+def test_the_slope_at_the_same_prompt_is_that_of_least_squares_with_an_intercept_for_each():
+    generator = torch.Generator().manual_seed(0)
+    x, offset = torch.rand(6, 5, generator=generator).double() * 100, torch.arange(6.0)[:, None] * 50
+    y = 0.3 * x + offset + torch.rand(6, 5, generator=generator).double()
+    y[2, 1] = torch.nan
+    present = ~y.isnan()
+    groups = torch.nn.functional.one_hot(torch.arange(6).repeat_interleave(5), 6).view(6, 5, 6).double()
+    columns = torch.cat((x[..., None], groups), -1)[present]
+    expected = torch.linalg.lstsq(columns, y[present][:, None]).solution[0].item()
+    assert grpo.slope(x, y) == pytest.approx(expected) and 0.25 < expected < 0.35
+    assert math.isnan(grpo.slope(torch.ones(2, 3), torch.rand(2, 3)))

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import runpy
 import shutil
 import signal
@@ -59,10 +60,17 @@ def test_lengths_are_logged_with_and_without_cut_samples_and_thinking_apart(tmp_
     assert m["length/answer_words"] == pytest.approx(sum(words) / len(words))
     assert 0 < len(whole) < len(texts)
     assert m["length/answer_words_complete"] == pytest.approx(sum(whole) / len(whole))
-    thoughts = [t["text"].split("<think>")[1].split("</think>")[0] for t in texts if "<think>" in t["text"]]
+    thoughts = [re.match(".*?</think>|.*", t["text"], re.S)[0] for t in texts if "<think>" in t["text"]]
     assert any("</think>" not in t["text"] for t in texts), "what is cut while it thinks counts"
     tokens = sum(map(len, map(Tokenizer(ROOT / "data/tiny/base").encode, thoughts)))
-    assert m["length/think_tokens"] == pytest.approx(tokens / len(texts))
+    assert m["length/think_tokens"] == pytest.approx(tokens / len(texts), abs=2), "a token may cross the tag"
+    assert sum(m["along/tokens/think"]) == pytest.approx(m["length/think_tokens"] * len(texts))
+    parts = sum(map(sum, (m["along/tokens/think"], m["along/tokens/answer"])))
+    assert parts == pytest.approx(m["length/tokens"] * len(texts))
+    for name in ("entropy", "gap"):
+        whole = sum(n * x for part in ("think", "answer") for n, x in zip(
+            m[f"along/tokens/{part}"], m[f"along/{name}/{part}"]) if n)
+        assert whole / parts == pytest.approx(m["gap/mean" if name == "gap" else name], rel=1e-5)
 
 
 def test_the_folder_of_a_run_holds_what_docs_running_says(undisturbed):
@@ -81,14 +89,17 @@ def test_the_folder_of_a_run_holds_what_docs_running_says(undisturbed):
             "balance/flops", "balance/tokens",
             *(f"time/{p}" for p in ("sample", "idle", "score", "logprob", "backward", "step", "update",
                                     "publish", "save", "total")),
-            *(f"{kind}/{name}" for kind in ("reward", "reward_std", "dead_groups", "missing")
-              for name in ("length", "format", "writing")),
+            *(f"{kind}/{name}" for kind in ("reward", "reward_std", "dead_groups", "missing", "slope",
+                                            "by_request") for name in ("length", "format", "writing")),
+            *(f"along/{name}/{part}" for part in ("think", "answer")
+              for name in ("tokens", "entropy", "gap", "clip_share", "advantage_share")),
+            "by_request/ended",
             *(f"dominance/{name}" for name in ("length", "format", "writing")),
             *(f"{kind}/{pair}" for kind in ("correlation", "disagreement")
               for pair in ("length,format", "length,writing", "format,writing"))
         }
         assert expected == set(m)
-        assert all(v == v and abs(v) != float("inf") for v in m.values())
+        assert all(v == v and abs(v) != float("inf") for v in m.values() if type(v) is not list)
         assert m["clip_share"] == 0 and m["lr"] == pytest.approx(1.75e-4 * min(1, m["step"] / 5))
     record = json.loads((undisturbed / "rollouts" / "step_000003.jsonl").read_text().splitlines()[0])
     assert set(record) == {

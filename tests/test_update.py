@@ -5,6 +5,7 @@ the loop asks the sampler for and says of its samples.
 The policy is a table of bigrams: a token's hidden state is its row of the embedding.
 """
 
+import math
 import random
 import time
 from contextlib import contextmanager, nullcontext
@@ -327,3 +328,32 @@ def test_seconds_of_sampling_scoring_and_waiting_for_others_do_not_overlap(monke
     rollout.sample_and_score(sampler, [prompt], [Reward("ten", ten, 1.0)], 2, 1, "step 1", rollout.lengths,
                              config, clock, None, world)
     assert [clock.seconds[phase] for phase in ("sample", "score", "idle")] == [1, 20, 100]
+
+
+# ---------------------------------------------------------------------- along the text
+
+
+@pytest.mark.parametrize("text, thought", [
+    ("<think>A plan.</think>\n<answer>A text.</answer>", "<think>A plan.</think>"), ("A text.", ""),
+    ("<think>A plan that is never", "<think>A plan that is never"), ("", ""),
+    ("<think>A plan.\n<answer>A text.</answer>", ""), ("<think></think>雾", "<think></think>"),
+    ("<answer>A text.</answer><think>B</think>", "<answer>A text.</answer><think>B</think>")])
+def test_thinking_ends_with_the_token_in_which_its_tag_ends(text, thought):
+    tokenizer = Tokenizer(ROOT / "data/tiny/base")
+    ids = tokenizer.encode(text)
+    n = rollout.thinking(ids, tokenizer)
+    assert tokenizer.decode(ids[:n]).startswith(thought) and not tokenizer.decode(
+        ids[:n - 1] if n else []).endswith(thought or "no")
+    assert rollout.thinking(list(text.encode()), SimpleNamespace(
+        token_bytes=[bytes([i]) for i in range(256)])) == len(thought.encode())
+
+
+def test_means_by_request_are_those_of_the_prompts_that_ask_for_it():
+    prompts = [SimpleNamespace(length_range=x) for x in ((20, 40), (31, 32), (32, 32), None, (9000, 12000))]
+    values = torch.arange(10.0).view(5, 2)
+    values[0, 0] = math.nan
+    found = rollout.by_request({"a": values}, prompts)["by_request/a"]
+    expected = [math.nan] * len(rollout.REQUESTED)
+    expected[0], expected[1], expected[-1] = 2.0, 4.5, 8.5  # words 30 and 31.5, 32, 10,500
+    assert found == pytest.approx(expected, nan_ok=True)
+    assert rollout.by_request({"a": values[3:4]}, prompts[3:4]) == {}
