@@ -1,12 +1,12 @@
 """Training tokens a second against transformers' Trainer: same model, packed rows, batch and optimiser.
 
-    python -m bench.bench_pretrain --trainer PYTHON [--rounds 2] [--steps 5]
+    python -m bench.bench_pretrain --trainer PYTHON [--shape 43m] [--rounds 2] [--steps 5]
 
-The model has 43M parameters and Qwen2.5's vocabulary, the documents are the modules of Python's standard
-library: text of real lengths. Both sides train in fp32 on the CPU, with as many threads, each in a process of
-its own, in turn, on the same rows: the peer gets them as its own collator packs them, by positions that start
-again at each document. The losses of both must agree. PYTHON has transformers and accelerate. Ends with one
-JSON line.
+The documents are the modules of Python's standard library: text of real lengths. The model is the embedded
+default, or of 43M parameters, of which 39M are the embedding of Qwen2.5's vocabulary. Both sides train in
+fp32 on the CPU, with as many threads, each in a process of its own, in turn, on the same rows: the peer gets
+them as its own collator packs them, by positions that start again at each document. The losses of both must
+agree. PYTHON has transformers and accelerate. Ends with one JSON line.
 """
 
 import json
@@ -23,17 +23,20 @@ import torch
 from bench import ROOT, finish, hardware, parser
 from bench.bench_step import answer, make
 from data.corpus import take
-from lib.files import read_jsonl, write_jsonl
+from lib.files import locate, read_jsonl, write_jsonl
 from scripts import pretrain
 
 
-def prepare(folder: Path, steps: int) -> pretrain.Config:
+def prepare(folder: Path, shape: str, steps: int) -> pretrain.Config:
     """Model, documents, and the peer's rows; returns our options."""
-    make(folder, "43m")
+    if shape == "43m":
+        make(folder, shape)
+        (folder / "model/generation_config.json").write_text('{"eos_token_id": 0}')  # it had none
     files = sorted(Path(os.__file__).parent.glob("*.py"))
     texts = [text for file in files if (text := file.read_text(encoding="utf-8", errors="replace")).strip()]
     write_jsonl(folder / "documents.jsonl", [{"text": text} for text in texts])
-    config = pretrain.Config(model=str(folder / "model"), documents=str(folder / "documents.jsonl"),
+    model = str(folder / "model") if shape == "43m" else locate("data/tiny/base")
+    config = pretrain.Config(model=model, documents=str(folder / "documents.jsonl"),
                              device="cpu", steps=steps, lr=1e-3, warmup=0, decay=0.0)
     source = pretrain.read_inputs(config, 1).sources[0]
     taken, _ = take([source], [1], {source.name: 0}, steps * config.rows_per_step)
@@ -58,12 +61,13 @@ def ours(config: pretrain.Config, run_dir: Path) -> dict:
 def main():
     known = parser(__doc__)
     known.add_argument("--trainer", metavar="PYTHON", required=True)
+    known.add_argument("--shape", default="tiny", choices=("tiny", "43m"))
     known.add_argument("--rounds", type=int, default=2)
     known.add_argument("--steps", type=int, default=5, help="of a round, of which the first does not count")
     args = known.parse_args()
     machine, found = hardware(), {"ours": [], "trainer": []}
     with tempfile.TemporaryDirectory() as folder:
-        config = prepare(Path(folder), args.steps)
+        config = prepare(Path(folder), args.shape, args.steps)
         settings = {"model": config.model, "rows": f"{folder}/rows.npz", "batch": config.rows_per_step,
                     "lr": config.lr, "weight_decay": config.weight_decay, "threads": machine["threads"]}
         for i in range(args.rounds):
@@ -79,7 +83,7 @@ def main():
                for name, runs in found.items()}
     apart, ratio = float(np.abs(np.subtract(*losses)).max()), seconds["trainer"] / seconds["ours"]
     print(f"trainer / ours: {ratio:.2f} (bar 1.5); losses at most {apart:.1e} apart")
-    finish({"bench": "pretrain", **machine, "steps": args.steps - 1, "rounds": args.rounds,
+    finish({"bench": f"pretrain_{args.shape}", **machine, "steps": args.steps - 1, "rounds": args.rounds,
             "tokens_per_second": {name: round(config.rows_per_step * config.row_tokens / s)
                                   for name, s in seconds.items()},
             "peak_gb": {name: max(run["peak_gb"] for run in runs) for name, runs in found.items()},
