@@ -370,8 +370,8 @@ def along_metrics(sums: dict[int, float]) -> dict[str, list[float]]:
 
 
 def slope(x_BG: torch.Tensor, y_BG: torch.Tensor) -> float:
-    """Slope of y against x at the same prompt: least squares over all groups, each centred on its own; NaN
+    """Slope of y against x at the same prompt: least squares over all groups, each centred on its own; 0
     where x does not vary. Samples with a missing (NaN) y are left out."""
     x_BG = x_BG.masked_fill(y_BG.isnan(), torch.nan)
     x_BG, y_BG = ((v - v.nanmean(1, keepdim=True)).nan_to_num(0) for v in (x_BG, y_BG))
-    return ((x_BG * y_BG).sum() / x_BG.square().sum()).item()
+    return ((x_BG * y_BG).sum() / x_BG.square().sum()).nan_to_num(0).item()

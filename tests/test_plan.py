@@ -424,8 +424,9 @@ def test_a_reward_model_is_counted_by_its_folder_or_its_name(monkeypatch):
         planner.read([*options, "false", "--reward_model", "nowhere"])
 
 
-def test_a_job_of_next_tokens_is_planned_by_its_tokens(capsys):
+def test_a_job_of_next_tokens_is_planned_by_its_tokens(monkeypatch, capsys):
     """6 flops a parameter and token, and its attention; a job's own default is not to recompute."""
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")  # is set for the check of the config
     job = ["--job", "pretrain", "--model", "Qwen2.5-7B", "--row_tokens", "32768", "--gpus", "8"]
     with pytest.raises(SystemExit):
         planner.show(job)

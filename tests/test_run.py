@@ -53,7 +53,7 @@ class FakeWandb(SimpleNamespace):
 
 def test_lengths_are_logged_with_and_without_cut_samples_and_thinking_apart(tmp_path):
     in_process(tmp_path / "run", "--steps", "1", "--max_new_tokens", "90", "--eval_prompts", "")
-    (m,) = metrics(tmp_path / "run")
+    (m,) = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").open()]
     texts = [json.loads(line) for line in (tmp_path / "run/rollouts/step_000001.jsonl").open()]
     words = [rewards.count_words(rewards.structure(t["text"])[2] or "") for t in texts]
     whole = [n for n, t in zip(words, texts) if t["finish_reason"] != "length"]

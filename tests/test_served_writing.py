@@ -146,13 +146,14 @@ def test_a_reward_server_gets_its_own_key_and_not_that_of_the_judges(monkeypatch
             assert [h.get("Authorization") for h in fake.headers[-2:]] == [sent] * 2 and fake.calls
 
 
-def test_a_plan_counts_no_model_of_a_server_and_says_which_folder_it_could_not(monkeypatch, capsys):
+def test_a_plan_counts_no_model_of_a_server_and_says_where_none_is_given(monkeypatch, capsys):
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")  # is set for the check of the config
-    for where, said in (("http://gpu9:8000/classify", "It fits."),
-                        ("Qwen2.5-7B-writing", "It fits. The reward model comes on top.")):
+    for where, said in (("http://gpu9:8000/classify", "It fits."), ("Qwen2.5-0.5B-writing", "It fits."),
+                        ("", "It fits. The reward model comes on top.")):
         plan.show(["--gpus", "1", "--reward_model", where])
         out = capsys.readouterr().out
-        assert out.splitlines()[-1] == said and ("is not counted" in out) == ("://" not in where)
+        assert out.splitlines()[-1] == said and ("is not counted" in out) == (not where)
+        assert ("reward model's weights" in out) == where.startswith("Qwen")
 
 
 def test_servers_may_move_while_a_run_is_away(tmp_path, quick):
