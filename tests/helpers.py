@@ -37,17 +37,23 @@ def launch(ranks: int, *command, timeout: int = 300, **environment: str) -> subp
                           capture_output=True, text=True, timeout=timeout)
 
 
+def flat(m: dict) -> dict[str, float]:
+    """Metrics with the numbers of a list as metrics of their own, NAME/0 and on; null and NaN are 0 in them."""
+    return {k: v for k, v in m.items() if not isinstance(v, list)} | {
+        f"{k}/{i}": x if x and x == x else 0.0
+        for k, v in m.items() if isinstance(v, list) for i, x in enumerate(v)}
+
+
 def metrics(folder: Path) -> list[dict]:
     """A dict a step, its evaluation joined to it, without what depends on the machine or the number of
-    ranks. Lists are numbers of their own, NAME/0 and on; null is 0 in them."""
+    ranks; `flat`."""
     depends = ("time/", "tokens_per_second/", "memory/", "balance/")
     by_step = {}
     for line in (folder / "metrics.jsonl").read_text().splitlines():
         m = json.loads(line)
         assert not m.keys() & by_step.get(m["step"], {}).keys() - {"step"}, "no line twice"
-        flat = {k: v for k, v in m.items() if not isinstance(v, list)} | {
-            f"{k}/{i}": x or 0.0 for k, v in m.items() if isinstance(v, list) for i, x in enumerate(v)}
-        by_step.setdefault(m["step"], {}).update((k, v) for k, v in flat.items() if not k.startswith(depends))
+        by_step.setdefault(m["step"], {}).update(
+            (k, v) for k, v in flat(m).items() if not k.startswith(depends))
     return list(by_step.values())
 
 

@@ -10,7 +10,7 @@ import pytest
 
 from tests.helpers import ROOT, metrics
 
-FEWER = ["--group_size", "2", "--prompts_per_step", "2", "--max_new_tokens", "64", "--unreachable", "keep",
+FEWER = ["--group_size", "4", "--prompts_per_step", "4", "--max_new_tokens", "160", "--unreachable", "keep",
          "--eval_prompts", str(ROOT / "tests/eval_small.jsonl")]
 
 
