@@ -38,7 +38,7 @@ def launch(ranks: int, *command, timeout: int = 300, **environment: str) -> subp
 
 
 def flat(m: dict) -> dict[str, float]:
-    """Metrics with the numbers of a list as metrics of their own, NAME/0 and on; null and NaN are 0 in them."""
+    """Metrics, the numbers of lists as metrics of their own, NAME/0 and on; null and NaN are 0 in them."""
     return {k: v for k, v in m.items() if not isinstance(v, list)} | {
         f"{k}/{i}": x if x and x == x else 0.0
         for k, v in m.items() if isinstance(v, list) for i, x in enumerate(v)}
