@@ -1,6 +1,7 @@
 """A run: what it reads, its folder, log, progress and clock."""
 
 import dataclasses
+import faulthandler
 import fcntl
 import hashlib
 import itertools
@@ -9,10 +10,11 @@ import math
 import os
 import re
 import resource
+import signal
 import socket
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache, cached_property
@@ -29,6 +31,7 @@ from lib import distributed
 from lib.distributed import World, broadcast, gather, raise_on_all_ranks
 from lib.files import ROOT, jsonl, locate, read_jsonl, replace, write_jsonl
 from lib.options import Field, UserError, environment, read_json
+from lib.stop import Stopped, Watch
 from lib.wandb_log import Wandb, open_wandb
 
 # Options that may differ when a run is resumed: the steps do not depend on them.
@@ -305,6 +308,21 @@ def warnings(metrics: dict, config, names: list[str]) -> Iterator[str]:
                f"{GAP_LIMIT} nats a token: set sampler_dtype to float32, and keep tis_cap above 0")
 
 
+def watched(train: Callable):
+    """Calls train(clock, watch) until it returns or is stopped. Of an error the other ranks are told."""
+    clock, watch = Clock(), Watch()
+    faulthandler.enable(sys.__stderr__)  # where NCCL's watchdog ends a process, it says in which line
+    try:
+        train(clock, watch)
+    except Stopped:
+        pass
+    except Exception as e:
+        distributed.leave(e, watch, clock.phase, clock.step)
+        raise
+    finally:
+        watch.close()
+
+
 # ---------------------------------------------------------------------- log
 
 
@@ -374,6 +392,10 @@ class Log:
                 write_jsonl(self.folder / "bad_batches" / f"step_{step:06d}.jsonl",
                             [{name: x.tolist() if isinstance(x, torch.Tensor) else x
                               for name, x in vars(s).items()} for s in samples])
+
+    def stopped(self, e: Stopped, saved: int):
+        self.say(f"stopped by {signal.Signals(*e.args).name}: step {saved} is kept, and the same command "
+                 "goes on from there")
 
     def reward_error(self, details: str):
         """Writes the traceback of a reward to reward_error.txt."""

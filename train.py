@@ -7,7 +7,6 @@ default, a small world that runs on a laptop's CPU. `python -m scripts.plan` say
 need.
 """
 
-import faulthandler
 import math
 import os
 import signal
@@ -375,25 +374,14 @@ def train(config: Config, clock: run.Clock | None = None, watch: Watch | None = 
             saver.save(done)
         log.reward_error(getattr(e, "details", ""))
         if isinstance(e, Stopped):
-            log.say(f"stopped by {signal.Signals(*e.args).name}: step {saver.saved} is kept, and the "
-                    "same command goes on from there")
+            log.stopped(e, saver.saved)
         raise
     log.finish()
 
 
 @options.command
 def main():
-    clock, watch = run.Clock(), Watch()
-    faulthandler.enable(sys.__stderr__)  # where NCCL's watchdog ends a process, it says in which line
-    try:
-        train(parse(sys.argv[1:]), clock, watch)
-    except Stopped:
-        pass
-    except Exception as e:
-        distributed.leave(e, watch, clock.phase, clock.step)
-        raise
-    finally:
-        watch.close()
+    run.watched(lambda clock, watch: train(parse(sys.argv[1:]), clock, watch))
 
 
 if __name__ == "__main__":

@@ -10,10 +10,8 @@ command goes on from its last checkpoint, and scripts.curves and scripts.export 
 """
 
 import dataclasses
-import faulthandler
 import math
 import re
-import signal
 import sys
 import time
 from dataclasses import dataclass
@@ -266,8 +264,7 @@ def train(config: Config, clock: run.Clock | None = None, watch: Watch | None = 
             watch.noticed = True
         if done > saver.saved and not skipped:
             saver.save(done, position=position)
-        log.say(f"stopped by {signal.Signals(*e.args).name}: step {saver.saved} is kept, and the same "
-                "command goes on from there")
+        log.stopped(e, saver.saved)
         raise
     if config.out:
         parallel.save_sharded(model, config.out, world)
@@ -279,17 +276,7 @@ def train(config: Config, clock: run.Clock | None = None, watch: Watch | None = 
 
 @options.command
 def main():
-    clock, watch = run.Clock(), Watch()
-    faulthandler.enable(sys.__stderr__)  # where NCCL's watchdog ends a process, it says in which line
-    try:
-        train(options.parse(Config, sys.argv[1:], __doc__), clock, watch)
-    except Stopped:
-        pass
-    except Exception as e:
-        distributed.leave(e, watch, clock.phase, clock.step)
-        raise
-    finally:
-        watch.close()
+    run.watched(lambda clock, watch: train(options.parse(Config, sys.argv[1:], __doc__), clock, watch))
 
 
 if __name__ == "__main__":
