@@ -12,11 +12,13 @@ import checkpoints
 import model as qwen
 import parallel
 import rollout
-from data.prompts import STOP
+from data.prompts import STOP, STYLES
 from data.tokenizer import Tokenizer
 from lib.files import locate
 from lib.options import Field, read_json
 from sampler import Sampler
+
+TEMPLATES = ("auto", "chat", "chat_nothink", *STYLES)  # by which a model may be asked, see `find`
 
 
 @dataclass(frozen=True)

@@ -25,10 +25,10 @@ import model as qwen
 import replica
 import rollout
 import run
-from data.prompts import STYLES, TOKENS_PER_WORD, render
+from data.prompts import TOKENS_PER_WORD, render
 from evaluation import benchmarks, scores
 from evaluation.judge import Judge, ask, find_judge, greet
-from evaluation.source import Source, find, fingerprint, open_sampler
+from evaluation.source import TEMPLATES, Source, find, fingerprint, open_sampler
 from lib import distributed, options
 from lib.files import locate, merge_parts, read_jsonl, read_parts, write_jsonl
 from lib.files import replace as rewrite
@@ -267,7 +267,7 @@ def score(out: Path, job: Job, records: list, answers: list[dict], verdicts: lis
 def check(config: Config):
     """Raises UserError."""
     options.check_choices(config, benchmark=benchmarks.BENCHMARKS, device=options.DEVICES,
-                          template=("auto", "chat", "chat_nothink", *STYLES), sampler_dtype=options.DTYPES)
+                          template=TEMPLATES, sampler_dtype=options.DTYPES)
     for name in ("data", "out"):
         if not getattr(config, name):
             raise UserError(f"--{name} is missing")

@@ -43,11 +43,10 @@ class Config:
     temperature: float = 0.6  # 0: always the likeliest token
     top_p: float = 0.95  # of the probability mass, from which tokens are drawn
     seed: int = 0  # of the samples
-    page_size: int = 16  # tokens of a KV page
-    max_sequences: int = 1  # that are written at a time
-    tp: int = 1  # GPUs that share the model
     sampler_dtype: str = "auto"  # auto: bfloat16 on CUDA, float32 on CPU; or either by name
     device: str = "auto"  # auto, cpu or cuda
+    max_sequences = tp = 1  # of the sampler, and its page size (not options)
+    page_size = 16
 
 
 class Screen:
@@ -129,10 +128,10 @@ def talk(sampler: Sampler, config: Config, style: str):
 def main():
     elsewhere = any(word.startswith(("--file", "--chat")) for word in sys.argv)
     config = options.parse(Config, sys.argv[1:], __doc__, "checkpoint" if elsewhere else "checkpoint task")
-    options.check_numbers(config, "max_new_tokens page_size max_sequences tp", temperature=(0, 100),
+    options.check_numbers(config, "max_new_tokens", temperature=(0, 100),
                           top_p=(1e-6, 1))
     options.check_choices(config, device=options.DEVICES, sampler_dtype=options.DTYPES,
-                          template=("auto", "chat", "chat_nothink", "think", "direct"))
+                          template=source.TEMPLATES)
     found = source.find(config.checkpoint, config.template)
     query = Path(config.file).read_text(encoding="utf-8") if config.file else " ".join(config.task)
     tokenizer = Tokenizer(found.folder)
