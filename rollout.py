@@ -346,11 +346,10 @@ def combine_advantages(rewards_BGR: torch.Tensor, rewards: list[Reward],
 def training_samples(groups: Groups, advantage_BG: torch.Tensor, config) -> list[grpo.Sample]:
     """The N samples as the update needs them; truncated ones are not trained where `overlong` is mask."""
     G = advantage_BG.shape[1]
+    trained_N = [config.overlong == "keep" or not cut for cut in groups.truncated_N]
     thinking_N = groups.statistics["think_tokens"].int().flatten().tolist()
-    return [grpo.Sample(groups.prompt_ids[i // G], ids, logp, advantage, config.overlong == "keep" or not cut,
-                        n) for i, (ids, logp, advantage, cut, n) in enumerate(zip(
-                groups.token_ids, groups.logprobs, advantage_BG.flatten().tolist(), groups.truncated_N,
-                thinking_N))]
+    return [grpo.Sample(groups.prompt_ids[i // G], *columns) for i, columns in enumerate(zip(
+        groups.token_ids, groups.logprobs, advantage_BG.flatten().tolist(), trained_N, thinking_N))]
 
 
 def records(groups: Groups, prompts: list, rewards: list[Reward], **columns: list) -> list[dict]:
