@@ -44,6 +44,7 @@ class FakeEndpoint:
 
         class Server(ThreadingHTTPServer):
             daemon_threads, block_on_close = True, False
+            request_queue_size = 128  # with socketserver's 5 some of 16 calls at once wait for another SYN
             handle_error = lambda *_: None  # noqa: E731  # that the client went away
 
         self.released = threading.Event()
