@@ -5,10 +5,11 @@ Shapes: T tokens, C hidden, V vocabulary.
 The T x V logits of a 14,000-token sample with Qwen2.5's head are 8.5 GB in fp32, and a naive backward holds
 several of them. Here both directions walk over chunks of the vocabulary (`CHUNK_BYTES` of logits): forward
 keeps an online log-sum-exp of each row, backward recomputes the chunk's logits and turns them into their
-gradient in place. Chunks of the vocabulary, not of tokens: the weight's gradient is then written once, a
-chunk's rows at a time, where it would be read and written as a whole for each chunk of tokens. The matrix
-products are cuBLAS's; two kernels do what lies between them, one pass over a chunk each. No atomics: the
-result is the same, bit for bit, every time.
+gradient in place. Without the kernels, on a CPU, the products are slow and memory is plentiful: forward keeps
+the chunks' exponentials, up to `KEPT_BYTES`. Chunks of the vocabulary, not of tokens: the weight's gradient
+is then written once, a chunk's rows at a time, where it would be read and written as a whole for each chunk
+of tokens. The matrix products are cuBLAS's; two kernels do what lies between them, one pass over a chunk
+each. No atomics: the result is the same, bit for bit, every time.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from kernels import backend
 from kernels.backend import tl, triton
 
 CHUNK_BYTES = {"cpu": 4 * 2**20, "cuda": 256 * 2**20}  # of fp32 logits at a time
+KEPT_BYTES = 4 * 2**30  # of fp32 exponentials, the most that forward keeps for backward without the kernels
 
 
 def matmul_fp32(a_TC: torch.Tensor, weight_VC: torch.Tensor) -> torch.Tensor:
@@ -55,10 +57,11 @@ class RowStats:
         self.total_T, self.weighted_T = (torch.zeros(rows, device=device) for _ in range(2))
 
     def add_(self, logits_TN: torch.Tensor, targets_T: torch.Tensor, temperature: float):
-        """Takes in the next chunk, and its memory; targets_T counts from the chunk's first column."""
+        """Takes in the next chunk, and its memory; targets_T counts from the chunk's first column. Without
+        the kernels it returns exp(z - peak) of the chunk, and the peak."""
         if backend.fused(logits_TN):
             return self.add_fused_(logits_TN, targets_T, temperature)
-        z = logits_TN.div_(temperature)
+        z = logits_TN.div_(temperature) if temperature != 1 else logits_TN
         peak = torch.maximum(self.peak_T, z.amax(-1))
         here = (targets_T >= 0) & (targets_T < z.shape[1])
         at = targets_T.clamp(0, z.shape[1] - 1)
@@ -70,6 +73,7 @@ class RowStats:
         self.weighted_T += torch.bmm(e[:, None], z[..., None]).view(-1)  # a dot product a row
         self.total_T = drop.exp() * self.total_T + e.sum(-1)
         self.peak_T = peak
+        return e, peak
 
     def add_fused_(self, logits_TN, targets_T, temperature):
         size = backend.blocks("row_stats", logits_TN.dtype, logits_TN.shape[1])
@@ -156,12 +160,32 @@ def row_gradient(logits, out, columns, targets, peak, log_total, mean, grad_logp
 # ---------------------------------------------------------------------- autograd
 
 
+def add_kept_(grad_hidden_TC, grad_weight, hidden_TC, weight_VC, targets_T, peak_T, log_total_T, up_T, chunks,
+              rows):
+    """Adds the gradients of sum(up_T z_target - up_T log sum exp z), from exp(z - peak) of each chunk. What a
+    row's exponentials are multiplied by is put into the products' other factor or result, both smaller."""
+    if grad_hidden_TC is not None:
+        grad_hidden_TC.addcmul_(up_T[:, None], weight_VC[targets_T])
+    if grad_weight is not None:
+        grad_weight.index_add_(0, targets_T, (up_T[:, None] * hidden_TC).to(grad_weight.dtype))
+    for part, exp_TN, chunk_peak_T in chunks:
+        if len(rows) < len(exp_TN):
+            exp_TN, chunk_peak_T = exp_TN[rows], chunk_peak_T[rows]
+        scale_T1 = (up_T * (chunk_peak_T - peak_T - log_total_T).exp())[:, None]
+        if grad_hidden_TC is not None:
+            grad_hidden_TC.addcmul_(scale_T1, matmul_fp32(exp_TN, weight_VC[part].T), value=-1)
+        if grad_weight is not None:
+            grad_weight[part] -= matmul_fp32(exp_TN.T, (scale_T1 * hidden_TC).T)
+
+
 class LinearLogprob(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden_TC, weight_VC, targets_T, temperature, n_valid):
-        stats = RowStats(len(hidden_TC), hidden_TC.device)
+    def forward(ctx, hidden_TC, weight_VC, targets_T, temperature, n_valid, trained):
+        stats, ctx.kept = RowStats(len(hidden_TC), hidden_TC.device), []
+        keep = trained and not backend.fused(hidden_TC) and 4 * len(hidden_TC) * n_valid <= KEPT_BYTES
         for part in chunks(len(hidden_TC), n_valid, hidden_TC.device):
-            stats.add_(matmul_fp32(hidden_TC, weight_VC[part]), targets_T - part.start, temperature)
+            chunk = stats.add_(matmul_fp32(hidden_TC, weight_VC[part]), targets_T - part.start, temperature)
+            ctx.kept += [(part, *chunk)] if keep else []
         log_total_T, mean_T = stats.total_T.log(), stats.weighted_T / stats.total_T
         ctx.save_for_backward(hidden_TC, weight_VC, targets_T, stats.peak_T, log_total_T, mean_T)
         ctx.temperature, ctx.n_valid = temperature, n_valid
@@ -185,19 +209,23 @@ class LinearLogprob(torch.autograd.Function):
             grad_entropy_T = None if grad_entropy_T is None else grad_entropy_T[kept]
         targets_T, *stats = rows
         sums_TC = torch.zeros(hidden_TC.shape, device=hidden_TC.device) if need_hidden else None
-        for part in chunks(len(kept), ctx.n_valid, hidden_TC.device) if len(kept) else ():
-            g_TN = logit_gradient(matmul_fp32(hidden_TC, weight_VC[part]), targets_T - part.start, *stats,
-                                  grad_logp_T, grad_entropy_T, ctx.temperature, hidden_TC.dtype)
-            if need_hidden:
-                sums_TC += matmul_fp32(g_TN, weight_VC[part].T)
-            if need_weight and g_TN.is_cuda:
-                torch.mm(g_TN.T, hidden_TC, out=grad_weight[part])
-            elif need_weight:
-                grad_weight[part] = matmul_fp32(g_TN.T, hidden_TC.T)
-            del g_TN  # before the next chunk's is made
+        if ctx.kept and grad_entropy_T is None:
+            add_kept_(sums_TC, grad_weight, hidden_TC, weight_VC, targets_T, *stats[:2],
+                      grad_logp_T / ctx.temperature, ctx.kept, kept)
+        elif len(kept):
+            for part in chunks(len(kept), ctx.n_valid, hidden_TC.device):
+                g_TN = logit_gradient(matmul_fp32(hidden_TC, weight_VC[part]), targets_T - part.start, *stats,
+                                      grad_logp_T, grad_entropy_T, ctx.temperature, hidden_TC.dtype)
+                if need_hidden:
+                    sums_TC += matmul_fp32(g_TN, weight_VC[part].T)
+                if need_weight and g_TN.is_cuda:
+                    torch.mm(g_TN.T, hidden_TC, out=grad_weight[part])
+                elif need_weight:
+                    grad_weight[part] = matmul_fp32(g_TN.T, hidden_TC.T)
+                del g_TN  # before the next chunk's is made
         if need_hidden:
             grad_hidden[kept] = sums_TC.to(grad_hidden.dtype)
-        return grad_hidden, grad_weight, None, None, None
+        return grad_hidden, grad_weight, None, None, None, None
 
 
 def linear_logprob(hidden_TC: torch.Tensor, weight_VC: torch.Tensor, targets_T: torch.Tensor,
@@ -218,6 +246,8 @@ def linear_logprob(hidden_TC: torch.Tensor, weight_VC: torch.Tensor, targets_T: 
         raise ValueError(f"linear_logprob: target {largest} is beyond the last id, {n_valid - 1}")
     kept = (targets_T >= 0).nonzero()[:, 0]
     if len(kept) == len(targets_T):
-        return LinearLogprob.apply(hidden_TC, weight_VC, targets_T, temperature, n_valid)
-    values = LinearLogprob.apply(hidden_TC[kept], weight_VC, targets_T[kept], temperature, n_valid)
+        return LinearLogprob.apply(hidden_TC, weight_VC, targets_T, temperature, n_valid,
+                                   torch.is_grad_enabled())
+    values = LinearLogprob.apply(hidden_TC[kept], weight_VC, targets_T[kept], temperature, n_valid,
+                                 torch.is_grad_enabled())
     return tuple(x.new_zeros(len(targets_T)).index_put((kept, ), x) for x in values)
