@@ -2,8 +2,8 @@
 
     python -m bench.bench_pretrain --trainer PYTHON [--shape 43m] [--rounds 2] [--steps 5]
 
-The documents are the modules of Python's standard library: text of real lengths. The model is the embedded
-default, or of 43M parameters, of which 39M are the embedding of Qwen2.5's vocabulary. Both sides train in
+The model is the embedded default with its own documents, or one of 43M parameters, of which 39M are the
+embedding of Qwen2.5's vocabulary, with the modules of Python's standard library. Both sides train in
 fp32 on the CPU, with as many threads, each in a process of its own, in turn, on the same rows: the peer gets
 them as its own collator packs them, by positions that start again at each document. The losses of both must
 agree. PYTHON has transformers and accelerate. Ends with one JSON line.
@@ -11,6 +11,7 @@ agree. PYTHON has transformers and accelerate. Ends with one JSON line.
 
 import json
 import os
+import random
 import statistics
 import subprocess
 import sys
@@ -23,6 +24,7 @@ import torch
 from bench import ROOT, finish, hardware, parser
 from bench.bench_step import answer, make
 from data.corpus import take
+from data.tiny.make import document
 from lib.files import locate, read_jsonl, write_jsonl
 from scripts import pretrain
 
@@ -32,8 +34,11 @@ def prepare(folder: Path, shape: str, steps: int) -> pretrain.Config:
     if shape == "43m":
         make(folder, shape)
         (folder / "model/generation_config.json").write_text('{"eos_token_id": 0}')  # it had none
-    files = sorted(Path(os.__file__).parent.glob("*.py"))
-    texts = [text for file in files if (text := file.read_text(encoding="utf-8", errors="replace")).strip()]
+        files = sorted(Path(os.__file__).parent.glob("*.py"))
+        texts = [t for file in files if (t := file.read_text(encoding="utf-8", errors="replace")).strip()]
+    else:
+        rng = random.Random(0)
+        texts = [document(rng) for _ in range(40 * steps)]
     write_jsonl(folder / "documents.jsonl", [{"text": text} for text in texts])
     model = str(folder / "model") if shape == "43m" else locate("data/tiny/base")
     config = pretrain.Config(model=model, documents=str(folder / "documents.jsonl"),

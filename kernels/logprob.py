@@ -19,16 +19,16 @@ import torch
 from kernels import backend
 from kernels.backend import tl, triton
 
-CHUNK_BYTES = {"cpu": 4 * 2**20, "cuda": 256 * 2**20}  # of fp32 logits at a time
+CHUNK_BYTES = {"cpu": 16 * 2**20, "cuda": 256 * 2**20}  # of fp32 logits at a time
 KEPT_BYTES = 4 * 2**30  # of fp32 exponentials, the most that forward keeps for backward without the kernels
 
 
-def matmul_fp32(a_TC: torch.Tensor, weight_VC: torch.Tensor) -> torch.Tensor:
-    """a @ weight.T with fp32 accumulation and an fp32 result: bf16 logits would round log-probabilities by up
-    to 2^-8 relative."""
+def matmul_fp32(a_TC: torch.Tensor, weight_VC: torch.Tensor, out=None) -> torch.Tensor:
+    """a @ weight.T with fp32 accumulation and an fp32 result, perhaps in the memory of `out`: bf16 logits
+    would round log-probabilities by up to 2^-8 relative."""
     if a_TC.is_cuda and a_TC.dtype != torch.float32:
         return torch.mm(a_TC, weight_VC.T, out_dtype=torch.float32)
-    return a_TC.float() @ weight_VC.float().T
+    return torch.mm(a_TC.float(), weight_VC.float().T, out=out)
 
 
 def chunks(rows: int, vocabulary: int, device: torch.device) -> list[slice]:
@@ -183,8 +183,13 @@ class LinearLogprob(torch.autograd.Function):
     def forward(ctx, hidden_TC, weight_VC, targets_T, temperature, n_valid, trained):
         stats, ctx.kept = RowStats(len(hidden_TC), hidden_TC.device), []
         keep = trained and not backend.fused(hidden_TC) and 4 * len(hidden_TC) * n_valid <= KEPT_BYTES
-        for part in chunks(len(hidden_TC), n_valid, hidden_TC.device):
-            chunk = stats.add_(matmul_fp32(hidden_TC, weight_VC[part]), targets_T - part.start, temperature)
+        parts = chunks(len(hidden_TC), n_valid, hidden_TC.device)
+        if keep:  # one place for all logits: between what is kept, malloc would find none that fits the next
+            buffer = torch.empty(len(hidden_TC), parts[0].stop, device=hidden_TC.device)
+        for part in parts:
+            out = buffer[:, :part.stop - part.start] if keep else None
+            chunk = stats.add_(matmul_fp32(hidden_TC, weight_VC[part], out), targets_T - part.start,
+                               temperature)
             ctx.kept += [(part, *chunk)] if keep else []
         log_total_T, mean_T = stats.total_T.log(), stats.weighted_T / stats.total_T
         ctx.save_for_backward(hidden_TC, weight_VC, targets_T, stats.peak_T, log_total_T, mean_T)
@@ -212,6 +217,7 @@ class LinearLogprob(torch.autograd.Function):
         if ctx.kept and grad_entropy_T is None:
             add_kept_(sums_TC, grad_weight, hidden_TC, weight_VC, targets_T, *stats[:2],
                       grad_logp_T / ctx.temperature, ctx.kept, kept)
+            ctx.kept = []  # else they would stay until all of the graph is gone
         elif len(kept):
             for part in chunks(len(kept), ctx.n_valid, hidden_TC.device):
                 g_TN = logit_gradient(matmul_fp32(hidden_TC, weight_VC[part]), targets_T - part.start, *stats,

@@ -24,7 +24,7 @@ import torch
 import rewards
 import rollout
 import train
-from kernels.logprob import CHUNK_BYTES
+from kernels.logprob import CHUNK_BYTES, KEPT_BYTES
 from lib import distributed, options, scoring
 from lib.files import locate
 from lib.options import UserError
@@ -199,10 +199,15 @@ class Plan:
         gathered = {"embedding and head, gathered": b * root}
         if config.beta:
             gathered["embedding and head of the reference, gathered"] = b * root
-        chunk = min(CHUNK_BYTES[self.device], 4 * self.tokens * shape.vocab_size) * (not shape.scalar_head)
+        exponentials = 4 * self.tokens * shape.vocab_size * (not shape.scalar_head)
+        chunk = min(CHUNK_BYTES[self.device], exponentials)
         sums = 4 * c // b * (not shape.scalar_head)  # T x C in fp32, and again while a chunk is added
-        logits = max(2 * sums + chunk // 2, sums + 3 * chunk // 2) if self.cuda else max(
-            2 * sums + chunk, 2 * chunk - head - 2 * c)  # the second in forward, without gradients
+        if self.cuda:
+            logits = max(2 * sums + chunk // 2, sums + 3 * chunk // 2)
+        elif exponentials <= KEPT_BYTES:
+            logits = exponentials + 2 * sums + chunk
+        else:
+            logits = max(2 * sums + chunk, 2 * chunk - head - 2 * c)  # in backward, in forward
         # In a layer's backward the gradient of the layer above is still in reduction. The first to run has
         # none above it, but all layers' activations.
         above = layers > 1 and 4 * layer > kept

@@ -258,7 +258,7 @@ def as_on_a_gpu(monkeypatch):
     monkeypatch.setattr(kernels.logprob, "row_stats", NoKernel())
     monkeypatch.setattr(kernels.logprob, "row_gradient", NoKernel())
     monkeypatch.setattr(kernels.logprob, "matmul_fp32",
-                        lambda a, weight: torch.mm(a, weight.T, out_dtype=torch.float32))
+                        lambda a, weight, *_: torch.mm(a, weight.T, out_dtype=torch.float32))
     monkeypatch.setitem(kernels.logprob.CHUNK_BYTES, "cpu", kernels.logprob.CHUNK_BYTES["cuda"])
 
 
