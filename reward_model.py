@@ -18,6 +18,7 @@ from data.tokenizer import Tokenizer
 from lib import distributed
 from lib.offload import Offloaded
 from lib.options import UserError
+from lib.progress import tracked
 from model import SCORER, ModelConfig, RewardModel, check_tensors, packed, read_config
 
 
@@ -62,7 +63,8 @@ def scores(model: RewardModel, rows: list[list[int]], budget: int, world) -> lis
     gathered = distributed.gather(rows, world)
     first, rows = sum(map(len, gathered[:world.rank])), sum(gathered, [])
     found = dict.fromkeys(range(len(rows)), 0.0)
-    for parts in micro_batches([[len(row)] for row in rows], model.config, budget, world.size):
+    rounds = micro_batches([[len(row)] for row in rows], model.config, budget, world.size)
+    for parts in tracked(rounds, "reward model", world.main):
         mine = parts[world.rank]
         found |= zip(mine, forward(model, [rows[i] for i in mine], world.device).tolist())
     parallel.reshard(model)

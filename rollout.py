@@ -18,6 +18,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
+import torch.nn.functional as F
 
 import grpo
 import model as qwen
@@ -357,11 +358,27 @@ def records(groups: Groups, prompts: list, rewards: list[Reward], **columns: lis
     rows = groups.placed_BGR.flatten(0, 1).tolist()
     G = groups.rewards_BGR.shape[1]
     return [{"prompt_id": prompts[i // G].id, "sample": i % G, "prompt": prompts[i // G].text, "text": text,
-             "tokens": len(ids), "finish_reason": "length" if cut else "stop",
+             "length_range": prompts[i // G].length_range, "tokens": len(ids),
+             "finish_reason": "length" if cut else "stop",
              "rewards": {reward.name: None if x != x else x for reward, x in zip(rewards, row)},
              **{name: values[i] for name, values in columns.items()}}
             for i, (text, ids, cut, row) in enumerate(
                 zip(groups.texts, groups.token_ids, groups.truncated_N, rows))]
+
+
+def token_stats(groups: Groups, tokens: dict[int, list], world) -> dict[str, torch.Tensor]:
+    """The tensors of a token record, on the main rank: `ids`, `sampler_logp`, `trainer_logp` and `entropy` of
+    the tokens of all samples end to end, and `offsets`: sample i has offsets[i]:offsets[i + 1]. Trainer's
+    values are NaN in samples that are not trained. tokens: train.Update's, of this rank."""
+    known = {i: x for part in distributed.gather_to_main(tokens, world) for i, x in part.items()}
+    if not world.main:
+        return {}
+    lengths_N = torch.tensor([len(ids) for ids in groups.token_ids])
+    nothing = [[x.new_full(x.shape, torch.nan)] * 2 for x in groups.logprobs]
+    logps, entropies = zip(*(known.get(i, nan) for i, nan in enumerate(nothing)))
+    return {"ids": torch.cat(groups.token_ids), "sampler_logp": torch.cat(groups.logprobs),
+            "trainer_logp": torch.cat(logps), "entropy": torch.cat(entropies),
+            "offsets": F.pad(lengths_N.cumsum(0), (1, 0))}
 
 
 # ---------------------------------------------------------------------- evaluation

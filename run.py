@@ -20,6 +20,8 @@ from dataclasses import dataclass
 from functools import cache, cached_property
 from pathlib import Path
 
+import numpy as np
+import safetensors.torch
 import torch
 
 import checkpoints
@@ -27,17 +29,16 @@ import model as qwen
 import replica
 from data import prompts as prompt_data
 from data.tokenizer import Tokenizer
-from lib import distributed
+from lib import distributed, wandb_log
 from lib.distributed import World, broadcast, gather, raise_on_all_ranks
 from lib.files import ROOT, jsonl, locate, read_jsonl, replace, write_jsonl
 from lib.options import Field, UserError, environment, read_json
 from lib.stop import Stopped, Watch
-from lib.wandb_log import Wandb, open_wandb
 
 # Options that may differ when a run is resumed: the steps do not depend on them.
 MAY_DIFFER = {"run_dir", "resume", "steps", "save_every", "keep_checkpoints", "keep_every", "device", "wandb",
               "max_sequences", "replicate", "recompute", "offload_activations", "offload_optimizer",
-              "offload_reward_model", "timeout", "max_skipped", "out", "peak_tflops"}
+              "offload_reward_model", "timeout", "max_skipped", "token_stats_every", "out", "peak_tflops"}
 
 # ---------------------------------------------------------------------- inputs
 
@@ -215,12 +216,12 @@ def cut_back(folder: Path, step: int):
     if metrics.exists():
         records = [record for record in read_jsonl(metrics, step=Field(int, 0)) if record["step"] <= step]
         replace(metrics, jsonl(records))
-    files = {(m[1], int(m[2])): file for file in (folder / "rollouts").iterdir()
-             if (m := re.fullmatch(r"(step|eval)_(\d{6,})\.jsonl", file.name))}
-    for file in (file for (_, of), file in files.items() if of > step):
+    files = {file: (m[1], int(m[2])) for file in (folder / "rollouts").iterdir()
+             if (m := re.fullmatch(r"(step|eval)_(\d{6,})\.(jsonl|safetensors)", file.name))}
+    for file in (file for file, (_, of) in files.items() if of > step):
         file.unlink()
     there = {"metrics.jsonl": {record["step"] for record in records if "loss" in record},
-             "rollouts": {of for kind, of in files if kind == "step"} or steps}  # none: pretraining
+             "rollouts": {of for kind, of in files.values() if kind == "step"} or steps}  # none: pretraining
     for name, found in there.items():
         if lost := sorted(steps - found):
             print(f"warning: {folder / name} lacks {len(lost)} steps before the checkpoint, the first is "
@@ -278,23 +279,27 @@ def peak_memory_gb(device: torch.device) -> float:
 
 
 def describe(metrics: dict, steps: int, names: list[str], begun: list[float]) -> str:
-    """The console line of a step. begun: of the Clock, for the estimated time left."""
+    """The console line of a step, at most COLUMNS wide: names of rewards are cut to what there is room for.
+    begun: of the Clock, for the estimated time left."""
     now, done = time.perf_counter(), len(begun) - 1
-    left = (now - begun[done > 0]) / max(1, done) * (steps - metrics["step"]) / 60
-    rewards = " ".join(f"{name} {metrics[f'reward/{name}']:.3f}" for name in names)
-    return (f"step {metrics['step']:4d}/{steps}  {rewards}  words {metrics['length/answer_words']:.0f} "
-            f"in-range {metrics['length/in_range']:.0%} cut {metrics['truncated']:.0%}  "
-            f"grad {metrics['grad_norm']:.3f} entropy {metrics['entropy']:.2f} "
-            f"gap {metrics['gap/mean']:.0e}  sample {metrics['time/sample']:.1f}s "
-            f"({metrics['tokens_per_second/sample']:,.0f} tok/s) update {metrics['time/update']:.1f}s "
-            f"all {metrics['time/total']:.1f}s  elapsed {(now - begun[0]) / 60:.0f}min left {left:.0f}min")
+    left = (now - begun[done > 0]) / max(1, done) * (steps - metrics["step"])
+    start = f"step {metrics['step']:>{len(str(steps))}}/{steps}"
+    rest = (f"{metrics['length/answer_words']:,.0f} words {metrics['length/in_range']:.0%} in range "
+            f"{metrics['truncated']:.0%} cut  {metrics['time/total']:,.0f}s "
+            f"{left // 3600:.0f}:{left // 60 % 60:02.0f} left")
+    values = [f"{metrics[f'reward/{name}']:.2f}" for name in names]
+    room = (COLUMNS - len(start) - len(rest) - 3) // len(names) - max(map(len, values)) - 2
+    rewards = " ".join(f"{name[:max(1, room)]} {value}" for name, value in zip(names, values))
+    return f"{start}  {rewards}  {rest}"[:COLUMNS]
 
 
+COLUMNS = 100
 GAP_LIMIT = 0.01  # gap/k3 that is warned of: 100 nats over 10,000 tokens; a bf16 sampler of the default: 1e-5
+DOMINANCE, COLLAPSE, WAIT = 0.8, 0.2, 0.5  # share of advantages, of the first step's entropy, of timeout
 
 
-def warnings(metrics: dict, config, names: list[str]) -> Iterator[str]:
-    """Warnings that a step's metrics call for, each with a remedy."""
+def warnings(metrics: dict, config, names: list[str], first: dict) -> Iterator[str]:
+    """Warnings that a step's metrics call for, each with a remedy. first: metrics of the run's first step."""
     if metrics["truncated"] > 0.25:
         yield (f"warning: {metrics['truncated']:.0%} of the samples were cut at max_new_tokens "
                f"{config.max_new_tokens}: raise it, or ask for shorter texts")
@@ -303,9 +308,39 @@ def warnings(metrics: dict, config, names: list[str]) -> Iterator[str]:
         yield (f"warning: all samples of a group earned the same, {', '.join(dead)} of the "
                f"{config.prompts_per_step} groups: raise group_size or temperature, or choose prompts that "
                "are neither too easy nor too hard")
+    for name in names:
+        if len(names) > 1 and metrics[f"dominance/{name}"] > DOMINANCE:
+            yield (f"warning: reward {name} is {metrics[f'dominance/{name}']:.0%} of the advantages: lower "
+                   "its weight in rewards.py, or set advantage to per_reward")
     if metrics["gap/k3"] > GAP_LIMIT:
         yield (f"warning: the sampler drifts from the trainer: gap/k3 {metrics['gap/k3']:.3g} is above "
                f"{GAP_LIMIT} nats a token: set sampler_dtype to float32, and keep tis_cap above 0")
+    if metrics["entropy"] < COLLAPSE * first["entropy"]:
+        yield (f"warning: entropy fell from {first['entropy']:.2g} to {metrics['entropy']:.2g}: lower lr, or "
+               "raise temperature or eps_high")
+    if metrics["time/idle"] > WAIT * config.timeout:
+        yield (f"warning: ranks waited {metrics['time/idle']:,.0f} s for the last sample, and timeout is "
+               f"{config.timeout}: raise timeout, or lower max_new_tokens")
+
+
+RISES = ("length/answer_words", "length/in_range", "truncated", "entropy", "gap/mean", "grad_norm")
+
+
+def summary(folder: Path, names: list[str]) -> Iterator[str]:
+    """Lines at the end of a run: the first and the last fifth of the steps, and three samples of the last."""
+    steps = [m for m in read_jsonl(folder / "metrics.jsonl", step=Field(int, 0)) if "loss" in m]
+    fifth = max(1, len(steps) // 5)
+    for name in [*(f"reward/{name}" for name in names), *RISES]:
+        a, b = (float(np.mean([m[name] for m in part if m[name] is not None] or [np.nan]))
+                for part in (steps[:fifth], steps[-fifth:]))
+        yield f"{name:24}{a:10.4g} ->{b:10.4g}  {'rose' if b > a else 'fell' if b < a else ''}".rstrip()
+    file = folder / f"rollouts/step_{steps[-1]['step']:06d}.jsonl"
+    ranked = sorted(enumerate(read_jsonl(file, advantage=Field(float)), 1), key=lambda x: -x[1]["advantage"])
+    yield f"samples of {file}, best, median and worst advantage:"
+    for line, sample in (ranked[0], ranked[len(ranked) // 2], ranked[-1]):
+        text = " ".join(sample["text"].split())
+        yield f"line {line}, {sample['advantage']:+.2f}: {text}"[:COLUMNS]
+    yield f"all of it as a page: python -m scripts.report {folder}"
 
 
 def watched(train: Callable):
@@ -336,13 +371,14 @@ class Log:
 
     def __init__(self, folder: Path, config, names: list[str], clock: Clock, world: World):
         self.folder, self.config, self.names, self.clock, self.world = folder, config, names, clock, world
-        self.wandb = Wandb(None, self.warn)
+        self.wandb = wandb_log.Wandb(None, self.warn)
         if config.wandb and world.main:
-            self.wandb = open_wandb(config, folder, self.warn)
+            self.wandb = wandb_log.open_wandb(config, folder, self.warn)
         file = folder / "metrics.jsonl"
         lines = read_jsonl(file, step=Field(int, 0)) if world.main and file.exists() else []
         evaluated = {m["step"] for m in lines if any(name.startswith("eval/") for name in m)}
         self.evaluated = broadcast(evaluated, world)  # steps
+        self.first = next((m for m in lines if "loss" in m), None)
 
     def start(self, model: qwen.Qwen2, inputs: Inputs, saved: int):
         """Prints the first line: model, prompts, devices, step."""
@@ -370,16 +406,22 @@ class Log:
     def warn(self, line: str):
         self.say(line, sys.stderr)
 
-    def step(self, metrics: dict, records: list[dict]):
-        """Writes rollouts/step_NNNNNN.jsonl, then the step's line of metrics.jsonl."""
-        self.write(f"step_{metrics['step']:06d}.jsonl", metrics, records)
+    def step(self, metrics: dict, records: list[dict], tokens: dict[str, torch.Tensor]):
+        """Writes rollouts/step_NNNNNN.jsonl, with `tokens` the .safetensors of that name too, then the step's
+        line of metrics.jsonl."""
+        name = f"step_{metrics['step']:06d}"
+        with raise_on_all_ranks(self.world):
+            if tokens:
+                (self.folder / f"rollouts/{name}.safetensors").write_bytes(safetensors.torch.save(tokens))
+        self.write(f"{name}.jsonl", metrics, records, "samples" * bool(tokens))
+        self.first = self.first or metrics
         self.say(describe(metrics, self.config.steps, self.names, self.clock.begun))
-        for line in warnings(metrics, self.config, self.names):
+        for line in warnings(metrics, self.config, self.names, self.first):
             self.say(line)
 
     def evaluation(self, step: int, metrics: dict, records: list[dict]):
         """Writes rollouts/eval_NNNNNN.jsonl, then a line of metrics.jsonl of its own."""
-        self.write(f"eval_{step:06d}.jsonl", {"step": step, **metrics}, records)
+        self.write(f"eval_{step:06d}.jsonl", {"step": step, **metrics}, records, "eval/samples")
         rewards = "  ".join(f"{name} {metrics[f'eval/reward/{name}']:.3f}" for name in self.names)
         self.say(f"eval after step {step}: {rewards}  words {metrics['eval/length/answer_words']:.0f} on "
                  f"{len(records)} prompts")
@@ -403,9 +445,9 @@ class Log:
             (self.folder / "reward_error.txt").write_text(details, encoding="utf-8")
             self.say(f"{self.folder}/reward_error.txt has the whole traceback")
 
-    def write(self, file: str, metrics: dict, records: list[dict]):
+    def write(self, file: str, metrics: dict, records: list[dict], table: str = ""):
         """Writes numbers that are not finite as null, because JSON has no NaN. file: of the records, empty
-        without any."""
+        without any. table: the name that wandb gets them by."""
         with raise_on_all_ranks(self.world):
             if self.world.main:
                 if file:
@@ -413,8 +455,12 @@ class Log:
                 lines = {name: [finite(x) for x in value] if isinstance(value, list) else finite(value)
                          for name, value in metrics.items()}
                 write_jsonl(self.folder / "metrics.jsonl", [lines], "a")
-        self.wandb.send("log", metrics, step=metrics["step"])
+        self.wandb.send(lambda run: run.log(metrics, step=metrics["step"]))
+        if records and table:
+            self.wandb.send(lambda run: run.log({table: wandb_log.table(records)}, step=metrics["step"]))
 
     def finish(self):
-        self.wandb.send("finish")
+        self.wandb.send(lambda run: run.finish())
+        for line in summary(self.folder, self.names) if self.world.main else ():
+            self.say(line)
         self.say(f"done: {self.folder} holds metrics.jsonl, rollouts/ and checkpoints/")

@@ -135,6 +135,18 @@ def repetition(text: str) -> float:
     return float(covered(len(codes), end, back > 0).mean()) if len(codes) else 0.0
 
 
+def copies(text: str) -> list[list[int]]:
+    """[start, end, twin] of each stretch text[start:end] that `repetition` counts; its earlier occurrence
+    begins at `twin`."""
+    codes, folded = fold(text), text.casefold()
+    place = np.flatnonzero([unicodedata.category(c)[0] in "LNM" for c in folded])
+    if len(folded) > len(text):  # as of ß
+        place = np.repeat(np.arange(len(text)), [len(c.casefold()) for c in text])[place]
+    end, back = last_seen(codes, widths(codes), SHINGLE)
+    edges = np.flatnonzero(np.diff(covered(len(codes), end, back > 0), prepend=False, append=False))
+    return [[int(place[a]), int(place[b - 1]) + 1, int(place[a - back[a]])] for a, b in edges.reshape(-1, 2)]
+
+
 def repetition_words(text: str) -> float:
     """Share of the text's words that lie in a paraphrased copy of an earlier passage, in [0, 1].
 

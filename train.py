@@ -36,6 +36,7 @@ from kernels import linear_logprob
 from lib import distributed, offload, options
 from lib.files import locate
 from lib.options import UserError
+from lib.progress import tracked
 from lib.scoring import RewardError, choose_rewards
 
 
@@ -89,6 +90,7 @@ class Config:
     save_every: int = 10  # steps between checkpoints; the last step is always saved
     keep_checkpoints: int = 2  # newest checkpoints that are kept
     keep_every: int = 0  # every Nth step's checkpoint is kept for good; a multiple of save_every, 0: none
+    token_stats_every: int = 10  # steps between records of every token's logprobs and entropy; 0: none
     seed: int = 0  # of prompt order and sampling
     device: str = "auto"  # auto, cpu or cuda
     timeout: int = 1800  # seconds that a rank waits for the others before the run ends
@@ -133,7 +135,8 @@ def check(config: Config, world: distributed.World):
         config,
         "steps prompts_per_step max_new_tokens clip_grad updates_per_batch micro_batch_tokens tp replicate "
         "eval_every save_every keep_checkpoints max_skipped timeout",
-        "lr warmup weight_decay eps_low eps_high std_floor tis_cap beta skip_grad keep_every",
+        "lr warmup weight_decay eps_low eps_high std_floor tis_cap beta skip_grad keep_every "
+        "token_stats_every",
         temperature=(0.01, 100), max_sequences=(1, 2**16), page_size=(1, 2**12), group_size=(2, 2**16))
     options.check_choices(config, prompt_style=prompt_data.STYLES, unreachable=("drop", "keep"),
                           advantage=grpo.ADVANTAGES, loss=grpo.LOSSES, is_ratio=grpo.IS_RATIOS,
@@ -185,9 +188,9 @@ def logprobs(model, batch: grpo.Batch, config: Config, n_valid: int) -> tuple[to
 
 
 def backward(model, reference, batch: grpo.Batch, old_N: torch.Tensor | None, count: dict[str, int],
-             config: Config, n_valid: int, clock: run.Clock) -> tuple[dict[str, float], torch.Tensor]:
-    """Accumulates the gradient of one micro-batch. Returns (sums over its tokens, |logprob gap| of each
-    token).
+             config: Config, n_valid: int, clock: run.Clock) -> tuple[dict[str, float], list[torch.Tensor]]:
+    """Accumulates the gradient of one micro-batch. Returns (sums over its tokens, [|logprob gap|, trainer's
+    logprob and entropy of each token]).
 
     old_N: the trainer's logprobs under the policy that sampled; None if that is the current policy.
     count: trained samples and tokens of the whole minibatch, over all ranks.
@@ -213,7 +216,7 @@ def backward(model, reference, batch: grpo.Batch, old_N: torch.Tensor | None, co
     along = grpo.along(batch, config.max_new_tokens, entropy_N, gap_N, seen.pop("clipped_N"),
                        batch.advantage_T[batch.mask_T].abs())
     sums |= seen | grpo.mismatch(old_N, rollout_N) | {"loss": loss.detach(), "entropy": entropy_N.sum()}
-    return {name: value.item() for name, value in sums.items()} | along, gap_N
+    return {name: value.item() for name, value in sums.items()} | along, [gap_N, old_N, entropy_N]
 
 
 @dataclass(frozen=True)
@@ -224,6 +227,7 @@ class Update:
     gap_N: list[float | None]  # mean |logprob gap| of each sample; None: not trained
     applied: list[bool | None]  # per optimiser step; False: skipped, None: all of its samples are masked
     skipped: list[grpo.Sample]  # samples of skipped optimiser steps
+    tokens: dict[int, list]  # trainer's [logp_N, entropy_N] of this rank's samples, where they are asked for
 
     def skipped_in_a_row(self, before: int) -> int:
         """Skipped optimiser steps since the last applied one, `before` of them in earlier steps."""
@@ -233,7 +237,7 @@ class Update:
 
 
 def update(model, reference, optimizer, samples: list[grpo.Sample], parts: list[list[int]], config: Config,
-           n_valid: int, world, clock: run.Clock) -> Update:
+           n_valid: int, world, clock: run.Clock, keep_tokens: bool = False) -> Update:
     """Trains on the samples of all ranks, with one optimiser step for each part (indices of samples).
 
     Samples are rebalanced across ranks by FLOPs. An optimiser step is skipped if the gradient is not finite
@@ -256,23 +260,24 @@ def update(model, reference, optimizer, samples: list[grpo.Sample], parts: list[
 
     sums = dict.fromkeys(("loss", "clipped", "entropy", "gap/mean", "gap/k3", "kl", "capped",
                           *range(grpo.ALONG)), 0.0)
-    gap_max, gaps, norms, applied = 0.0, dict.fromkeys(range(len(samples)), 0.0), [], []
+    gap_max, gaps, norms, applied, tokens = 0.0, dict.fromkeys(range(len(samples)), 0.0), [], [], {}
     for plan, count in zip(plans, counts):
         if not count["tokens"]:
             applied.append(None)
             continue
-        for micro_batch in plan:
+        for micro_batch in tracked(plan, f"step {clock.step}: update", world.main):
             if True not in applied:
                 distributed.check_stop(world)
             if config.replicate > 1:  # reduce over replicas only once
                 model.set_requires_all_reduce(micro_batch is plan[-1])
             batch = grpo.collate([samples[i] for i in micro_batch], world.device)
             old_N = torch.cat([old[i] for i in micro_batch]) if old and micro_batch else None
-            seen, gap_N = backward(model, reference, batch, old_N, count, config, n_valid, clock)
+            seen, values = backward(model, reference, batch, old_N, count, config, n_valid, clock)
             gap_max = max(gap_max, seen.pop("gap/max"))
             sums |= {name: sums[name] + value for name, value in seen.items()}
-            for i, gap in zip(micro_batch, gap_N.split(batch.lengths)):
+            for i, gap, *rest in zip(micro_batch, *(x.split(batch.lengths) for x in values)):
                 gaps[i] = gap.mean().item()
+                tokens |= {i: [x.cpu() for x in rest]} if keep_tokens else {}
         with clock("step"):
             norms.append(parallel.clip_grad_(model, config.clip_grad))
             applied.append(math.isfinite(norms[-1]) and not 0 < config.skip_grad < norms[-1])
@@ -280,19 +285,19 @@ def update(model, reference, optimizer, samples: list[grpo.Sample], parts: list[
                 optimizer.step()
             optimizer.zero_grad()
     sums, gaps = distributed.total(sums, world), distributed.total(gaps, world)  # of each gap one rank knows
-    tokens = max(1, sum(count["tokens"] for count in counts))
+    total = max(1, sum(count["tokens"] for count in counts))
     metrics = {"loss": sums["loss"] / max(1, len(norms)), "grad_norm": sum(norms) / max(1, len(norms)),
                "skipped_updates": len(applied) - applied.count(True),
-               "clip_share": sums["clipped"] / tokens, "entropy": sums["entropy"] / tokens,
-               "gap/mean": sums["gap/mean"] / tokens, "gap/k3": sums["gap/k3"] / tokens,
+               "clip_share": sums["clipped"] / total, "entropy": sums["entropy"] / total,
+               "gap/mean": sums["gap/mean"] / total, "gap/k3": sums["gap/k3"] / total,
                **distributed.largest({"gap/max": gap_max}, world), **balance, **grpo.along_metrics(sums)}
     if reference:
         parallel.reshard(reference)
-        metrics["kl"] = sums["kl"] / tokens
+        metrics["kl"] = sums["kl"] / total
     if config.tis_cap:
-        metrics["tis_capped"] = sums["capped"] / tokens
+        metrics["tis_capped"] = sums["capped"] / total
     return Update(metrics, [gaps[i] if s.trained else None for i, s in enumerate(samples)], applied,
-                  [samples[i] for part, yes in zip(parts, applied) if yes is False for i in part])
+                  [samples[i] for part, yes in zip(parts, applied) if yes is False for i in part], tokens)
 
 
 # ---------------------------------------------------------------------- the run
@@ -324,8 +329,7 @@ def train(config: Config, clock: run.Clock | None = None, watch: Watch | None = 
     rollout.prepare_rewards(rewards, config, world)
     sampler = rollout.make_sampler(model.config, inputs.tokenizer, config, world)
     parallel.publish(model, sampler.model)
-    saver = Checkpoints(folder, model, optimizer, saved, config, inputs.record, run.code_hash(), clock,
-                        world)
+    saver = Checkpoints(folder, model, optimizer, saved, config, inputs.record, run.code_hash(), clock, world)
     log.start(model, inputs, saved)
 
     def evaluate(step: int):
@@ -349,16 +353,18 @@ def train(config: Config, clock: run.Clock | None = None, watch: Watch | None = 
             for parameters in optimizer.param_groups:
                 parameters["lr"] = stats["lr"]
             samples = rollout.training_samples(groups, advantage_BG, config)
+            keep_tokens = bool(config.token_stats_every) and step % config.token_stats_every == 0
             with replica.released(sampler.model), clock("update"):  # its memory is the update's
                 updated = update(model, reference, optimizer, samples,
                                  grpo.minibatches(samples, config.updates_per_batch), config,
-                                 inputs.tokenizer.n_valid, world, clock)
+                                 inputs.tokenizer.n_valid, world, clock, keep_tokens)
             with clock("publish"):
                 stats["weights/fingerprint"] = parallel.publish(model, sampler.model)
             stats |= updated.metrics | run.costs(clock, groups, world)
             log.step(stats, rollout.records(
                 groups, prompts, rewards, advantage=advantage_BG.flatten().tolist(), gap_mean=updated.gap_N,
-                advantages=[dict(zip(names, row)) for row in per_reward_BGR.flatten(0, 1).tolist()]))
+                advantages=[dict(zip(names, row)) for row in per_reward_BGR.flatten(0, 1).tolist()]),
+                rollout.token_stats(groups, updated.tokens, world) if keep_tokens else {})
             done, skipped = step, updated.skipped_in_a_row(skipped)
             log.bad_batch(step, updated.skipped)
             if skipped >= config.max_skipped:

@@ -270,7 +270,7 @@ def train(config: Config, clock: run.Clock | None = None, watch: Watch | None = 
         parallel.save_sharded(model, config.out, world)
         if world.main:
             copy_files(inputs.model, config.out)
-    log.wandb.send("finish")
+    log.wandb.send(lambda run: run.finish())
     log.say(f"done: {folder} holds metrics.jsonl and checkpoints/")
 
 

@@ -1,11 +1,14 @@
-"""Results of scripts.evaluate beside each other: a table, Elo, which differences are real.
+"""Runs and results of scripts.evaluate as one page: curves, tables, Elo, and all texts.
 
-    python -m scripts.report eval/A [eval/B ...] [--out report.html] [--pin NAME=RATING,...]
+    python -m scripts.report PATH [PATH ...] [--out report.html] [--pin NAME=RATING,...]
 
-A column is a result, a section a benchmark. Elo is fitted to the games of all results that one judge
+A path is the folder of a run, also of one that goes on, or of a result. Of runs the page has curves of all
+metrics, metrics along the text, what differs between the first two, and every sample of every step: its data
+lies in OUT_data/ beside the page, and a later call makes what is new. Of results, a column is a result, a
+section a benchmark. Elo is fitted to the games of all results that one judge
 judged; a baseline called as a result is that player. --pin fixes ratings, otherwise the baselines' mean
-is 1000. Of two results each score is compared record by record. Writes one page, which needs nothing but
-a browser, and the same numbers as JSON beside it.
+is 1000. Of two results each score is compared record by record, and the same numbers stand as JSON beside
+the page, which needs nothing but a browser.
 """
 
 import dataclasses
@@ -18,7 +21,7 @@ from evaluation import elo
 from lib import options
 from lib.files import read_jsonl, replace
 from lib.options import UserError, read_json
-from viewer import page
+from viewer import page, runs
 
 BENCHMARKS = {"longbench_write": ("LongBench-Write", 100),  # title, scale of its scores
               "ruler": ("LongWrite-Ruler", 100), "writingbench": ("WritingBench", 10),
@@ -29,8 +32,8 @@ KEPT = ("label", "folder", "benchmark", "data", "model", "sampling", "judge", "m
 
 @dataclass
 class Config:
-    results: tuple = ()  # folders of scripts.evaluate
-    out: str = "report.html"  # the page; the JSON stands beside it
+    paths: tuple = ()  # folders of runs, and of results of scripts.evaluate
+    out: str = "report.html"  # the page; data and JSON stand beside it
     pin: str = ""  # ratings of players that stay as they are: NAME=RATING,...
 
 
@@ -158,7 +161,7 @@ def describe_verdict(line: dict) -> tuple[str, str]:
 
 
 def reader(results: list[dict], judged_apart: list[str]) -> dict:
-    """What the page's reader shows: records, each with an answer, or None, of each result."""
+    """A view of the page's reader: records, each with an answer of each result."""
     records = {}
     for i, r in enumerate(results):
         verdicts = {}
@@ -167,19 +170,20 @@ def reader(results: list[dict], judged_apart: list[str]) -> dict:
         for a, row in zip(r["answers"], r["records"]):
             asked = f"{a['required']:,} words asked for" if a["required"] else ""
             record = records.setdefault(a["id"], {
-                **{key: a[key] for key in ("id", "query", "language", "required")},
+                **{key: a[key] for key in ("id", "query", "language", "required")}, "heading": a["query"],
                 "facts": " · ".join(filter(None, (a["domain"], a["kind"], asked))),
-                "answers": [None] * len(results)})
+                "samples": [{"name": r["label"], "facts": "has no such record"} for r in results]})
             scores = [f"{name}{'*' * (name in judged_apart)} {page.shown([x])[0]}"
                       for name in ("S_l", "S_q", "overall", "win_rate")
                       if (x := row["scores"].get(name)) is not None]
             tokens = f"{a['tokens']:,} tokens" + ", cut off" * (a["finish_reason"] == "length")
-            record["answers"][i] = {
-                **{key: a[key] for key in ("answer", "think", "words")},
+            record["samples"][i] = {
+                **{key: a[key] for key in ("answer", "think", "words")}, "name": r["label"],
+                "copies": runs.copied(a["answer"]),
                 "response": "" if a["answer"] else a["response"], "verdicts": verdicts.get(a["id"], []),
                 "facts": " · ".join([f"{a['words']:,} words", *scores, tokens])}
-    return {"labels": [r["label"] for r in results], "records": list(records.values()),
-            "judges": [r["judge"] and r["judge"]["name"] for r in results]}
+    return {"title": BENCHMARKS[results[0]["benchmark"]][0], "name": "", "groups": [*records.values()],
+            "prompts": [*records], "judges": [r["judge"] and r["judge"]["name"] for r in results]}
 
 
 def aligned(rows: list[list[str]]) -> list[str]:
@@ -217,17 +221,23 @@ def pins(text: str, groups: dict[str, list[dict]]) -> dict[str, float]:
 
 @options.command
 def main():
-    config = options.parse(Config, sys.argv[1:], __doc__, "results")
-    out = Path(config.out)
+    config = options.parse(Config, sys.argv[1:], __doc__, "paths")
+    out, paths = Path(config.out), [Path(path) for path in config.paths]
     if out.suffix != ".html":
-        raise UserError(f"--out must end in .html, not be {out}: the JSON stands beside it")
-    groups = grouped([read(Path(folder)) for folder in config.results])
+        raise UserError(f"--out must end in .html, not be {out}: data and JSON stand beside it")
+    trained = [path for path in paths if (path / "metrics.jsonl").exists()]
+    groups = grouped([read(path) for path in paths if path not in trained])
     pinned = pins(config.pin, groups)
     sections = [section(group, pinned) for group in groups.values()]
     readers = [reader(group, part["judged_apart"]) for group, part in zip(groups.values(), sections)]
-    replace(out, page.render(sections, readers))
-    replace(out.with_suffix(".json"), json.dumps(sections, ensure_ascii=False, indent=1) + "\n")
-    print("\n\n".join([*map(show, sections), f"{out}, {out.with_suffix('.json')}"]))
+    data = out.with_name(f"{out.stem}_data")
+    found = runs.gather(trained, data)
+    replace(out, page.render(sections, readers + found["views"], found["runs"], found["diff"], data.name))
+    written = [str(out)] + [str(data)] * bool(trained)
+    if sections:
+        replace(out.with_suffix(".json"), json.dumps(sections, ensure_ascii=False, indent=1) + "\n")
+        written.append(str(out.with_suffix(".json")))
+    print("\n\n".join([*map(show, sections), ", ".join(written)]))
 
 
 if __name__ == "__main__":

@@ -6,7 +6,8 @@ Each sample of rollouts/step_*.jsonl gets the rewards and the advantage that it 
 (by default the rewards.py of this folder) and the run's other options, beside what it got: rank correlations,
 advantages that change, the ten samples that change most. --reward chooses as in training. Rewards that ask a
 model or a server keep the run's values, unless --reward names them. Of token ids and logprobs rollouts hold
-the number alone: a reward that reads them cannot be computed here. Writes RUN/rescore.json and ends with one
+the number alone, but for the steps of `token_stats_every`: a reward that reads them is computed for those.
+Writes RUN/rescore.json and ends with one
 JSON line.
 """
 
@@ -25,6 +26,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import torch
+from safetensors.numpy import load_file
 
 import grpo
 import rewards
@@ -105,9 +107,13 @@ def read_samples(file: Path, config: Config, prompts: dict) -> tuple[list[dict],
         if prompt is None or prompt.query not in record["prompt"]:
             raise UserError(f"{file}: prompt {record['prompt_id']!r} is not, or not like this, in "
                             f"{config.prompts}: put back the file that the run had")
-    ids = [UnknownTokens(r["tokens"]) for r in records]
-    completions = [Completion(0, r["sample"], n, n, r["text"], r["finish_reason"], config.max_new_tokens)
-                   for r, n in zip(records, ids)]
+    ids = logps = [UnknownTokens(r["tokens"]) for r in records]
+    if (recorded := file.with_suffix(".safetensors")).exists():
+        tokens = load_file(recorded)
+        ids, logps = ([x.tolist() for x in np.split(tokens[name], tokens["offsets"][1:-1])]
+                      for name in ("ids", "sampler_logp"))
+    completions = [Completion(0, r["sample"], *tokens, r["text"], r["finish_reason"], config.max_new_tokens)
+                   for r, *tokens in zip(records, ids, logps)]
     return records, completions, asked
 
 

@@ -402,9 +402,9 @@ def test_a_grpo_step_on_kernels_has_the_reference_loss_and_gradients(kernels, mo
         model, reference = tiny_model(), tiny_model()
         reference.head_weight.data.mul_(1.1)
         batch = grpo.collate(samples, DEVICE)
-        sums, gaps = train.backward(model, reference, batch, None, {"samples": 3, "tokens": 31}, config, 290,
-                                    train.run.Clock())
-        results.append((sums, gaps, {name: p.grad for name, p in model.named_parameters()}))
+        sums, values = train.backward(model, reference, batch, None, {"samples": 3, "tokens": 31}, config,
+                                      290, train.run.Clock())
+        results.append((sums, torch.stack(values), {name: p.grad for name, p in model.named_parameters()}))
     (sums, gaps, gradients), (other, other_gaps, others) = results
     assert sums["loss"] != 0 and sums["kl"] > 0
     for name, value in sums.items():

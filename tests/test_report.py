@@ -9,13 +9,15 @@ from html.parser import HTMLParser
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 
 import chromium
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from scripts import report
 from viewer import page
 
 HOSTILE = ("</script><script>document.title = 'taken'</script>"
-           "<img src=/bait onerror=\"document.title = 'taken'\"> <!--")
+           "<img src=/bait onerror=\"document.title = 'taken'\"> <!-- '\"` <b \u2028\u202e\x01\x7f\U0001f409")
 CHINESE = "潮水在黎明前退去，渔船静静地停在港湾里。"
 WINS = {"strong": 9, "middle": 6, "weak": 2}  # of ten games with each baseline
 
@@ -217,7 +219,7 @@ def test_texts_are_no_markup_wherever_they_stand(tmp_path, monkeypatch):
     text = (tmp_path / "r.html").read_text(encoding="utf-8")
     found = Elements(text)
     assert found.tags.count("script") == 2 and "img" not in found.tags
-    answer, _ = json.loads(found.scripts[0])[0]["records"][1]["answers"]
+    answer, _ = json.loads(found.scripts[0])["views"][0]["groups"][1]["samples"]
     assert answer["answer"] == f"{CHINESE} {HOSTILE}"
 
 
@@ -259,28 +261,130 @@ def test_the_page_in_a_browser(tmp_path, monkeypatch, served, width, dark):
         def texts(selector):
             return tab.run(f"[...document.querySelectorAll('{selector}')].map(e => e.textContent)")
 
-        answers = partial(texts, "article > .body > .text")
+        answers = partial(texts, "article .body > .text")
 
-        assert answers() == ["answer 0 of strong", "answer 0 of middle"]
+        assert answers() == [f"answer 0 of {name}" for name in WINS]
         tab.press("ArrowRight")
-        assert answers() == [f"{CHINESE} {HOSTILE}"] * 2
+        assert answers() == [f"{CHINESE} {HOSTILE}"] * 3
         assert tab.run("document.querySelector('article .text').closest('[lang]').lang") == "zh"
         assert tab.run("document.querySelectorAll('article details[open]').length") == 0
         assert texts("article details")[:2] == ["thinkinga plan 1",
                                                 f"verdicts of gptRelevance 4, Accuracy 5{HOSTILE}"]
         tab.press("ArrowRight")
         assert texts("article .body")[0] == "no answerwhat there isresponse 2"
-        tab.run("document.querySelectorAll('article select')[1].value = 2;"
-                "document.querySelectorAll('article select')[1].onchange()")
         tab.press("ArrowLeft")
         tab.press("ArrowLeft")
-        assert answers() == ["answer 0 of strong", "answer 0 of weak"]
+        assert answers() == [f"answer 0 of {name}" for name in WINS]
+
+        assert texts('[data-at="3 1"] title') == [f"asked for 400, wrote 130: {CHINESE} 3"]
+        tab.run("document.querySelector('[data-at=\"3 1\"]').onclick()")
+        assert answers()[1] == "answer 3 of middle"
+        assert tab.run("document.querySelectorAll('article')[1].getBoundingClientRect().left") < width - 300
+        tab.run("show(0, 0)")
         tab.press("ArrowLeft")  # round to the last record of the other benchmark, which has one result
         assert answers() == ["answer 9 of weak"]
-
-        assert texts('[data-at="0 3 1"] title') == [f"asked for 400, wrote 130: {CHINESE} 3"]
-        tab.run("document.querySelector('[data-at=\"0 3 1\"]').onclick()")
-        assert answers()[0] == "answer 3 of middle"
         assert tab.run("document.title").startswith("Evaluation")
     assert tab.console == [] and asked == ["/r.html"]
     assert {url for url in tab.requests if url != "data:,"} == {f"{address}/r.html"}
+
+
+# ---------------------------------------------------------------------- runs
+
+
+def trained(folder, steps=2, samples=4):
+    """The folder of a run, all of whose texts, names and options are hostile. A step has two prompts; each
+    answer says a sentence twice, the second time from character `len(SAID)` on."""
+    (folder / "rollouts").mkdir(parents=True)
+    (folder / "source").mkdir()
+    (folder / "source/rewards.py").write_text(f"# {folder.name} {HOSTILE}\n", encoding="utf-8")
+    (folder / "config.json").write_text(json.dumps({"prompt_style": "think", "model": folder.name + HOSTILE}))
+    lines = []
+    for step in range(steps + 1):
+        kind = "step" if step else "eval"
+        m = {"step": step, f"reward/{HOSTILE}": step / 2, "along/entropy/think": [0.5, None, step]}
+        lines.append(m if step else {"step": 0, "eval/reward/length": 0.25})
+        records = [{"prompt_id": f"p{b}{HOSTILE}", "sample": g, "prompt": f"Write: {HOSTILE} {b}",
+                    "text": f"<think>plan {g} {HOSTILE}</think><answer>{SAID}{SAID}{step}{b}{g}</answer>",
+                    "tokens": 6, "length_range": [40, 60], "finish_reason": "length",
+                    "rewards": {f"r{HOSTILE}": g / 4, "none": None},
+                    "advantages": {f"r{HOSTILE}": g - 1.5, "none": 0.0} if step else {},
+                    "advantage": g - 1.5 if step else None} for b in range(2) for g in range(samples)]
+        (folder / f"rollouts/{kind}_{step:06d}.jsonl").write_text(
+            "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records), encoding="utf-8")
+    tokens = np.arange(12.0 * samples, dtype=np.float32)
+    save_file({"ids": tokens.astype(np.int32), "sampler_logp": -tokens, "trainer_logp": -tokens - 0.5,
+               "entropy": tokens, "offsets": np.arange(0, 12 * samples + 1, 6)},
+              folder / f"rollouts/step_{steps:06d}.safetensors")
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(m) + "\n" for m in lines))
+    return folder
+
+
+SAID = f"The harbour was quiet that night, and {HOSTILE} stood at the gate for an hour. "
+
+
+def write_page(monkeypatch, tmp_path, *arguments):
+    monkeypatch.setattr(sys, "argv", ["report", *map(str, arguments), "--out", str(tmp_path / "r.html")])
+    report.main()
+
+
+@pytest.mark.skipif(not chromium.PROGRAM, reason="no Chromium is installed")
+@pytest.mark.parametrize("width, dark, scheme", [(1280, False, "file"), (400, True, "http")])
+def test_every_view_of_a_run_shows_hostile_texts_as_text(tmp_path, monkeypatch, served, width, dark, scheme):
+    """Two runs and a result: each step, prompt, curve and mark is opened, and nothing in them is executed."""
+    write_page(monkeypatch, tmp_path, trained(tmp_path / "a"), trained(tmp_path / "b<script"),
+               result(tmp_path / "strong"))
+    address, asked = served
+    where = f"file://{tmp_path}/r.html" if scheme == "file" else f"{address}/r.html"
+    with chromium.Page(tmp_path / "profile", width, dark=dark) as tab:
+        tab.open(where)
+        assert tab.run("document.documentElement.scrollWidth <= innerWidth && innerWidth") == width
+
+        def texts(selector):
+            return tab.run(f"[...document.querySelectorAll('{selector}')].map(e => e.textContent)")
+
+        answers = partial(texts, "article .body > .text")
+        for details in range(tab.run("document.querySelectorAll('#curves details').length")):
+            tab.run(f"document.querySelectorAll('#curves details')[{details}].open = true")
+        assert tab.run("new Promise(done => setTimeout(done, 200))") is None
+        assert f"reward/{HOSTILE}" in texts("#curves b") and "along/entropy/think" in texts("#curves b")
+        assert f"model: a{HOSTILE} →" in texts("pre")[0] and f"+# b<script {HOSTILE}" in texts("pre")[0]
+        count = len(texts("#view option"))
+        assert count == 7, "three files of each run, one benchmark"
+        for view in range(1, count):  # the first is the benchmark
+            step = (view - 1) % 3
+            for prompt in range(2):
+                tab.run(f"show({view}, {prompt})")
+                ranked = range(4) if step == 0 else range(3, -1, -1)
+                assert answers()[:3] == [f"{SAID}{SAID}{step}{prompt}{g}" for g in ranked][:3]
+                assert texts("article details")[0] == f"thinkingplan {ranked[0]} {HOSTILE}"
+                assert texts("#query") == [f"Write: {HOSTILE} {prompt}"]
+                assert f"r{HOSTILE} {ranked[0] / 4:.3f}" in texts("article")[0]
+                assert len(texts("#elsewhere button")) == 5
+                assert "".join(texts("article:first-child .copy")).startswith("The harbour was quiet")
+        assert tab.run("document.querySelectorAll('.strip polygon').length") in (3, 4)
+        tab.run("document.querySelector('.strip').dispatchEvent(new MouseEvent('click', {clientY: 1e4}))")
+        tab.run("document.querySelector('.copy').click()")
+        assert texts(".twin")[0].startswith("The harbour")
+        tab.run("$('needle').value = 'harbour was'; $('needle').onchange()")
+        assert texts("#found") == ["8 texts"] and texts(".hit")[0] == "harbour was"
+        tab.run("document.querySelector('#elsewhere button').click(), 1")
+        assert tab.run("new Promise(done => setTimeout(() => done(view), 100))") == 1
+        tab.run("show(1, 0)")
+        tab.run("document.querySelector('[data-at=\"1 3\"]').onclick()")
+        assert tab.run("record") == 1
+        assert tab.run("document.title").startswith("Evaluation: a, b<script")
+    assert tab.console == [] and "/bait" not in asked
+
+
+def test_a_second_call_makes_the_data_of_new_steps_alone(tmp_path, monkeypatch):
+    folder, data = trained(tmp_path / "a", steps=2), tmp_path / "r_data/a"
+    write_page(monkeypatch, tmp_path, folder)
+    before = {f.name: f.stat().st_mtime_ns for f in data.glob("*.js")}
+    text = (folder / "rollouts/step_000001.jsonl").read_text(encoding="utf-8")
+    (folder / "rollouts/step_000003.jsonl").write_text(text, encoding="utf-8")
+    with (folder / "metrics.jsonl").open("a") as f:
+        f.write('{"step": 3, "loss": 1.0}\n')
+    write_page(monkeypatch, tmp_path, folder)
+    after = {f.name: f.stat().st_mtime_ns for f in data.glob("*.js")}
+    assert after.keys() - before.keys() == {"step_000003.js"} and before.items() <= after.items()
+    assert '"steps": [0, 1, 2, 3]' in (tmp_path / "r.html").read_text(encoding="utf-8")

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
 import rewards
 from scripts import rescore
@@ -106,6 +107,21 @@ def test_what_an_edited_reward_changes_by_hand(tmp_path, monkeypatch, capsys):
     assert result["conflicts"] == pytest.approx({
         "dominance/length": 2 / 3, "dominance/short": 1 / 3, "correlation/length,short": -1,
         "disagreement/length,short": 0.5})
+
+
+def test_a_reward_that_reads_ids_and_logprobs_is_computed_where_they_are_recorded(tmp_path, monkeypatch,
+                                                                                   capsys):
+    in_process(tmp_path / "run", "--steps", "1", "--eval_prompts", "", "--max_new_tokens", "64",
+               "--token_stats_every", "1")
+    lab = suite(tmp_path / "lab.py", """
+REWARDS = {"surprise": (lambda c, p: -sum(c.logprobs), 1.0),
+           "last": (lambda c, p: float(c.token_ids[-1]), 1.0)}
+""")
+    out, _ = main(monkeypatch, capsys, tmp_path / "run", "--rewards", lab, "--reward", "surprise,last")
+    x = load_file(tmp_path / "run/rollouts/step_000001.safetensors")
+    ends, samples = x["offsets"][1:] - 1, len(x["offsets"]) - 1
+    assert out["rewards"]["last"]["new"] == pytest.approx(x["ids"][ends].mean(), rel=1e-5)
+    assert out["rewards"]["surprise"]["new"] == pytest.approx(-x["sampler_logp"].sum() / samples, rel=1e-5)
 
 
 def test_transforms_and_requirements_of_the_edited_file_count(tmp_path, monkeypatch, capsys):

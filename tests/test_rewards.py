@@ -246,6 +246,26 @@ def test_a_block_repeated_far_away_is_caught():
     assert repetition(text) == pytest.approx(len(folded(block)) / len(folded(text)))
 
 
+def test_copies_are_the_characters_that_repetition_counts_and_name_their_twins():
+    """On 100 texts with copies of all sizes, in both scripts; ß and İ fold to two characters."""
+    rng = random.Random(0)
+    for _ in range(100):
+        source = rng.choice((ESSAY, ZH_ESSAY, ESSAY.replace("s", "ß"), ESSAY.replace("i", "İ") + ZH_ESSAY))
+        pieces = [source]
+        for _ in range(rng.randint(0, 4)):
+            at = rng.randrange(len(source))
+            pieces.append(source[at:at + rng.randint(5, 300)].upper() + rng.choice(("\n", "…", " and so ")))
+        text = "".join(pieces)
+        spans = text_module.copies(text)
+        assert all(a < b <= c for (_, a, _), (b, c, _) in zip([(0, -1, 0), *spans], spans))
+        fold = text_module.fold
+        counted, whole = sum(len(fold(text[a:b])) for a, b, _ in spans), len(fold(text))
+        halves = 2 * len(spans) * ("ß" in text or "İ" in text)  # a span may begin or end in one
+        assert counted == pytest.approx(repetition(text) * whole, abs=1e-6 + halves)
+        for start, end, twin in spans:
+            assert twin < start and (fold(text[twin:])[1:8] == fold(text[start:end])[1:8]).all() or halves
+
+
 def test_case_punctuation_and_white_space_hide_no_repetition():
     rng = random.Random(5)
     words = ["".join(rng.choices(string.ascii_lowercase, k=6)) for _ in range(60)]

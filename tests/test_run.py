@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -49,6 +50,14 @@ class FakeWandb(SimpleNamespace):
 
     def teardown(self):
         self.calls.append("teardown")
+
+    def log_artifact(self, artifact):
+        pass
+
+    def Artifact(self, *_):
+        return MagicMock()
+
+    Table = Artifact
 
 
 def test_lengths_are_logged_with_and_without_cut_samples_and_thinking_apart(tmp_path):
@@ -353,10 +362,10 @@ def test_what_fails_at_wandb_is_said_once_and_ends_no_run(broken, calls, said, t
     monkeypatch.setitem(sys.modules, "wandb", None if broken is None else fake)  # None: not installed
     monkeypatch.setenv("WANDB_API_KEY", "k" * 40)
     monkeypatch.delenv("WANDB_MODE", raising=False)
-    log = run.open_wandb(train.Config(), tmp_path, lambda line: print(line, file=sys.stderr))
+    log = run.wandb_log.open_wandb(train.Config(), tmp_path, lambda line: print(line, file=sys.stderr))
     for step in (1, 2):
-        log.send("log", {"loss": 0.5}, step=step)
-    log.send("finish")
+        log.send(lambda run, step=step: run.log({"loss": 0.5}, step=step))
+    log.send(lambda run: run.finish())
     assert [c[0] if isinstance(c, tuple) else c for c in fake.calls] == calls
     err = capsys.readouterr().err
     assert err.count("\n") == (said is not None) and (said or "") in err
@@ -366,9 +375,9 @@ def test_what_fails_at_wandb_is_said_once_and_ends_no_run(broken, calls, said, t
 def test_a_wandb_run_is_named_by_the_whole_path_of_its_folder_and_kept_on_resume(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", fake := FakeWandb())
     for folder in ("a/7b", "b/7b", "a/7b", "a/../a/7b"):
-        run.open_wandb(train.Config(), tmp_path / folder, print)
+        run.wandb_log.open_wandb(train.Config(), tmp_path / folder, print)
     monkeypatch.chdir(tmp_path)
-    run.open_wandb(train.Config(), Path("a/7b"), print)
+    run.wandb_log.open_wandb(train.Config(), Path("a/7b"), print)
     (one, other, *again), resume = ([c[i] for c in fake.calls] for i in (1, 2))
     assert one != other and again == [one] * 3 and set(resume) == {"allow"}
 
@@ -385,23 +394,29 @@ def test_threads_that_wait_leave_their_core_to_others_unless_told_otherwise(chos
 
 def test_the_time_left_is_that_of_the_samples_left_at_the_rate_so_far(monkeypatch, capsys):
     monkeypatch.setattr(time, "perf_counter", lambda: 1000.0)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
     progress = Progress("step 1", 8, True)
     progress.start, progress.last = 940.0, 0.0
     progress.update(SimpleNamespace(new_tokens=1200, finished=2))
-    assert "20 tok/s on this rank, about 0:03:00 left" in capsys.readouterr().err
+    assert "step 1: 2/8 samples, 20 tok/s on this rank, 0:03:00 left" in capsys.readouterr().err
     progress.last = 0.0
     progress.update(SimpleNamespace(new_tokens=1200, finished=0))
     assert "left" not in capsys.readouterr().err
 
 
-def test_progress_is_shown_and_not_logged(tmp_path, capsys):
+def test_progress_is_shown_on_a_terminal_alone_and_not_logged(tmp_path, monkeypatch, capsys):
     stats = SimpleNamespace(new_tokens=9, finished=1)
     log = run.Log(tmp_path, train.Config(), [], run.Clock(), distributed.setup("cpu"))
-    progress = Progress("step 1", 2, True)
-    progress.last -= 60
-    progress.update(stats)
+    for terminal in (False, True):
+        monkeypatch.setattr(sys.stderr, "isatty", lambda terminal=terminal: terminal, raising=False)
+        monkeypatch.setenv("COLUMNS", "30")
+        progress = Progress("step 1", 2, True)
+        progress.last -= 60
+        progress.update(stats)
+        said = capsys.readouterr().err
+        assert re.fullmatch("\rstep 1: 1/2 samples, .{8}\033\\[K" if terminal else "", said), "30 columns"
     log.warn("warning: so")
-    assert "step 1: 1/2 samples" in (said := capsys.readouterr().err) and said.endswith("warning: so\n")
+    assert capsys.readouterr().err == "warning: so\n"
     assert (tmp_path / "log.txt").read_text() == "warning: so\n"
 
 
@@ -412,25 +427,75 @@ def test_where_the_log_cannot_be_written_lines_are_still_shown(tmp_path, capsys)
 
 STEP = {"step": 10, "reward/length": 0.5, "reward/format": 1.0, "reward/writing": 0.25, "truncated": 0.0,
         "length/answer_words": 987.0, "length/in_range": 0.5, "grad_norm": 12.345, "entropy": 1.234,
-        "gap/mean": 1e-6, "gap/k3": 1e-9, "tokens_per_second/sample": 9876.0, "time/sample": 600.0,
-        "time/update": 300.0, "time/total": 910.0, "dead_groups/length": 4, "dead_groups/format": 5,
-        "dead_groups/writing": 0}
+        "gap/mean": 1e-6, "gap/k3": 1e-9, "time/idle": 10.0, "time/total": 910.0, "dead_groups/length": 4,
+        "dead_groups/format": 5, "dead_groups/writing": 0, "dominance/length": 0.3, "dominance/format": 0.3,
+        "dominance/writing": 0.4}
 
 
 def test_a_line_of_a_step_says_how_long_it_took_and_how_long_the_run_will(monkeypatch):
     """Loading took 100 s, steps 9 and 10, the first since a resume, 1,000 s each."""
     monkeypatch.setattr(time, "perf_counter", lambda: 3100.0)
     line = run.describe(STEP, 150, ["length", "format", "writing"], [1000.0, 1100.0, 2100.0])
-    assert "all 910.0s  elapsed 35min left 2333min" in line and len(line) <= 205
-    assert "elapsed 35min left" in run.describe(STEP, 10, ["length"], [1000.0])  # of a step before a resume
+    assert line == ("step  10/150  length 0.50 format 1.00 writing 0.25  987 words 50% in range 0% cut  910s "
+                    "38:53 left")
+    assert "910s 0:00 left" in run.describe(STEP, 10, ["length"], [1000.0])  # of a step before a resume
+
+
+@pytest.mark.parametrize("count", [1, 3, 5, 9])
+def test_a_line_of_a_step_is_never_wider_than_100_columns(count, monkeypatch):
+    monkeypatch.setattr(time, "perf_counter", lambda: 900.0)
+    names = [f"a_long_name_of_a_reward_{i}" for i in range(count)]
+    step = STEP | {f"reward/{name}": -123.456 for name in names} | {"length/answer_words": 12345.0}
+    line = run.describe(step, 1000, names, [0.0, 1.0])
+    assert len(line) <= 100 and ("left" in line) == (count < 5), line
 
 
 def test_a_warning_of_a_step_has_a_remedy():
     config, names = train.parse([]), ["length", "format", "writing"]
-    (dead,) = run.warnings(STEP, config, names)
+    (dead,) = run.warnings(STEP, config, names, STEP)
     assert "the same, format in 5 of the 8 groups: raise group_size" in dead
-    (cut,) = run.warnings(STEP | {"dead_groups/format": 4, "truncated": 0.26}, config, names)
+    fine = STEP | {"dead_groups/format": 4}
+    (cut,) = run.warnings(fine | {"truncated": 0.26}, config, names, STEP)
     assert "26% of the samples were cut at max_new_tokens 256: raise it" in cut
+    for change, part in (({"dominance/writing": 0.81}, "reward writing is 81% of the advantages: lower its"),
+                         ({"entropy": 0.2}, "entropy fell from 1.2 to 0.2: lower lr"),
+                         ({"time/idle": 901.0}, "waited 901 s for the last sample, and timeout is 1800"),
+                         ({"gap/k3": 0.02}, "gap/k3 0.02 is above 0.01 nats a token: set sampler_dtype")):
+        (line,) = run.warnings(fine | change, config, names, STEP)
+        assert part in line and ": " in line
+    assert not [*run.warnings(fine, config, names, STEP)]
+
+
+def test_the_end_of_a_run_says_what_rose_and_fell_and_shows_samples(tmp_path, capsys):
+    in_process(tmp_path / "run", "--steps", "2", "--eval_prompts", "", "--token_stats_every", "0")
+    a, b = metrics(tmp_path / "run")
+    lines = capsys.readouterr().out.splitlines()
+    for name in ("reward/length", "entropy"):
+        (line,) = [line.split() for line in lines if line.startswith(name)]
+        assert [float(line[1]), float(line[3])] == pytest.approx([a[name], b[name]], rel=1e-3)
+        assert line[-1] == ("rose" if b[name] > a[name] else "fell")
+    texts = [json.loads(line) for line in (tmp_path / "run/rollouts/step_000002.jsonl").open()]
+    best = max(texts, key=lambda t: t["advantage"])
+    (shown,) = [line for line in lines if line.startswith(f"line {texts.index(best) + 1}, ")]
+    assert " ".join(best["text"].split()).startswith(shown.split(": ", 1)[1]) and len(shown) <= 100
+    assert f"python -m scripts.report {tmp_path}/run" in lines[-2]
+    assert not [*(tmp_path / "run/rollouts").glob("*.safetensors")]
+
+
+def test_a_token_record_has_what_trainer_and_sampler_gave_each_token(tmp_path):
+    in_process(tmp_path / "run", "--steps", "3", "--token_stats_every", "2", "--eval_prompts", "")
+    (file,) = (tmp_path / "run/rollouts").glob("*.safetensors")
+    assert file.name == "step_000002.safetensors"
+    x, texts = load_file(file), [json.loads(t) for t in file.with_suffix(".jsonl").open()]
+    assert x["offsets"].diff().tolist() == [t["tokens"] for t in texts] and x["offsets"][0] == 0
+    tokenizer = Tokenizer(ROOT / "data/tiny/base")
+    for text, a, b in zip(texts, x["offsets"], x["offsets"][1:]):
+        assert b"".join(tokenizer.token_bytes[i] for i in x["ids"][a:b]).decode().startswith(text["text"])
+        gap = (x["trainer_logp"] - x["sampler_logp"])[a:b].abs().mean().item()
+        assert gap == pytest.approx(text["gap_mean"], rel=1e-3, abs=1e-8)
+    assert x["entropy"].mean().item() == pytest.approx(metrics(tmp_path / "run")[1]["entropy"], rel=1e-5)
+    run.cut_back(tmp_path / "run", 1)
+    assert not file.exists() and not file.with_suffix(".jsonl").exists()
 
 
 @pytest.mark.parametrize("dropped, part", [

@@ -1,18 +1,17 @@
-"""A report as one HTML file: tables, pictures, a reader of answers side by side. It needs no network.
+"""A report as an HTML file: tables, curves, a reader of texts side by side. It needs no network.
 
 What a model or a judge wrote reaches the page as text alone: in Python through `escape`, in the script
-through textContent, between the two as JSON without "<". A policy in the head forbids other scripts and
-all loads.
+through textContent, between the two as JSON without "<". A policy in the head forbids all loads and all
+scripts but ours, by its hash, and those that it adds ('strict-dynamic'): the files of data of viewer/runs.py.
 """
 
 import base64
 import hashlib
 import json
-import math
 from html import escape
 from pathlib import Path
 
-from viewer.plots import COLOURS, label, line
+from viewer.plots import COLOURS
 
 STYLE, SCRIPT = (Path(__file__).with_name(name).read_text(encoding="utf-8")
                  for name in ("page.css", "page.js"))
@@ -76,45 +75,6 @@ def table(section: dict, rows: list[list[str]]) -> str:
     return f"<div class=wide><table>{body}</table></div>"
 
 
-def scatter(reader: dict, number: int, column: int, low: float, high: float) -> str:
-    """Words asked for against words written, both logarithmic; what has no answer lies on the floor."""
-    size, left, top = 300, 44, 8
-
-    def at(x: float, y: float) -> tuple[float, float]:
-        x, y = (math.log(max(v, low) / low) / math.log(high / low) for v in (x, y))
-        return left + size * x, top + size * (1 - y)
-
-    parts = []
-    for mark in (m * 10**k for k in range(7) for m in (1, 2, 5) if low <= m * 10**k <= high):
-        (x, floor), (_, y) = at(mark, low), at(low, mark)
-        name = f"{mark // 1000}k" if mark >= 1000 else str(mark)
-        parts += [line([(x, floor), (x, top)]), label(x, floor + 15, name, text_anchor="middle"),
-                  line([(left, y), (left + size, y)]), label(left - 6, y + 4, name, text_anchor="end")]
-    parts += [line([at(low, low), at(high, high)], stroke_dasharray="3 4"),
-              label(left + size, floor + 31, "words asked for", text_anchor="end"),
-              label(left + 5, top + 12, "words written")]
-    for i, record in enumerate(reader["records"]):
-        if record["required"] and (answer := record["answers"][column]):
-            x, y = at(record["required"], answer["words"])
-            title = f"asked for {record['required']:,}, wrote {answer['words']:,}: {record['query'][:110]}"
-            parts.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3" data-at="{number} {i} {column}">'
-                         f"<title>{escape(title)}</title></circle>")
-    return (f'<svg viewBox="0 0 {left + size + 12} {top + size + 36}" style="{colour(column)}" role=img '
-            f'aria-label="words asked for against words written">{"".join(parts)}</svg>')
-
-
-def scatters(section: dict, reader: dict, number: int) -> str:
-    asked = [r for r in reader["records"] if r["required"]]
-    if not asked:
-        return ""
-    words = [n for r in asked for n in (r["required"], *(a["words"] for a in r["answers"] if a)) if n]
-    low, high = 0.8 * max(10, min(words)), 1.25 * max(20, *words)
-    panels = "".join(f"<div>{chip(section, name)}{scatter(reader, number, i, low, high)}</div>"
-                     for i, name in enumerate(reader["labels"]))
-    return ("<figure><figcaption><b>Length</b> in words (Chinese: characters): on the dashed line as asked "
-            f"for, at the bottom no answer</figcaption><div class=panels>{panels}</div></figure>")
-
-
 def bars(section: dict, family: str) -> str:
     rows = {name: values for name, values in section["scores"].items() if name.startswith(family + "/")}
     body = ""
@@ -138,7 +98,7 @@ def elo(section: dict, fit: dict) -> str:
 # ---------------------------------------------------------------------- the page
 
 
-def section_html(section: dict, reader: dict, number: int) -> str:
+def section_html(section: dict) -> str:
     scores, texts = (table(section, score_rows(section, kind)) for kind in ("scores", "texts"))
     about = (f"<li>{chip(section, name)} {escape(text)}" for name, text in section["about"].items())
     method = ("<p class=muted>Differences: the second less the first, over the records of both. Intervals "
@@ -147,35 +107,55 @@ def section_html(section: dict, reader: dict, number: int) -> str:
         f"<section><h2>{section['title']}</h2><ul class=about>",
         *about, "</ul>", *(f"<p class=note>{escape(note)}</p>" for note in section["notes"]),
         scores, method,
-        *(elo(section, fit) for fit in section["elo"]), scatters(section, reader, number),
+        *(elo(section, fit) for fit in section["elo"]),
         "<div class=figures>", *(bars(section, family) for family in BARS), "</div>",
         f"<h3>The texts, without a judge</h3>{texts}</section>"])
 
 
-def render(sections: list[dict], readers: list[dict]) -> str:
-    """The page of a report; readers[i]: the answers of sections[i], as scripts.report gathers both."""
+def runs_html(runs: list[dict], diff: str) -> str:
+    """Where the script draws the curves, after what differs between two runs."""
+    names = "".join(f'<span class=chip><i class=dot style="{colour(i)}"></i>{escape(run["label"])}</span> '
+                    for i, run in enumerate(runs))
+    kinds = {"+": "new", "-": "old"}
+    lines = "".join(f"<span class={kinds.get(x[:1], 'same')}>{escape(x)}\n</span>" for x in diff.split("\n"))
+    between = f"<details class=figure><summary>what differs</summary><pre>{lines}</pre></details>"
+    return (f"<section><h2>Curves</h2><p>{names}<span class=muted>shaded: from the 10th to the 90th "
+            f"percentile of the samples</span></p>{between * bool(diff)}<div id=curves></div></section>"
+            ) * bool(runs)
+
+
+def render(sections: list[dict], views: list[dict], runs: list[dict], diff: str, folder: str) -> str:
+    """The page. sections: comparisons of results. views: what the reader can open, with its `groups` or the
+    `key` of a file in the folder of data. runs, diff: as viewer.runs.gather returns them."""
     colours = "".join(f"--c{i}:{c};" for i, c in enumerate(COLOURS))
     dark = "".join(f"--c{i}:color-mix(in srgb,{c} 55%,white);" for i, c in enumerate(COLOURS))
     ours = base64.b64encode(hashlib.sha256(SCRIPT.encode()).digest()).decode()
-    policy = f"default-src 'none'; style-src 'unsafe-inline'; img-src data:; script-src 'sha256-{ours}'"
-    data = json.dumps([{"title": s["title"]} | reader for s, reader in zip(sections, readers)],
+    policy = (f"default-src 'none'; style-src 'unsafe-inline'; img-src data:; "
+              f"script-src 'sha256-{ours}' 'strict-dynamic'")
+    data = json.dumps({"folder": folder, "views": views, "runs": runs},
                       ensure_ascii=False).replace("<", r"\u003c")
+    title = ", ".join([*(run["label"] for run in runs), *(section["title"] for section in sections)])
+    kind = "Evaluation" if sections else "Runs"
     return f"""<!doctype html>
 <html lang=en>
 <meta charset=utf-8>
 <meta http-equiv=Content-Security-Policy content="{policy}">
 <meta name=viewport content="width=device-width,initial-scale=1">
 <link rel=icon href="data:,">
-<title>Evaluation: {escape(", ".join(section["title"] for section in sections))}</title>
+<title>{kind}: {escape(title)}</title>
 <style>:root{{{colours}}}@media(prefers-color-scheme:dark){{:root{{{dark}}}}}{STYLE}</style>
 <main>
-<h1>Evaluation</h1>
-{"".join(map(section_html, sections, readers, range(len(sections))))}
+<h1>{kind}</h1>
+{"".join(map(section_html, sections))}{runs_html(runs, diff)}
 <section id=reader>
-<h2>Side by side</h2>
-<nav><button id=back aria-label="record before">←</button><select id=record aria-label=record></select>
+<h2>Texts</h2>
+<nav><select id=view aria-label="benchmark or step"></select>
+<button id=back aria-label="record before">←</button><select id=record aria-label=record></select>
 <button id=next aria-label="next record">→</button><span class=muted>or the arrow keys</span></nav>
-<p id=facts class=muted></p><div id=query class=text></div><div id=panes></div>
+<nav><input id=needle type=search placeholder="search here"><span id=found class=muted></span>
+<select id=quantity aria-label="along the text"><option>entropy<option>surprise<option>gap</select></nav>
+<div id=lengths></div><p id=facts class=muted></p><div id=elsewhere></div>
+<div id=query class=text></div><div id=panes></div>
 </section>
 </main>
 <script type=application/json id=data>{data}</script>
