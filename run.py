@@ -334,12 +334,12 @@ def summary(folder: Path, names: list[str]) -> Iterator[str]:
         a, b = (float(np.mean([m[name] for m in part if m[name] is not None] or [np.nan]))
                 for part in (steps[:fifth], steps[-fifth:]))
         yield f"{name:24}{a:10.4g} ->{b:10.4g}  {'rose' if b > a else 'fell' if b < a else ''}".rstrip()
-    file = folder / f"rollouts/step_{steps[-1]['step']:06d}.jsonl"
-    ranked = sorted(enumerate(read_jsonl(file, advantage=Field(float)), 1), key=lambda x: -x[1]["advantage"])
-    yield f"samples of {file}, best, median and worst advantage:"
-    for line, sample in (ranked[0], ranked[len(ranked) // 2], ranked[-1]):
-        text = " ".join(sample["text"].split())
-        yield f"line {line}, {sample['advantage']:+.2f}: {text}"[:COLUMNS]
+    for file in sorted((folder / "rollouts").glob("step_*.jsonl"))[-1:]:
+        ranked = sorted(enumerate(read_jsonl(file), 1), key=lambda x: -x[1]["advantage"])
+        yield f"samples of {file}, best, median and worst advantage:"
+        for line, sample in (ranked[0], ranked[len(ranked) // 2], ranked[-1]):
+            text = " ".join(sample["text"].split())
+            yield f"line {line}, {sample['advantage']:+.2f}: {text}"[:COLUMNS]
     yield f"all of it as a page: python -m scripts.report {folder}"
 
 

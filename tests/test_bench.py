@@ -1,12 +1,15 @@
 """The programs that wait for a GPU, as far as a machine without one can run them."""
 
 import json
+import math
 import os
+import re
 import signal
 import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -14,7 +17,7 @@ import rewards
 from model import ModelConfig
 
 pytest.importorskip("triton")
-from bench import bench_engine, bench_kernels, bench_sampler, bench_step, gpu_check, tune  # noqa: E402 - they need triton
+from bench import bench_engine, bench_kernels, bench_sampler, bench_step, gpu_check, study, tune  # noqa: E402 - they need triton
 from kernels import backend  # noqa: E402
 
 ROOT = Path(__file__).parent.parent
@@ -233,3 +236,29 @@ def test_the_engines_bench_runs_and_counts_what_has_to_be_read(monkeypatch, caps
         assert case["tokens_per_second"]["graphs"] > 0 and not case["bars"]
     peer = bench_engine.their_model(config)
     assert sum(p.numel() for p in peer.parameters()) == config.num_parameters
+
+
+# ---------------------------------------------------------------------- the study
+
+
+def test_an_effect_of_the_study_has_students_interval():
+    found = study.effect(np.array([1.0, 2.0, 3.0, 4.0, 5.0]))
+    error = math.sqrt(2.5 / 5)
+    assert found == pytest.approx({"mean": 3.0, "half": 2.776 * error, "visible": 3.717 * error})
+    assert study.effect(np.array([-1.0, 1.0]))["half"] == pytest.approx(12.706)
+
+
+def test_the_edits_of_the_study_still_fit_rewards_py():
+    source = (ROOT / "rewards.py").read_text()
+    for arm, (old, new) in study.EDITS.items():
+        assert arm in study.ARMS and source.count(old) == 1 and new not in source
+    assert {arm for arm, _ in study.CLAIMS.values()} <= study.ARMS.keys()
+    assert {measure for _, measure in study.CLAIMS.values()} <= study.UNSEEN.keys(), "no arm is trained on it"
+
+
+def test_the_table_of_the_study_is_that_of_its_result():
+    result = json.loads((ROOT / "bench/results/study.json").read_text())
+    text = (ROOT / "docs/study.md").read_text()
+    assert result["table"] in text
+    for claim, verdict in result["verdicts"].items():
+        assert re.search(rf"\| {claim} \|.*\| {verdict} \|", text), claim
