@@ -2,11 +2,11 @@
 
     python -m bench.bench_pretrain --trainer PYTHON [--shape 43m] [--rounds 2] [--steps 5]
 
-The model is the embedded default with its own documents in rows of 1,024, or one of 43M parameters, of which
-39M are the embedding of Qwen2.5's vocabulary, with the modules of Python's standard library in rows of 4,096.
-Both sides train in fp32 on the CPU, with as many threads, each in a process of its own, in turn, on the same
-rows: the peer gets them as its own collator packs them, by positions that start again at each document. The
-losses of both must agree. PYTHON has transformers and accelerate. Ends with one JSON line.
+The model is the embedded default with its own documents, or one of 43M parameters, of which 39M are the
+embedding of Qwen2.5's vocabulary, with the modules of Python's standard library. Both sides train in
+fp32 on the CPU, with as many threads, each in a process of its own, in turn, on the same rows: the peer gets
+them as its own collator packs them, by positions that start again at each document. The losses of both must
+agree. PYTHON has transformers and accelerate. Ends with one JSON line.
 """
 
 import json
@@ -41,9 +41,8 @@ def prepare(folder: Path, shape: str, steps: int) -> pretrain.Config:
         texts = [document(rng) for _ in range(40 * steps)]
     write_jsonl(folder / "documents.jsonl", [{"text": text} for text in texts])
     model = str(folder / "model") if shape == "43m" else locate("data/tiny/base")
-    rows = {"row_tokens": 4096, "rows_per_step": 1} if shape == "43m" else {}
-    config = pretrain.Config(model=model, documents=str(folder / "documents.jsonl"), device="cpu",
-                             steps=steps, lr=1e-3, warmup=0, decay=0.0, **rows)
+    config = pretrain.Config(model=model, documents=str(folder / "documents.jsonl"),
+                             device="cpu", steps=steps, lr=1e-3, warmup=0, decay=0.0)
     source = pretrain.read_inputs(config, 1).sources[0]
     taken, _ = take([source], [1], {source.name: 0}, steps * config.rows_per_step)
     rows = [source.row(k) for _, k in taken]
