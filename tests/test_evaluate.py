@@ -211,21 +211,21 @@ def test_real_records_go_through_whatever_the_server_does(benchmark, file, count
     bad = ("429", "ok", "500", "ok", "broken", "ok", "cut", "ok", "wrong", "ok", "ok")
     with FakeEndpoint(lambda i, _: "slow" if i == 7 else bad[i % len(bad)], opinion) as fake:
         given = dict(benchmark=benchmark, data=SHARED / file, judge=f"{fake.url}/v1#judge", price="2,8",
-                     max_new_tokens=4)
+                     max_new_tokens=128)
         code, said = run(tmp_path / "out", **given)
         while code == 0 and "asks again" in said:  # where four calls in a row failed
             code, said = run(tmp_path / "out", **given)
     made = read(tmp_path / "out/answers.jsonl")
     found = json.loads((tmp_path / "out/result.json").read_text())
     assert code == 0 and len(made) == count == len(found["records"]) == found["data"]["records"], said
-    assert {a["finish_reason"] for a in made} <= {"stop", "length"} and all(a["tokens"] <= 4 for a in made)
+    assert {a["finish_reason"] for a in made} <= {"stop", "length"} and all(a["tokens"] <= 128 for a in made)
     assert found["texts"]["missing_answers"] == sum(not a["answer"] for a in made) / count
     if benchmark == "ruler":
         assert found["judge"] is None and not fake.calls and not (tmp_path / "out/verdicts.jsonl").exists()
         return
     given = [v for v in read(tmp_path / "out/verdicts.jsonl") if v["verdict"]]
     missing = [v for v in read(tmp_path / "out/verdicts.jsonl") if not v["verdict"]]
-    assert len(given) > len(missing) > 0 and all(len(v["raw"]) == 5 and v["error"] for v in missing)
+    assert given and missing and all(len(v["raw"]) == 5 and v["error"] for v in missing)
     calls = len(given) + 5 * len(missing)
     assert found["judge"]["calls"] == calls and found["judge"]["missing"] == len(missing)
     assert (found["judge"]["prompt_tokens"], found["judge"]["completion_tokens"]) == (5 * calls, 7 * calls)

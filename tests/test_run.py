@@ -112,8 +112,8 @@ def test_the_folder_of_a_run_holds_what_docs_running_says(undisturbed):
         assert m["clip_share"] == 0 and m["lr"] == pytest.approx(1.75e-4 * min(1, m["step"] / 5))
     record = json.loads((undisturbed / "rollouts" / "step_000003.jsonl").read_text().splitlines()[0])
     assert set(record) == {
-        "prompt_id", "sample", "prompt", "text", "tokens", "finish_reason", "rewards", "advantages",
-        "advantage", "gap_mean"
+        "prompt_id", "sample", "prompt", "text", "length_range", "tokens", "finish_reason", "rewards",
+        "advantages", "advantage", "gap_mean"
     }
     assert len((undisturbed / "rollouts" / "step_000003.jsonl").read_text().splitlines()) == 8
     assert (undisturbed / "source" / "rewards.py").read_text() == (ROOT / "rewards.py").read_text()

@@ -118,7 +118,7 @@ def test_a_batched_reward_is_called_once_with_all_samples_of_a_rank(tmp_path, mo
 
 def patchy(completion, prompt):
     """Missing for some, and with spread for the others."""
-    return None if len(completion.token_ids) % 5 == 0 else float(len(completion.token_ids) % 7)
+    return None if sum(completion.token_ids) % 5 == 0 else float(sum(completion.token_ids) % 7)
 
 
 def test_transforms_and_requirements_act_on_the_advantage_and_raw_values_are_logged(tmp_path, monkeypatch):
@@ -177,7 +177,7 @@ def test_an_update_is_the_same_on_two_ranks_and_in_any_micro_batches(loss, advan
         looser = 1 if updates == 1 else 100
         assert other_numbers == pytest.approx(numbers, rel=1e-5 * looser, abs=1e-7 * looser)
         assert (other_moments - moments).norm() <= 1e-6 * looser * moments.norm(), "the gradient"
-        assert (other_moved - moved).norm() <= 5e-5 * looser * moved.norm()
+        assert (other_moved - moved).norm() <= 2e-4 * looser * moved.norm()
 
 
 def flat(tensors: dict[str, torch.Tensor]) -> torch.Tensor:
