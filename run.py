@@ -278,6 +278,9 @@ def peak_memory_gb(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
+COLUMNS = 100
+
+
 def describe(metrics: dict, steps: int, names: list[str], begun: list[float]) -> str:
     """The console line of a step, at most COLUMNS wide: names of rewards are cut to what there is room for.
     begun: of the Clock, for the estimated time left."""
@@ -293,7 +296,6 @@ def describe(metrics: dict, steps: int, names: list[str], begun: list[float]) ->
     return f"{start}  {rewards}  {rest}"[:COLUMNS]
 
 
-COLUMNS = 100
 GAP_LIMIT = 0.01  # gap/k3 that is warned of: 100 nats over 10,000 tokens; a bf16 sampler of the default: 1e-5
 DOMINANCE, COLLAPSE, WAIT = 0.8, 0.2, 0.5  # share of advantages, of the first step's entropy, of timeout
 
@@ -409,11 +411,7 @@ class Log:
     def step(self, metrics: dict, records: list[dict], tokens: dict[str, torch.Tensor]):
         """Writes rollouts/step_NNNNNN.jsonl, with `tokens` the .safetensors of that name too, then the step's
         line of metrics.jsonl."""
-        name = f"step_{metrics['step']:06d}"
-        with raise_on_all_ranks(self.world):
-            if tokens:
-                (self.folder / f"rollouts/{name}.safetensors").write_bytes(safetensors.torch.save(tokens))
-        self.write(f"{name}.jsonl", metrics, records, "samples" * bool(tokens))
+        self.write(f"step_{metrics['step']:06d}.jsonl", metrics, records, "samples" * bool(tokens), tokens)
         self.first = self.first or metrics
         self.say(describe(metrics, self.config.steps, self.names, self.clock.begun))
         for line in warnings(metrics, self.config, self.names, self.first):
@@ -445,13 +443,17 @@ class Log:
             (self.folder / "reward_error.txt").write_text(details, encoding="utf-8")
             self.say(f"{self.folder}/reward_error.txt has the whole traceback")
 
-    def write(self, file: str, metrics: dict, records: list[dict], table: str = ""):
+    def write(self, file: str, metrics: dict, records: list[dict], table: str = "",
+              tokens: dict[str, torch.Tensor] | None = None):
         """Writes numbers that are not finite as null, because JSON has no NaN. file: of the records, empty
-        without any. table: the name that wandb gets them by."""
+        without any. table: the name that wandb gets them by. tokens: of the token record beside them."""
         with raise_on_all_ranks(self.world):
             if self.world.main:
+                path = self.folder / "rollouts" / file
+                if tokens:
+                    path.with_suffix(".safetensors").write_bytes(safetensors.torch.save(tokens))
                 if file:
-                    write_jsonl(self.folder / "rollouts" / file, records)
+                    write_jsonl(path, records)
                 lines = {name: [finite(x) for x in value] if isinstance(value, list) else finite(value)
                          for name, value in metrics.items()}
                 write_jsonl(self.folder / "metrics.jsonl", [lines], "a")

@@ -77,13 +77,19 @@ NEAR, SHIFT = 8, 1  # n-grams within NEAR tokens share a source if their distanc
 WINDOW, DENSE = 50, 0.5  # tokens; a copied token has at least this share of copied ones around it
 
 
-def fold(text: str) -> np.ndarray:
-    """Code points of the case-folded text, white space and punctuation removed."""
+def letters(text: str) -> tuple[np.ndarray, np.ndarray]:
+    """(codes, kept): code points of the case-folded text, and which are no white space or punctuation."""
     text = text.casefold()
     codes = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype=np.uint32)
     kept = np.zeros(codes.max(initial=0) + 1, dtype=bool)
     kept[[ord(c) for c in set(text) if unicodedata.category(c)[0] in "LNM"]] = True
-    return codes[kept[codes]]
+    return codes, kept[codes]
+
+
+def fold(text: str) -> np.ndarray:
+    """Code points of the case-folded text, white space and punctuation removed."""
+    codes, kept = letters(text)
+    return codes[kept]
 
 
 def widths(codes: np.ndarray) -> np.ndarray:
@@ -138,10 +144,11 @@ def repetition(text: str) -> float:
 def copies(text: str) -> list[list[int]]:
     """[start, end, twin] of each stretch text[start:end] that `repetition` counts; its earlier occurrence
     begins at `twin`."""
-    codes, folded = fold(text), text.casefold()
-    place = np.flatnonzero([unicodedata.category(c)[0] in "LNM" for c in folded])
-    if len(folded) > len(text):  # as of ß
+    codes, kept = letters(text)
+    place = np.flatnonzero(kept)
+    if len(codes) > len(text):  # as of ß
         place = np.repeat(np.arange(len(text)), [len(c.casefold()) for c in text])[place]
+    codes = codes[kept]
     end, back = last_seen(codes, widths(codes), SHINGLE)
     edges = np.flatnonzero(np.diff(covered(len(codes), end, back > 0), prepend=False, append=False))
     return [[int(place[a]), int(place[b - 1]) + 1, int(place[a - back[a]])] for a, b in edges.reshape(-1, 2)]

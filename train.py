@@ -260,7 +260,7 @@ def update(model, reference, optimizer, samples: list[grpo.Sample], parts: list[
 
     sums = dict.fromkeys(("loss", "clipped", "entropy", "gap/mean", "gap/k3", "kl", "capped",
                           *range(grpo.ALONG)), 0.0)
-    gap_max, gaps, norms, applied, tokens = 0.0, dict.fromkeys(range(len(samples)), 0.0), [], [], {}
+    gap_max, gaps, norms, applied, kept = 0.0, dict.fromkeys(range(len(samples)), 0.0), [], [], {}
     for plan, count in zip(plans, counts):
         if not count["tokens"]:
             applied.append(None)
@@ -277,7 +277,7 @@ def update(model, reference, optimizer, samples: list[grpo.Sample], parts: list[
             sums |= {name: sums[name] + value for name, value in seen.items()}
             for i, gap, *rest in zip(micro_batch, *(x.split(batch.lengths) for x in values)):
                 gaps[i] = gap.mean().item()
-                tokens |= {i: [x.cpu() for x in rest]} if keep_tokens else {}
+                kept |= {i: [x.cpu() for x in rest]} if keep_tokens else {}
         with clock("step"):
             norms.append(parallel.clip_grad_(model, config.clip_grad))
             applied.append(math.isfinite(norms[-1]) and not 0 < config.skip_grad < norms[-1])
@@ -285,19 +285,19 @@ def update(model, reference, optimizer, samples: list[grpo.Sample], parts: list[
                 optimizer.step()
             optimizer.zero_grad()
     sums, gaps = distributed.total(sums, world), distributed.total(gaps, world)  # of each gap one rank knows
-    total = max(1, sum(count["tokens"] for count in counts))
+    tokens = max(1, sum(count["tokens"] for count in counts))
     metrics = {"loss": sums["loss"] / max(1, len(norms)), "grad_norm": sum(norms) / max(1, len(norms)),
                "skipped_updates": len(applied) - applied.count(True),
-               "clip_share": sums["clipped"] / total, "entropy": sums["entropy"] / total,
-               "gap/mean": sums["gap/mean"] / total, "gap/k3": sums["gap/k3"] / total,
+               "clip_share": sums["clipped"] / tokens, "entropy": sums["entropy"] / tokens,
+               "gap/mean": sums["gap/mean"] / tokens, "gap/k3": sums["gap/k3"] / tokens,
                **distributed.largest({"gap/max": gap_max}, world), **balance, **grpo.along_metrics(sums)}
     if reference:
         parallel.reshard(reference)
-        metrics["kl"] = sums["kl"] / total
+        metrics["kl"] = sums["kl"] / tokens
     if config.tis_cap:
-        metrics["tis_capped"] = sums["capped"] / total
+        metrics["tis_capped"] = sums["capped"] / tokens
     return Update(metrics, [gaps[i] if s.trained else None for i, s in enumerate(samples)], applied,
-                  [samples[i] for part, yes in zip(parts, applied) if yes is False for i in part], tokens)
+                  [samples[i] for part, yes in zip(parts, applied) if yes is False for i in part], kept)
 
 
 # ---------------------------------------------------------------------- the run

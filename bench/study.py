@@ -18,6 +18,7 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 
@@ -27,7 +28,8 @@ from bench.tiny import EVAL, measure
 from data.tiny import make, pairs
 from lib import distributed
 from lib.files import read_jsonl, write_jsonl
-from text import repetition, structure
+from rewards import format_reward
+from text import structure
 from viewer.plots import label, line
 
 OUT, BASE = ROOT / "runs/study", "data/tiny/base"
@@ -128,14 +130,15 @@ def train(arm: str, seed: int, steps: int) -> Path:
 
 
 def figures(file: Path, arm: str, asked: dict, scorer) -> dict:
-    """All measures of a file of samples. "scores" are the second model's, None without an answer."""
+    """All measures of a file of samples, the format by this rewards.py. "scores" are the second model's, None without an answer."""
     samples = read_jsonl(file)
-    parts = [structure(s["text"], think=arm != "direct answer") for s in samples]
-    scores = iter(scorer([(asked[s["prompt_id"]]["prompt"], p[2]) for s, p in zip(samples, parts) if p[2]]))
+    asked_for = SimpleNamespace(style=ARMS.get(arm, {}).get("prompt_style", "think"))
+    answers = [structure(s["text"])[2] for s in samples]
+    scores = iter(scorer([(asked[s["prompt_id"]]["prompt"], a) for s, a in zip(samples, answers) if a]))
     return measure(file, asked) | {
         "cut": float(np.mean([s["finish_reason"] == "length" for s in samples])),
-        "format": float(np.mean([1 - repetition(answer) if ok else 0 for ok, _, answer in parts])),
-        "scores": [next(scores) if answer else None for *_, answer in parts]}
+        "format": float(np.mean([format_reward(SimpleNamespace(**s), asked_for) for s in samples])),
+        "scores": [next(scores) if answer else None for answer in answers]}
 
 
 def effect(differences: np.ndarray) -> dict[str, float]:

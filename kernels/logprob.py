@@ -250,10 +250,8 @@ def linear_logprob(hidden_TC: torch.Tensor, weight_VC: torch.Tensor, targets_T: 
     n_valid = len(weight_VC) if n_valid is None else n_valid
     if len(targets_T) and (largest := int(targets_T.max())) >= n_valid:
         raise ValueError(f"linear_logprob: target {largest} is beyond the last id, {n_valid - 1}")
-    kept = (targets_T >= 0).nonzero()[:, 0]
+    kept, rest = (targets_T >= 0).nonzero()[:, 0], (temperature, n_valid, torch.is_grad_enabled())
     if len(kept) == len(targets_T):
-        return LinearLogprob.apply(hidden_TC, weight_VC, targets_T, temperature, n_valid,
-                                   torch.is_grad_enabled())
-    values = LinearLogprob.apply(hidden_TC[kept], weight_VC, targets_T[kept], temperature, n_valid,
-                                 torch.is_grad_enabled())
+        return LinearLogprob.apply(hidden_TC, weight_VC, targets_T, *rest)
+    values = LinearLogprob.apply(hidden_TC[kept], weight_VC, targets_T[kept], *rest)
     return tuple(x.new_zeros(len(targets_T)).index_put((kept, ), x) for x in values)

@@ -225,7 +225,7 @@ def test_real_records_go_through_whatever_the_server_does(benchmark, file, count
         return
     given = [v for v in read(tmp_path / "out/verdicts.jsonl") if v["verdict"]]
     missing = [v for v in read(tmp_path / "out/verdicts.jsonl") if not v["verdict"]]
-    assert given and missing and all(len(v["raw"]) == 5 and v["error"] for v in missing)
+    assert len(given) > len(missing) > 0 and all(len(v["raw"]) == 5 and v["error"] for v in missing)
     calls = len(given) + 5 * len(missing)
     assert found["judge"]["calls"] == calls and found["judge"]["missing"] == len(missing)
     assert (found["judge"]["prompt_tokens"], found["judge"]["completion_tokens"]) == (5 * calls, 7 * calls)

@@ -63,15 +63,16 @@ def colour(i: int) -> str:
     return f"--c:var(--c{i % len(COLOURS)})"
 
 
-def chip(section: dict, name: str) -> str:
-    """A name, after the colour of the result that it is."""
-    labels = [r["label"] for r in section["results"]]
+def chip(shown: list[dict], name: str) -> str:
+    """A name, after the colour of the result or run that has it as its label."""
+    labels = [x["label"] for x in shown]
     dot = f'<i class=dot style="{colour(labels.index(name))}"></i>' if name in labels else ""
     return f"<span class=chip>{dot}{escape(name)}</span>"
 
 
 def table(section: dict, rows: list[list[str]]) -> str:
-    body = "".join(f"<tr><th>{'<td>'.join(chip(section, cell) for cell in row)}" for row in rows)
+    results = section["results"]
+    body = "".join(f"<tr><th>{'<td>'.join(chip(results, cell) for cell in row)}" for row in rows)
     return f"<div class=wide><table>{body}</table></div>"
 
 
@@ -100,7 +101,8 @@ def elo(section: dict, fit: dict) -> str:
 
 def section_html(section: dict) -> str:
     scores, texts = (table(section, score_rows(section, kind)) for kind in ("scores", "texts"))
-    about = (f"<li>{chip(section, name)} {escape(text)}" for name, text in section["about"].items())
+    results = section["results"]
+    about = (f"<li>{chip(results, name)} {escape(text)}" for name, text in section["about"].items())
     method = ("<p class=muted>Differences: the second less the first, over the records of both. Intervals "
               "by paired bootstrap, p after Holm.</p>") * bool(section["differences"])
     return "".join([
@@ -114,8 +116,7 @@ def section_html(section: dict) -> str:
 
 def runs_html(runs: list[dict], diff: str) -> str:
     """Where the script draws the curves, after what differs between two runs."""
-    names = "".join(f'<span class=chip><i class=dot style="{colour(i)}"></i>{escape(run["label"])}</span> '
-                    for i, run in enumerate(runs))
+    names = "".join(f"{chip(runs, run['label'])} " for run in runs)
     kinds = {"+": "new", "-": "old"}
     lines = "".join(f"<span class={kinds.get(x[:1], 'same')}>{escape(x)}\n</span>" for x in diff.split("\n"))
     between = f"<details class=figure><summary>what differs</summary><pre>{lines}</pre></details>"

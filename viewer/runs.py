@@ -22,8 +22,8 @@ STRIP = 240  # values along a text, each the mean over its share of the tokens
 
 
 def read(folder: Path) -> dict:
-    """The metrics of a run: {steps, metrics}, metrics[name] with a value, list or None for each step, and its
-    options. Raises UserError."""
+    """The metrics of a run: {steps, metrics}, metrics[name] with a value, list or None for each step. Raises
+    UserError."""
     lines = {}
     for line in read_jsonl(folder / "metrics.jsonl", "give the folder of a run", step=Field(int, 0)):
         lines.setdefault(line["step"], {}).update(line)  # an evaluation has a line of its own
@@ -35,8 +35,7 @@ def read(folder: Path) -> dict:
         return float(f"{x:.4g}") if isinstance(x, float) else x
 
     return {"steps": [*lines], "metrics": {name: [short(line.get(name)) for line in lines.values()]
-                                           for name in names},
-            "options": read_json(folder / "config.json", "give the folder of a run")}
+                                           for name in names}}
 
 
 def strips(file: Path) -> list[dict]:
@@ -112,7 +111,8 @@ def gather(folders: list[Path], out: Path) -> dict:
     """{runs, views, diff} of the page; writes the data files into `out`, those of changed rollouts alone.
     Raises UserError."""
     runs, views, names = [], [], [folder.resolve().name for folder in folders]
-    for folder, name in zip(folders, names):
+    options = [read_json(folder / "config.json", "give the folder of a run") for folder in folders]
+    for folder, name, given in zip(folders, names, options):
         label = name if names.count(name) == 1 else str(folder)
         run = read(folder) | {"label": label, "bands": {}}
         files = sorted((folder / "rollouts").glob("*.jsonl"), key=lambda f: (int(f.stem[5:]), f.stem))
@@ -120,7 +120,7 @@ def gather(folders: list[Path], out: Path) -> dict:
         place.mkdir(parents=True, exist_ok=True)
         index = read_json(place / "index.json", "") if (place / "index.json").exists() else {}
         todo = [(f"{place.name}/{f.stem}", f) for f in files if index.get(f.stem, {}).get("from") != stamp(f)]
-        style = run["options"].get("prompt_style", "think")
+        style = given.get("prompt_style", "think")
         with ProcessPoolExecutor(os.cpu_count()) as pool:
             index |= zip((f.stem for _, f in todo), pool.map(partial(chunk, out=out, style=style), todo))
         replace(place / "index.json", json.dumps(index) + "\n")
@@ -132,15 +132,15 @@ def gather(folders: list[Path], out: Path) -> dict:
             for metric, band in entry["bands"].items():
                 run["bands"].setdefault(("eval/" * (kind == "eval")) + metric, {})[int(step)] = band
         runs.append(run)
-    return {"runs": runs, "views": views, "diff": difference(folders)}
+    return {"runs": runs, "views": views, "diff": difference(folders, options)}
 
 
-def difference(folders: list[Path]) -> str:
+def difference(folders: list[Path], options: list[dict]) -> str:
     """Of the first two runs: options that differ, and a diff of their rewards.py."""
     if len(folders) < 2:
         return ""
-    a, b = (read_json(f / "config.json", "give the folder of a run") for f in folders[:2])
-    options = [f"{name}: {a.get(name)} → {b.get(name)}" for name in a | b if a.get(name) != b.get(name)]
+    a, b = options[:2]
+    changed = [f"{name}: {a.get(name)} → {b.get(name)}" for name in a | b if a.get(name) != b.get(name)]
     sources = [f / "source/rewards.py" for f in folders[:2]]
     texts = [f.read_text(encoding="utf-8").split("\n") if f.exists() else [] for f in sources]
-    return "\n".join([*options, *unified_diff(*texts, *map(str, sources), lineterm="")])
+    return "\n".join([*changed, *unified_diff(*texts, *map(str, sources), lineterm="")])
