@@ -130,7 +130,8 @@ def train(arm: str, seed: int, steps: int) -> Path:
 
 
 def figures(file: Path, arm: str, asked: dict, scorer) -> dict:
-    """All measures of a file of samples, the format by this rewards.py. "scores" are the second model's, None without an answer."""
+    """All measures of a file of samples, the format by this rewards.py. "scores" are the second model's, None
+    without an answer."""
     samples = read_jsonl(file)
     asked_for = SimpleNamespace(style=ARMS.get(arm, {}).get("prompt_style", "think"))
     answers = [structure(s["text"])[2] for s in samples]
