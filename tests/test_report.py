@@ -311,9 +311,9 @@ def trained(folder, steps=2, samples=4):
                     "advantage": g - 1.5 if step else None} for b in range(2) for g in range(samples)]
         (folder / f"rollouts/{kind}_{step:06d}.jsonl").write_text(
             "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records), encoding="utf-8")
-    tokens = np.arange(12.0 * samples, dtype=np.float32)
+    tokens = np.arange(600.0 * samples, dtype=np.float32)
     save_file({"ids": tokens.astype(np.int32), "sampler_logp": -tokens, "trainer_logp": -tokens - 0.5,
-               "entropy": tokens, "offsets": np.arange(0, 12 * samples + 1, 6)},
+               "entropy": tokens, "offsets": np.arange(0, 600 * samples + 1, 300)},
               folder / f"rollouts/step_{steps:06d}.safetensors")
     (folder / "metrics.jsonl").write_text("".join(json.dumps(m) + "\n" for m in lines))
     return folder
@@ -362,6 +362,8 @@ def test_every_view_of_a_run_shows_hostile_texts_as_text(tmp_path, monkeypatch, 
                 assert len(texts("#elsewhere button")) == 5
                 assert "".join(texts("article:first-child .copy")).startswith("The harbour was quiet")
         assert tab.run("document.querySelectorAll('.strip polygon').length") in (3, 4)
+        assert tab.run("document.querySelector('.strip').clientHeight") == tab.run(
+            "document.querySelector('.body').offsetHeight")
         tab.run("document.querySelector('.strip').dispatchEvent(new MouseEvent('click', {clientY: 1e4}))")
         tab.run("document.querySelector('.copy').click()")
         assert texts(".twin")[0].startswith("The harbour")

@@ -23,9 +23,12 @@ const number = x => x === null || x === undefined ? '–' : Math.abs(x) < 1e-3 &
 // ---------------------------------------------------------------------- data files
 
 function receive(key, found) { // what a data file calls
+  document.currentScript.remove();
   waiting[key](found);
 }
-function load({key, groups}) {
+function load({key, groups}) { // the last 20 files stay in memory
+  const loaded = Object.keys(chunks);
+  if (loaded.length > 20) delete chunks[loaded[0]];
   return groups ?? (chunks[key] ??= new Promise((done, fail) => {
     waiting[key] = done;
     document.head.append(make('script', '', {src: encodeURI(`${folder}/${key}.js`), onerror: fail}));
@@ -42,7 +45,7 @@ function frame(name, high, low, last) {
   const at = (step, y) => `${LEFT + W * step / last},${TOP + H * (high - y) / (high - low || 1)}`;
   for (const [y, label] of [[TOP, high], [TOP + H, low]]) {
     picture.append(svg('polyline', {points: `${LEFT},${y} ${LEFT + W},${y}`}),
-      svg('text', {x: LEFT - 5, y: y + 4, 'text-anchor': 'end'}, number(label)));
+      svg('text', {x: LEFT - 5, y: y + 4, 'text-anchor': 'end'}, label.toFixed ? number(label) : label));
   }
   picture.append(svg('text', {x: LEFT + W, y: TOP + H + 15, 'text-anchor': 'end'}, `step ${last}`));
   box.append(make('b', name), ' ', readout, picture);
@@ -79,13 +82,14 @@ function heat(name, last) { // of the first run that has it: steps to the right,
   const shown = kept.filter((s, i) => i % Math.ceil(kept.length / 60) === 0);
   const rows = shown.map(s => metrics[name][steps.indexOf(s)]), count = rows[0].length;
   const top = Math.max(...rows.flat().filter(x => x !== null));
-  const {box, picture, hover} = frame(name, 1, count, last);
+  const part = k => name.includes('by_request') ? `≥${k && 2**(k + 4)}` : `${k + 1}/${count}`; // as in rollout.py
+  const {box, picture, hover} = frame(name, part(0), part(count - 1), last);
   rows.forEach((row, i) => row.forEach((x, k) => x !== null && picture.append(svg('rect', {
     x: LEFT + W * (shown[i - 1] ?? 0) / last, y: TOP + H * k / count, height: H / count,
     width: W * (shown[i] - (shown[i - 1] ?? 0)) / last, 'fill-opacity': top > 0 ? Math.max(0, x / top) : 0}))));
   hover((step, y) => {
     const i = nearest(shown, step), k = Math.min(count - 1, Math.max(0, Math.floor(y * count)));
-    return `${shown[i]}, part ${k + 1}: ${number(rows[i][k])}`;
+    return `${shown[i]}, ${part(k)}: ${number(rows[i][k])}`;
   });
   return box;
 }
@@ -97,11 +101,12 @@ function curves() {
     const family = parts.length < 2 ? 'training' : parts[0] === 'eval' ? parts.slice(0, -1).join('/') : parts[0];
     if (drawn) (families[family] ??= []).push(() => drawn(name, last));
   }
-  const first = ['reward', 'eval/reward'].filter(family => families[family]);
+  const first = ['reward', 'eval/reward', 'training', 'length'].filter(family => families[family]);
   for (const family of new Set([...first, ...Object.keys(families)])) {
-    const panels = families[family], box = make('div', '', {className: 'panels'}), details = fold(`${family}, ${panels.length}`, box);
+    const panels = families[family], box = make('div', '', {className: 'panels'});
+    const details = fold(`${family}, ${panels.length}`, box);
     details.ontoggle = () => details.open && !box.firstChild && box.append(...panels.map(draw => draw()));
-    details.open = first.includes(family);
+    details.open = family.endsWith('reward');
     $('curves').append(details);
   }
 }
@@ -161,9 +166,10 @@ function fill(article, a, lang, judge) {
 function pane(a, i) {
   const article = make('article'), {judges = []} = views[view], {language} = groups[record];
   article.append(make('i', '', {className: 'dot', style: `--c:var(--c${i % 8})`}), make('b', a.name));
-  const sign = x => x === null ? '' : ` (${x < 0 ? '' : '+'}${x.toFixed(2)})`;
-  const rewards = Object.entries(a.rewards ?? {}).map(([name, [x, by]]) => `${name} ${number(x)}${sign(by)}`);
-  if (typeof a.advantage === 'number') rewards.unshift(`advantage${sign(a.advantage)}`);
+  const signed = x => (x < 0 ? '' : '+') + x.toFixed(2);
+  const rewards = Object.entries(a.rewards ?? {}).map(([name, [x, by]]) =>
+    `${name} ${number(x)}` + (by === null ? '' : ` (${signed(by)})`));
+  if (typeof a.advantage === 'number') rewards.unshift(`advantage ${signed(a.advantage)}`);
   article.append(...[a.facts, rewards.join(' · ')].filter(Boolean).map(x => make('p', x, {className: 'muted'})));
   if (!a.verdicts) return article;
   article.show = () => {
