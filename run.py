@@ -233,9 +233,10 @@ def cut_back(folder: Path, step: int):
 
 class Clock:
     """Seconds spent in each phase of a step (`save`: in the last checkpoint), and the current step and phase.
-    begun: start times of the process and of its steps."""
+    begun: start times of the process and of its steps. peaks: GiB of GPU memory in each phase that is inside
+    no other, and in all of them (`peak`)."""
     def __init__(self):
-        self.seconds, self.begun = {"save": 0.0}, []
+        self.seconds, self.begun, self.peaks = {"save": 0.0}, [], {"peak": 0.0}
         self.begin(0)
         self.phase = "start"
 
@@ -248,24 +249,37 @@ class Clock:
     @contextmanager
     def __call__(self, phase: str, wait: bool = True) -> Iterator[None]:
         start, outer, self.phase = time.perf_counter(), self.phase, phase
+        self.end_memory(outer, outer)
         yield
         if wait and torch.cuda.is_available():
             torch.cuda.synchronize()
         self.seconds[phase] += time.perf_counter() - start
+        self.end_memory(phase, outer)
         self.phase = outer  # not reached after an exception: the phase that failed stays
+
+    def end_memory(self, phase: str, outer: str):
+        """What the GPU's peak was since the last call was the phase's, unless another phase is around it."""
+        if outer == "log" and torch.cuda.is_available():
+            self.peaks[phase] = torch.cuda.max_memory_allocated() / 2**30
+            self.peaks["peak"] = max(self.peaks["peak"], self.peaks[phase])
+            torch.cuda.reset_peak_memory_stats()
+
+    def memory(self, device: torch.device) -> dict[str, float]:
+        """The metrics of memory."""
+        largest = max(self.peaks["peak"], peak_memory_gb(device))
+        return {f"memory/{phase}_gb": gb for phase, gb in (self.peaks | {"peak": largest}).items()}
 
 
 def costs(clock: Clock, groups, world: World) -> dict[str, float]:
     """Seconds by phase of the slowest rank, tokens per second over all ranks, largest peak memory of a
     rank."""
-    slowest = distributed.largest(clock.seconds | {"total": time.perf_counter() - clock.begun[-1],
-                                                "memory": peak_memory_gb(world.device)}, world)
+    seconds = clock.seconds | {"total": time.perf_counter() - clock.begun[-1]}
+    most = distributed.largest({f"time/{phase}": s for phase, s in seconds.items()}
+                               | clock.memory(world.device), world)
     new = sum(map(len, groups.token_ids))
     prompt = sum(map(len, groups.prompt_ids)) * groups.rewards_BGR.shape[1]
-    return {"memory/peak_gb": slowest.pop("memory"),
-            **{f"time/{phase}": s for phase, s in slowest.items()},
-            "tokens_per_second/sample": new / slowest["sample"],
-            "tokens_per_second/update": (new + prompt) / slowest["update"]}
+    return most | {"tokens_per_second/sample": new / most["time/sample"],
+                   "tokens_per_second/update": (new + prompt) / most["time/update"]}
 
 
 def peak_memory_gb(device: torch.device) -> float:

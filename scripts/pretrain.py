@@ -241,8 +241,8 @@ def train(config: Config, clock: run.Clock | None = None, watch: Watch | None = 
             with clock("update"):
                 local = [inputs.sources[i].row(k) for i, k in picked[world.rank::world.size]]
                 metrics = {"step": step} | update(model, optimizer, local, lr, config, inputs.n_valid, world)
-            metrics |= distributed.largest({"time/total": time.perf_counter() - clock.begun[-1],
-                                            "memory/peak_gb": run.peak_memory_gb(world.device)}, world)
+            metrics |= distributed.largest({"time/total": time.perf_counter() - clock.begun[-1]}
+                                           | clock.memory(world.device), world)
             metrics["tokens_per_second/train"] = metrics["tokens"] / metrics["time/total"]
             flops = metrics.pop("flops") / metrics["time/total"] / world.size
             if config.peak_tflops:

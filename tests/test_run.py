@@ -404,6 +404,31 @@ def test_the_time_left_is_that_of_the_samples_left_at_the_rate_so_far(monkeypatc
     assert "left" not in capsys.readouterr().err
 
 
+def test_a_gpus_peak_is_kept_by_phase_and_of_the_whole_run(monkeypatch):
+    peak, now = 5, 1  # GiB
+    def use(gb):
+        nonlocal peak
+        peak = max(peak, gb)
+    def reset():
+        nonlocal peak
+        peak = now
+    for name, fake in (("is_available", lambda: True), ("synchronize", lambda: None),
+                       ("max_memory_allocated", lambda: peak * 2**30), ("reset_peak_memory_stats", reset)):
+        monkeypatch.setattr(torch.cuda, name, fake)
+    clock = run.Clock()
+    for sampling, backward in ((9, 3), (2, 6)):
+        clock.begin(1)
+        with clock("sample"), clock("score"):
+            use(sampling)
+        use(4)
+        with clock("update"):
+            use(2)
+            with clock("backward"):
+                use(backward)
+    assert clock.memory(torch.device("cuda")) == {
+        "memory/peak_gb": 9, "memory/log_gb": 4, "memory/sample_gb": 2, "memory/update_gb": 6}
+
+
 def test_progress_is_shown_on_a_terminal_alone_and_not_logged(tmp_path, monkeypatch, capsys):
     stats = SimpleNamespace(new_tokens=9, finished=1)
     log = run.Log(tmp_path, train.Config(), [], run.Clock(), distributed.setup("cpu"))
