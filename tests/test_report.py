@@ -346,6 +346,7 @@ def test_every_view_of_a_run_shows_hostile_texts_as_text(tmp_path, monkeypatch, 
         for details in range(tab.run("document.querySelectorAll('#curves details').length")):
             tab.run(f"document.querySelectorAll('#curves details')[{details}].open = true")
         assert tab.run("new Promise(done => setTimeout(done, 200))") is None
+        assert tab.run("scrollY") == 0, "the page begins at its top"
         assert f"reward/{HOSTILE}" in texts("#curves b") and "along/entropy/think" in texts("#curves b")
         assert f"model: a{HOSTILE} →" in texts("pre")[0] and f"+# b<script {HOSTILE}" in texts("pre")[0]
         count = len(texts("#view option"))

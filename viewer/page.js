@@ -183,7 +183,7 @@ function pane(a, i) {
 const seen = new IntersectionObserver(entries => {
   for (const {isIntersecting, target} of entries) if (isIntersecting) target.show?.();
 });
-async function show(v, r, column = 0) {
+async function show(v, r, column) { // scrolls to a column that is given
   const now = ++turn, wanted = (v + views.length) % views.length;
   let found;
   try {
@@ -210,7 +210,8 @@ async function show(v, r, column = 0) {
   }));
   seen.disconnect();
   $('panes').replaceChildren(...samples.map(pane));
-  $('panes').children[column].scrollIntoView({block: 'nearest', inline: 'start'});
+  $('panes').scrollLeft = 0;
+  $('panes').children[column]?.scrollIntoView({block: 'nearest', inline: 'start'});
 }
 function scatter(v) { // words asked for against words written, both logarithmic; no answer is on the floor
   const dots = groups.flatMap(({required, samples, heading}, r) => samples.flatMap((a, i) =>
