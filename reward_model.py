@@ -16,9 +16,9 @@ import parallel
 from data.prompts import frame
 from data.tokenizer import Tokenizer
 from lib import distributed
+from lib.console import tracked
 from lib.offload import Offloaded
 from lib.options import UserError
-from lib.progress import tracked
 from model import SCORER, ModelConfig, RewardModel, check_tensors, packed, read_config
 
 

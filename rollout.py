@@ -26,7 +26,7 @@ import parallel
 from data.prompts import TOKENS_PER_WORD
 from data.tokenizer import Tokenizer
 from lib import distributed
-from lib.progress import Progress
+from lib.console import Progress
 from lib.scoring import Remote, Reward, RewardError, score
 from run import Clock, Log
 from sampler import Completion, Sampler

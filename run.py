@@ -1,4 +1,4 @@
-"""A run: what it reads, its folder, log, progress and clock."""
+"""A run: what it reads, its folder, log and clock."""
 
 import dataclasses
 import faulthandler
@@ -20,7 +20,6 @@ from dataclasses import dataclass
 from functools import cache, cached_property
 from pathlib import Path
 
-import numpy as np
 import safetensors.torch
 import torch
 
@@ -29,7 +28,7 @@ import model as qwen
 import replica
 from data import prompts as prompt_data
 from data.tokenizer import Tokenizer
-from lib import distributed, wandb_log
+from lib import console, distributed, wandb_log
 from lib.distributed import World, broadcast, gather, raise_on_all_ranks
 from lib.files import ROOT, jsonl, locate, read_jsonl, replace, write_jsonl
 from lib.options import Field, UserError, environment, read_json
@@ -249,16 +248,16 @@ class Clock:
     @contextmanager
     def __call__(self, phase: str, wait: bool = True) -> Iterator[None]:
         start, outer, self.phase = time.perf_counter(), self.phase, phase
-        self.end_memory(outer, outer)
+        self.record_peak(outer, outer)
         yield
         if wait and torch.cuda.is_available():
             torch.cuda.synchronize()
         self.seconds[phase] += time.perf_counter() - start
-        self.end_memory(phase, outer)
+        self.record_peak(phase, outer)
         self.phase = outer  # not reached after an exception: the phase that failed stays
 
-    def end_memory(self, phase: str, outer: str):
-        """What the GPU's peak was since the last call was the phase's, unless another phase is around it."""
+    def record_peak(self, phase: str, outer: str):
+        """Records the peak of GPU memory since the last call as the phase's, unless it is inside another."""
         if outer == "log" and torch.cuda.is_available():
             self.peaks[phase] = torch.cuda.max_memory_allocated() / 2**30
             self.peaks["peak"] = max(self.peaks["peak"], self.peaks[phase])
@@ -274,12 +273,12 @@ def costs(clock: Clock, groups, world: World) -> dict[str, float]:
     """Seconds by phase of the slowest rank, tokens per second over all ranks, largest peak memory of a
     rank."""
     seconds = clock.seconds | {"total": time.perf_counter() - clock.begun[-1]}
-    most = distributed.largest({f"time/{phase}": s for phase, s in seconds.items()}
-                               | clock.memory(world.device), world)
+    slowest = distributed.largest({f"time/{phase}": s for phase, s in seconds.items()}
+                                  | clock.memory(world.device), world)
     new = sum(map(len, groups.token_ids))
     prompt = sum(map(len, groups.prompt_ids)) * groups.rewards_BGR.shape[1]
-    return most | {"tokens_per_second/sample": new / most["time/sample"],
-                   "tokens_per_second/update": (new + prompt) / most["time/update"]}
+    return slowest | {"tokens_per_second/sample": new / slowest["time/sample"],
+                      "tokens_per_second/update": (new + prompt) / slowest["time/update"]}
 
 
 def peak_memory_gb(device: torch.device) -> float:
@@ -290,73 +289,6 @@ def peak_memory_gb(device: torch.device) -> float:
     if status.exists() and (peak := re.search(r"^VmHWM:\s*(\d+)", status.read_text(), re.MULTILINE)):
         return int(peak[1]) / 2**20
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-
-
-COLUMNS = 100
-
-
-def describe(metrics: dict, steps: int, names: list[str], begun: list[float]) -> str:
-    """The console line of a step, at most COLUMNS wide: names of rewards are cut to what there is room for.
-    begun: of the Clock, for the estimated time left."""
-    now, done = time.perf_counter(), len(begun) - 1
-    left = (now - begun[done > 0]) / max(1, done) * (steps - metrics["step"])
-    start = f"step {metrics['step']:>{len(str(steps))}}/{steps}"
-    rest = (f"{metrics['length/answer_words']:,.0f} words {metrics['length/in_range']:.0%} in range "
-            f"{metrics['truncated']:.0%} cut  {metrics['time/total']:,.0f}s "
-            f"{left // 3600:.0f}:{left // 60 % 60:02.0f} left")
-    values = [f"{metrics[f'reward/{name}']:.2f}" for name in names]
-    room = (COLUMNS - len(start) - len(rest) - 3) // len(names) - max(map(len, values)) - 2
-    rewards = " ".join(f"{name[:max(1, room)]} {value}" for name, value in zip(names, values))
-    return f"{start}  {rewards}  {rest}"[:COLUMNS]
-
-
-GAP_LIMIT = 0.01  # gap/k3 that is warned of: 100 nats over 10,000 tokens; a bf16 sampler of the default: 1e-5
-DOMINANCE, COLLAPSE, WAIT = 0.8, 0.2, 0.5  # share of advantages, of the first step's entropy, of timeout
-
-
-def warnings(metrics: dict, config, names: list[str], first: dict) -> Iterator[str]:
-    """Warnings that a step's metrics call for, each with a remedy. first: metrics of the run's first step."""
-    if metrics["truncated"] > 0.25:
-        yield (f"warning: {metrics['truncated']:.0%} of the samples were cut at max_new_tokens "
-               f"{config.max_new_tokens}: raise it, or ask for shorter texts")
-    dead = {name: metrics[f"dead_groups/{name}"] for name in names}
-    if dead := [f"{name} in {n}" for name, n in dead.items() if 2 * n > config.prompts_per_step]:
-        yield (f"warning: all samples of a group earned the same, {', '.join(dead)} of the "
-               f"{config.prompts_per_step} groups: raise group_size or temperature, or choose prompts that "
-               "are neither too easy nor too hard")
-    for name in names:
-        if len(names) > 1 and metrics[f"dominance/{name}"] > DOMINANCE:
-            yield (f"warning: reward {name} is {metrics[f'dominance/{name}']:.0%} of the advantages: lower "
-                   "its weight in rewards.py, or set advantage to per_reward")
-    if metrics["gap/k3"] > GAP_LIMIT:
-        yield (f"warning: the sampler drifts from the trainer: gap/k3 {metrics['gap/k3']:.3g} is above "
-               f"{GAP_LIMIT} nats a token: set sampler_dtype to float32, and keep tis_cap above 0")
-    if metrics["entropy"] < COLLAPSE * first["entropy"]:
-        yield (f"warning: entropy fell from {first['entropy']:.2g} to {metrics['entropy']:.2g}: lower lr, or "
-               "raise temperature or eps_high")
-    if metrics["time/idle"] > WAIT * config.timeout:
-        yield (f"warning: ranks waited {metrics['time/idle']:,.0f} s for the last sample, and timeout is "
-               f"{config.timeout}: raise timeout, or lower max_new_tokens")
-
-
-RISES = ("length/answer_words", "length/in_range", "truncated", "entropy", "gap/mean", "grad_norm")
-
-
-def summary(folder: Path, names: list[str]) -> Iterator[str]:
-    """Lines at the end of a run: the first and the last fifth of the steps, and three samples of the last."""
-    steps = [m for m in read_jsonl(folder / "metrics.jsonl", step=Field(int, 0)) if "loss" in m]
-    fifth = max(1, len(steps) // 5)
-    for name in [*(f"reward/{name}" for name in names), *RISES]:
-        a, b = (float(np.mean([m[name] for m in part if m[name] is not None] or [np.nan]))
-                for part in (steps[:fifth], steps[-fifth:]))
-        yield f"{name:24}{a:10.4g} ->{b:10.4g}  {'rose' if b > a else 'fell' if b < a else ''}".rstrip()
-    for file in sorted((folder / "rollouts").glob("step_*.jsonl"))[-1:]:
-        ranked = sorted(enumerate(read_jsonl(file), 1), key=lambda x: -x[1]["advantage"])
-        yield f"samples of {file}, best, median and worst advantage:"
-        for line, sample in (ranked[0], ranked[len(ranked) // 2], ranked[-1]):
-            text = " ".join(sample["text"].split())
-            yield f"line {line}, {sample['advantage']:+.2f}: {text}"[:COLUMNS]
-    yield f"all of it as a page: python -m scripts.report {folder}"
 
 
 def watched(train: Callable):
@@ -427,8 +359,8 @@ class Log:
         line of metrics.jsonl."""
         self.write(f"step_{metrics['step']:06d}.jsonl", metrics, records, "samples" * bool(tokens), tokens)
         self.first = self.first or metrics
-        self.say(describe(metrics, self.config.steps, self.names, self.clock.begun))
-        for line in warnings(metrics, self.config, self.names, self.first):
+        self.say(console.describe(metrics, self.config.steps, self.names, self.clock.begun))
+        for line in console.warnings(metrics, self.config, self.names, self.first):
             self.say(line)
 
     def evaluation(self, step: int, metrics: dict, records: list[dict]):
@@ -477,6 +409,6 @@ class Log:
 
     def finish(self):
         self.wandb.send(lambda run: run.finish())
-        for line in summary(self.folder, self.names) if self.world.main else ():
+        for line in console.summary(self.folder, self.names) if self.world.main else ():
             self.say(line)
         self.say(f"done: {self.folder} holds metrics.jsonl, rollouts/ and checkpoints/")

@@ -34,9 +34,9 @@ from checkpoints import Checkpoints
 from data import prompts as prompt_data
 from kernels import linear_logprob
 from lib import distributed, offload, options
+from lib.console import tracked
 from lib.files import locate
 from lib.options import UserError
-from lib.progress import tracked
 from lib.scoring import RewardError, choose_rewards
 
 

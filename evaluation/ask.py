@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 import rollout
 from lib import endpoint
-from lib.progress import Progress
+from lib.console import Progress
 from sampler import Sampler
 from scheduler import Request, Stats
 

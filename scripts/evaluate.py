@@ -30,10 +30,10 @@ from evaluation import benchmarks, scores
 from evaluation.judge import Judge, ask, find_judge, greet
 from evaluation.source import TEMPLATES, Source, find, fingerprint, open_sampler
 from lib import distributed, options
+from lib.console import Progress
 from lib.files import locate, merge_parts, read_jsonl, read_parts, write_jsonl
 from lib.files import replace as rewrite
 from lib.options import Field, UserError, read_json
-from lib.progress import Progress
 from scheduler import Request, assign
 
 

@@ -20,8 +20,8 @@ import rewards
 import run
 import train
 from data.tokenizer import Tokenizer
-from lib import distributed, scoring
-from lib.progress import Progress
+from lib import console, distributed, scoring
+from lib.console import Progress
 from tests.helpers import ROOT, SMALL, equal, in_process, launch, metrics, rollouts, tensors
 from text import length_score
 
@@ -460,10 +460,10 @@ STEP = {"step": 10, "reward/length": 0.5, "reward/format": 1.0, "reward/writing"
 def test_a_line_of_a_step_says_how_long_it_took_and_how_long_the_run_will(monkeypatch):
     """Loading took 100 s, steps 9 and 10, the first since a resume, 1,000 s each."""
     monkeypatch.setattr(time, "perf_counter", lambda: 3100.0)
-    line = run.describe(STEP, 150, ["length", "format", "writing"], [1000.0, 1100.0, 2100.0])
+    line = console.describe(STEP, 150, ["length", "format", "writing"], [1000.0, 1100.0, 2100.0])
     assert line == ("step  10/150  length 0.50 format 1.00 writing 0.25  987 words 50% in range 0% cut  910s "
                     "38:53 left")
-    assert "910s 0:00 left" in run.describe(STEP, 10, ["length"], [1000.0])  # of a step before a resume
+    assert "910s 0:00 left" in console.describe(STEP, 10, ["length"], [1000.0])  # of a step before a resume
 
 
 @pytest.mark.parametrize("count", [1, 3, 5, 9])
@@ -471,24 +471,24 @@ def test_a_line_of_a_step_is_never_wider_than_100_columns(count, monkeypatch):
     monkeypatch.setattr(time, "perf_counter", lambda: 900.0)
     names = [f"a_long_name_of_a_reward_{i}" for i in range(count)]
     step = STEP | {f"reward/{name}": -123.456 for name in names} | {"length/answer_words": 12345.0}
-    line = run.describe(step, 1000, names, [0.0, 1.0])
+    line = console.describe(step, 1000, names, [0.0, 1.0])
     assert len(line) <= 100 and ("left" in line) == (count < 5), line
 
 
 def test_a_warning_of_a_step_has_a_remedy():
     config, names = train.parse([]), ["length", "format", "writing"]
-    (dead,) = run.warnings(STEP, config, names, STEP)
+    (dead,) = console.warnings(STEP, config, names, STEP)
     assert "the same, format in 5 of the 8 groups: raise group_size" in dead
     fine = STEP | {"dead_groups/format": 4}
-    (cut,) = run.warnings(fine | {"truncated": 0.26}, config, names, STEP)
+    (cut,) = console.warnings(fine | {"truncated": 0.26}, config, names, STEP)
     assert "26% of the samples were cut at max_new_tokens 256: raise it" in cut
     for change, part in (({"dominance/writing": 0.81}, "reward writing is 81% of the advantages: lower its"),
                          ({"entropy": 0.2}, "entropy fell from 1.2 to 0.2: lower lr"),
                          ({"time/idle": 901.0}, "waited 901 s for the last sample, and timeout is 1800"),
                          ({"gap/k3": 0.02}, "gap/k3 0.02 is above 0.01 nats a token: set sampler_dtype")):
-        (line,) = run.warnings(fine | change, config, names, STEP)
+        (line,) = console.warnings(fine | change, config, names, STEP)
         assert part in line and ": " in line
-    assert not [*run.warnings(fine, config, names, STEP)]
+    assert not [*console.warnings(fine, config, names, STEP)]
 
 
 def test_the_end_of_a_run_says_what_rose_and_fell_and_shows_samples(tmp_path, capsys):

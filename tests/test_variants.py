@@ -11,6 +11,7 @@ import torch.distributed.checkpoint as dcp
 import model as qwen
 import rewards
 import train
+from lib import console
 from tests.helpers import ROOT, metrics, tensors
 
 MATRIX = [  # what test_update does not follow to the weights, and several at once of what it does
@@ -53,15 +54,15 @@ def test_three_steps_under_several_options(options, tmp_path):
     assert len(records) == 8 and all(math.isfinite(r["advantage"]) for r in records)
 
 
-@pytest.mark.parametrize("limit", [train.run.GAP_LIMIT, 1e-9])
+@pytest.mark.parametrize("limit", [console.GAP_LIMIT, 1e-9])
 def test_a_sampler_that_drifts_is_warned_of(limit, tmp_path, monkeypatch, capsys):
     """In bf16 it does so a little: far below the limit."""
-    monkeypatch.setattr(train.run, "GAP_LIMIT", limit)
+    monkeypatch.setattr(console, "GAP_LIMIT", limit)
     train.train(train.parse([*SMALL, "--run_dir", str(tmp_path / "run"), "--steps", "1",
                              "--sampler_dtype", "bfloat16"]))
     (m,) = metrics(tmp_path / "run")
     said = [line for line in capsys.readouterr().out.splitlines() if "drifts from" in line]
-    assert 1e-7 < m["gap/k3"] < train.run.GAP_LIMIT or limit == 1e-9
+    assert 1e-7 < m["gap/k3"] < console.GAP_LIMIT or limit == 1e-9
     if limit == 1e-9:
         (line,) = said
         assert f"{m['gap/k3']:.3g}" in line and "sampler_dtype to float32" in line
