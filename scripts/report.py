@@ -42,7 +42,7 @@ class Config:
 
 def read(folder: Path) -> dict:
     """A result with its `answers` and `verdicts`. Raises UserError."""
-    result = read_json(folder / "result.json", "give folders that scripts.evaluate has finished")
+    result = read_json(folder / "result.json", "give folders of runs or of finished evaluations")
     try:
         result |= {"folder": str(folder)}
         result["answers"] = read_jsonl(folder / "answers.jsonl")
@@ -52,8 +52,8 @@ def read(folder: Path) -> dict:
         BENCHMARKS[result["benchmark"]], data_of(result), judge_of(result), result["name"]
         return result
     except (ValueError, KeyError, TypeError) as e:
-        raise UserError(f"{folder} is no result ({type(e).__name__}: {e}): give folders that "
-                        "scripts.evaluate has finished") from None
+        raise UserError(f"{folder} is no result ({type(e).__name__}: {e}): give folders of "
+                        "runs or of finished evaluations") from None
 
 
 def grouped(results: list[dict]) -> dict[str, list[dict]]:

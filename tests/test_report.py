@@ -379,6 +379,21 @@ def test_every_view_of_a_run_shows_hostile_texts_as_text(tmp_path, monkeypatch, 
     assert tab.console == [] and "/bait" not in asked
 
 
+@pytest.mark.skipif(not chromium.PROGRAM, reason="no Chromium is installed")
+def test_a_run_without_texts_shows_its_curves_alone(tmp_path, monkeypatch):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a/config.json").write_text("{}")
+    (tmp_path / "a/metrics.jsonl").write_text('{"step": 1, "loss": 3.0}\n{"step": 2, "loss": 2.0}\n')
+    write_page(monkeypatch, tmp_path, tmp_path / "a")
+    with chromium.Page(tmp_path / "profile") as tab:
+        tab.open(f"file://{tmp_path}/r.html")
+        assert tab.run("new Promise(done => setTimeout(done, 200))") is None
+        assert tab.run("$('reader').clientHeight") == 0
+        assert tab.run("[...document.querySelectorAll('.curve')].map(x => x.getAttribute('points'))") == [
+            "196,8 346,58"]
+    assert tab.console == []
+
+
 def test_a_second_call_makes_the_data_of_new_steps_alone(tmp_path, monkeypatch):
     folder, data = trained(tmp_path / "a", steps=2), tmp_path / "r_data/a"
     write_page(monkeypatch, tmp_path, folder)

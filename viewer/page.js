@@ -106,7 +106,7 @@ function curves() {
     const panels = families[family], box = make('div', '', {className: 'panels'});
     const details = fold(`${family}, ${panels.length}`, box);
     details.ontoggle = () => details.open && !box.firstChild && box.append(...panels.map(draw => draw()));
-    details.open = family.endsWith('reward');
+    details.open = family.endsWith('reward') || !$('curves').firstChild;
     $('curves').append(details);
   }
 }
@@ -198,6 +198,7 @@ async function show(v, r, column) { // scrolls to a column that is given
     $('record').replaceChildren(...groups.map(({id, heading, language}, value) =>
       make('option', `${id}  ${heading.slice(0, 90)}`, {value, lang: language})));
     $('lengths').replaceChildren(...scatter(wanted));
+    $('quantity').hidden = !groups.some(group => group.samples.some(a => a.strip));
   }
   [view, record] = [wanted, (r + groups.length) % groups.length];
   const {id, query, language, facts, samples} = groups[record], {title, name} = views[view];
@@ -274,3 +275,4 @@ document.onkeydown = event => {
 };
 if (runs.length) curves();
 if (views.length) show(runs.length ? views.length - 1 : 0, 0);
+else $('reader').hidden = true; // of a pretraining run, or before the first step
