@@ -277,7 +277,6 @@ class Sampler:
         if step.forks:
             self.init_rows([s for _, s in step.forks])
         self.stats.decode_steps += bool(step.decode)
-        self.stats.mixed_steps += bool(step.chunks)
         sequences = step.decode + [s for _, s in step.forks]
         filtered = any(s.request.top_p < 1 or s.request.top_k > 0 for s in sequences)
         if self.use_graphs and not (step.chunks or step.forks or filtered):

@@ -38,7 +38,6 @@ class Stats:
 
     prefill_tokens: int = 0
     decode_steps: int = 0  # forwards with at least one decoding row
-    mixed_steps: int = 0  # forwards with at least one prefill chunk
     new_tokens: int = 0
     finished: int = 0
     copied_pages: int = 0

@@ -5,10 +5,9 @@
 Each sample of rollouts/step_*.jsonl gets the rewards and the advantage that it would have had with --rewards
 (by default the rewards.py of this folder) and the run's other options, beside what it got: rank correlations,
 advantages that change, the ten samples that change most. --reward chooses as in training. Rewards that ask a
-model or a server keep the run's values, unless --reward names them. Of token ids and logprobs rollouts hold
-the number alone, but for the steps of `token_stats_every`: a reward that reads them is computed for those.
-Writes RUN/rescore.json and ends with one
-JSON line.
+model or a server keep the run's values, unless --reward names them.
+Rollouts hold token ids and logprobs for the steps of `token_stats_every` alone: rewards that read them are
+computed for those. Writes RUN/rescore.json and ends with one JSON line.
 """
 
 import functools
