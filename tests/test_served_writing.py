@@ -45,34 +45,40 @@ def in_process(folder: Path, urls: str, steps: int) -> list[dict]:
 
 
 def test_servers_that_misbehave_cost_samples_that_are_counted_and_no_run(tmp_path, capsys, quick):
-    """One server hangs, one dies in the middle, one fails on every second call in some way and on some texts
-    for good."""
+    """One server hangs, one dies in the middle, one fails on every second call in some way. Both that answer
+    fail on some texts for good."""
+    def hopeless(request):
+        return len(request["input"]) % 4 == 0
+
     def behave(number, request):
         if number == 3:
             threading.Thread(target=dies.stop).start()
-        if len(request["input"]) % 4 == 0:
+        if hopeless(request):
             return ("500", "broken", "wrong")[number % 3]
         return ("ok", "429", "ok", "500", "ok", "cut", "ok", "broken")[number % 8]
 
-    with FakeEndpoint(lambda *_: "hang") as hangs, FakeEndpoint(score=score) as dies:
+    with FakeEndpoint(lambda *_: "hang") as hangs, FakeEndpoint(
+            lambda _, request: "500" if hopeless(request) else "ok", score=score) as dies:
         with FakeEndpoint(behave, score=score) as fails:
             texts = in_process(tmp_path / "run", f"{hangs.url},{dies.url}, {fails.url}/classify", steps=2)
         asked = {r["input"] for r in dies.calls + fails.calls}
         assert dies.released.is_set()
-    scored = {True: 0, False: 0}
+    scored = 0
     for r in texts:
         body = rewards.structure(r["text"])[2]
         value, request = r["rewards"]["writing"], f"{r['prompt'].splitlines()[-1]} {body}<|endoftext|>"
         if body is None:
-            others = [x["rewards"]["writing"] for x in texts
-                      if x["prompt_id"] == r["prompt_id"] and rewards.structure(x["text"])[2]]
-            assert all(value < x for x in others if x is not None), "below all that was scored, never asked"
+            group = [x for x in texts if x["prompt_id"] == r["prompt_id"] and rewards.structure(x["text"])[2]]
+            given = [x for x in (x["rewards"]["writing"] for x in group) if x is not None]
+            assert all(value < x for x in given), "below all that was scored, never asked"
+            assert given or value is None
         else:
             assert request in asked
-            scored[value is not None] += 1
+            scored += value is not None
             assert value in (None, score({"input": request}))
     missing = [m["missing/writing"] for m in metrics(tmp_path / "run")]
-    assert sum(missing) == scored[False] and scored[True] > 4 and len(texts) == 32
+    assert sum(missing) == sum(r["rewards"]["writing"] is None for r in texts)
+    assert scored > 4 and len(texts) == 32
     warnings = [line for line in capsys.readouterr().err.splitlines() if "is missing for" in line]
     assert len(warnings) == sum(n > 0 for n in missing) > 0
     assert all("Unavailable" in line and fails.url in line for line in warnings)
