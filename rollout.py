@@ -31,7 +31,7 @@ from lib.scoring import Remote, Reward, RewardError, score
 from run import Clock, Log
 from sampler import Completion, Sampler
 from scheduler import Request, assign
-from text import count_words, length_score, statistics, structure
+from text import REQUESTED, count_words, length_score, statistics, structure
 
 # ---------------------------------------------------------------------- requests
 
@@ -254,7 +254,6 @@ def all_gather(local: Groups, world) -> Groups:
 
 
 LENGTHS = ("words", "words_complete", "think_tokens", "in_range", "truncated")  # what `lengths` returns
-REQUESTED = (0, *(2**k for k in range(5, 14)))  # words asked for: from where each part of `by_request` goes
 
 
 def thinking(ids: list[int], tokenizer: Tokenizer) -> int:

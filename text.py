@@ -13,6 +13,7 @@ import numpy as np
 CJK = re.compile("[\u4e00-\u9fff]")
 LATIN_WORD = re.compile(r"\b[a-zA-Z]+\b")
 TAG = re.compile(r"</?(?:think|answer)>")
+REQUESTED = (0, *(2**k for k in range(5, 14)))  # words asked for: from where each part of `by_request` goes
 
 # ---------------------------------------------------------------------- structure and words
 

@@ -14,6 +14,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from scripts import report
+from text import REQUESTED
 from viewer import page
 
 HOSTILE = ("</script><script>document.title = 'taken'</script>"
@@ -301,7 +302,8 @@ def trained(folder, steps=2, samples=4):
     lines = []
     for step in range(steps + 1):
         kind = "step" if step else "eval"
-        m = {"step": step, f"reward/{HOSTILE}": step / 2, "along/entropy/think": [0.5, None, step]}
+        m = {"step": step, f"reward/{HOSTILE}": step / 2, "along/entropy/think": [0.5, None, step],
+             "by_request/ended": [None, *[1.0] * (len(REQUESTED) - 1)]}
         lines.append(m if step else {"step": 0, "eval/reward/length": 0.25})
         records = [{"prompt_id": f"p{b}{HOSTILE}", "sample": g, "prompt": f"Write: {HOSTILE} {b}",
                     "text": f"<think>plan {g} {HOSTILE}</think><answer>{SAID}{SAID}{step}{b}{g}</answer>",
@@ -348,6 +350,7 @@ def test_every_view_of_a_run_shows_hostile_texts_as_text(tmp_path, monkeypatch, 
         assert tab.run("new Promise(done => setTimeout(done, 200))") is None
         assert tab.run("scrollY") == 0, "the page begins at its top"
         assert f"reward/{HOSTILE}" in texts("#curves b") and "along/entropy/think" in texts("#curves b")
+        assert {"1/3", "3/3", "≥0", f"≥{REQUESTED[-1]}"} <= set(texts("#curves text"))
         assert f"model: a{HOSTILE} →" in texts("pre")[0] and f"+# b<script {HOSTILE}" in texts("pre")[0]
         count = len(texts("#view option"))
         assert count == 7, "three files of each run, one benchmark"

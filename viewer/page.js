@@ -1,5 +1,6 @@
 'use strict';
-const $ = id => document.getElementById(id), {folder, views, runs} = JSON.parse($('data').textContent);
+const $ = id => document.getElementById(id);
+const {folder, views, runs, requested} = JSON.parse($('data').textContent);
 const chunks = {}, waiting = {};
 let view = 0, record = 0, groups = [], turn = 0;
 
@@ -39,14 +40,12 @@ function load({key, groups}) { // the last 20 files stay in memory
 
 const W = 300, H = 150, LEFT = 46, TOP = 8;
 
-function frame(name, high, low, last) {
+function frame(name, high, low, last, labels = [high, low].map(number)) {
   const readout = make('span', '', {className: 'muted'}), box = make('div');
   const picture = svg('svg', {viewBox: `0 0 ${W + LEFT + 8} ${H + TOP + 20}`});
   const at = (step, y) => `${LEFT + W * step / last},${TOP + H * (high - y) / (high - low || 1)}`;
-  for (const [y, label] of [[TOP, high], [TOP + H, low]]) {
-    picture.append(svg('polyline', {points: `${LEFT},${y} ${LEFT + W},${y}`}),
-      svg('text', {x: LEFT - 5, y: y + 4, 'text-anchor': 'end'}, label.toFixed ? number(label) : label));
-  }
+  [TOP, TOP + H].forEach((y, i) => picture.append(svg('polyline', {points: `${LEFT},${y} ${LEFT + W},${y}`}),
+    svg('text', {x: LEFT - 5, y: y + 4, 'text-anchor': 'end'}, labels[i])));
   picture.append(svg('text', {x: LEFT + W, y: TOP + H + 15, 'text-anchor': 'end'}, `step ${last}`));
   box.append(make('b', name), ' ', readout, picture);
   const hover = say => picture.onpointermove = event => {
@@ -82,8 +81,8 @@ function heat(name, last) { // of the first run that has it: steps to the right,
   const shown = kept.filter((s, i) => i % Math.ceil(kept.length / 60) === 0);
   const rows = shown.map(s => metrics[name][steps.indexOf(s)]), count = rows[0].length;
   const top = Math.max(...rows.flat().filter(x => x !== null));
-  const part = k => name.includes('by_request') ? `≥${k && 2**(k + 4)}` : `${k + 1}/${count}`; // as in rollout.py
-  const {box, picture, hover} = frame(name, part(0), part(count - 1), last);
+  const part = k => name.includes('by_request') ? `≥${requested[k]}` : `${k + 1}/${count}`;
+  const {box, picture, hover} = frame(name, 0, count, last, [part(0), part(count - 1)]);
   rows.forEach((row, i) => row.forEach((x, k) => x !== null && picture.append(svg('rect', {
     x: LEFT + W * (shown[i - 1] ?? 0) / last, y: TOP + H * k / count, height: H / count,
     width: W * (shown[i] - (shown[i - 1] ?? 0)) / last, 'fill-opacity': top > 0 ? Math.max(0, x / top) : 0}))));

@@ -11,6 +11,7 @@ import json
 from html import escape
 from pathlib import Path
 
+from text import REQUESTED
 from viewer.plots import COLOURS
 
 STYLE, SCRIPT = (Path(__file__).with_name(name).read_text(encoding="utf-8")
@@ -133,7 +134,7 @@ def render(sections: list[dict], views: list[dict], runs: list[dict], diff: str,
     ours = base64.b64encode(hashlib.sha256(SCRIPT.encode()).digest()).decode()
     policy = (f"default-src 'none'; style-src 'unsafe-inline'; img-src data:; "
               f"script-src 'sha256-{ours}' 'strict-dynamic'")
-    data = json.dumps({"folder": folder, "views": views, "runs": runs},
+    data = json.dumps({"folder": folder, "views": views, "runs": runs, "requested": REQUESTED},
                       ensure_ascii=False).replace("<", r"\u003c")
     title = ", ".join([*(run["label"] for run in runs), *(section["title"] for section in sections)])
     kind = "Evaluation" if sections else "Runs"
